@@ -1,0 +1,41 @@
+# Needs only Python >= 3.11, make and git. Everything is installed into .venv, at the versions in constraints.txt.
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/train-seed$(SEED)
+JOBS ?= 2
+
+TRAIN_EXTRAS = envpool,mujoco
+DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,report,sample
+
+.PHONY: train test test-all lint types docs clean
+
+train: .venv/installed-train
+	.venv/bin/python -m contraflow train rfm-cartpole --seed $(SEED) --out $(OUT)
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest -n $(JOBS)
+
+test-all: .venv/installed-dev
+	.venv/bin/python -m pytest -n $(JOBS) -m "not gpu"
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/installed-dev
+	.venv/bin/basedpyright
+
+docs: .venv/installed-dev
+	.venv/bin/mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed-train: EXTRAS = $(TRAIN_EXTRAS)
+.venv/installed-dev: EXTRAS = $(DEV_EXTRAS)
+.venv/installed-train .venv/installed-dev: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,50 @@
+"""What pyproject.toml promises: one list of pins in two places, and no import that no dependency provides."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+IMPORT_NAMES = {
+    "imageio[ffmpeg]": "imageio",
+    "orbax-checkpoint": "orbax",
+    "ott-jax": "ott",
+    "pillow": "PIL",
+    "playground": "mujoco_playground",
+}
+
+
+def import_names(requirements: list[str]) -> set[str]:
+    names = (re.split(r"[<>=!~; ]", requirement, maxsplit=1)[0] for requirement in requirements)
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def test_uv_and_pip_use_the_same_pins():
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == PINS
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin) for pin in PINS)
+
+
+def test_every_requirement_is_pinned():
+    extras = PROJECT["project"]["optional-dependencies"]
+    unpinned = ("cuda", "cuda13", "playground", "trackio", "wandb")  # neither tests nor `make train` install these
+    lists = [PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name not in unpinned)]
+    wanted = {re.split(r"[\[<>=]", r, maxsplit=1)[0].lower().replace("_", "-") for group in lists for r in group}
+    assert wanted <= {pin.split("==")[0] for pin in PINS}
+
+
+def test_every_import_has_a_dependency():
+    """Extras may be imported anywhere, but a module of the learning core needs the core dependencies only."""
+    core = import_names(PROJECT["project"]["dependencies"]) | set(sys.stdlib_module_names) | {"contraflow"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    users = [requirement for name in extras if name not in ("dev", "docs") for requirement in extras[name]]
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        found |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        in_core = path.parent.name in ("contraflow", "flow", "nets", "rl", "agents")
+        known = core if in_core else core | import_names(users)
+        assert {name.split(".")[0] for name in found} <= known, path
