@@ -1,0 +1,194 @@
+"""Where candidates for x1 given x_t come from. Every proposal can be sampled and has its density in closed form.
+
+All densities are over the latent endpoint u = x1 (for policies: the action before tanh).
+
+`sample(key, path, x_t, t, n, support) -> [n, d]`, `log_prob(x1, path, x_t, t, support) -> []`;
+`support` [P, d] is used by `Particles` only. `boundary` is True when the density ends abruptly: a Stein control variate
+then has a boundary term and is refused by the estimators.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+from contraflow.flow.density import log_normal, log_sech2
+from contraflow.flow.path import AbstractPath, Scalar, Vector
+from contraflow.types import PRNGKey
+
+Samples = Float[Array, "n d"]
+Support = Float[Array, "p d"] | None
+
+
+@dataclass(frozen=True)
+class Noise:
+    """q(u) = N(x_t / alpha, (beta / alpha)^2 I): invert x0 ~ N(0, I) along the path (RFM, 2601.08136)."""
+
+    boundary: ClassVar[bool] = False
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        return jax.vmap(path.x1_from_x0, (0, None, None))(jr.normal(key, (n, *x_t.shape)), x_t, t)
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        return log_normal(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t))
+
+
+@dataclass(frozen=True)
+class TruncatedNoise:
+    """`Noise` truncated so that u lies in [-bound, bound]^d (QNE / MaxEntDP, 2502.11612). For box-bounded latents."""
+
+    bound: float = 1.0
+    boundary: ClassVar[bool] = True
+
+    def _standard(self, path: AbstractPath, x_t: Vector, t: Scalar) -> tuple[Vector, Scalar, Vector, Vector, Vector]:
+        """Mean and std of u, and sign, lower, upper such that sign (u - mean) / std lies in [lower, upper].
+
+        The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
+        that their logarithms and differences keep their digits however far out the box lies.
+        """
+        mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
+        low, high = (-self.bound - mean) / std, (self.bound - mean) / std
+        sign = jnp.where(low + high > 0, -1.0, 1.0)
+        return mean, std, sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        mean, std, sign, lower, upper = self._standard(path, x_t, t)
+
+        def invert(place: Vector) -> Vector:
+            # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
+            log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
+            return mean + std * sign * jnp.clip(_log_quantile(log_p), lower, upper)
+
+        # Rounding may step over the edge, where the density is 0.
+        return jnp.clip(jax.vmap(invert)(jr.uniform(key, (n, *x_t.shape))), -self.bound, self.bound)
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        mean, std, _, lower, upper = self._standard(path, x_t, t)
+        log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
+        log_mass = log_upper + jnp.log(-jnp.expm1(log_lower - log_upper))
+        inside = jnp.all(jnp.abs(x1) <= self.bound)
+        return jnp.where(inside, log_normal(x1, mean, std) - log_mass.sum(), -jnp.inf)
+
+
+def _log_quantile(log_p: Vector) -> Vector:
+    """z with log Phi(z) = log_p, also where exp(log_p) underflows."""
+    # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function, so steps never overshoot.
+    z = -jnp.sqrt(-2.0 * log_p)
+    for _ in range(5):
+        z = z - (norm.logcdf(z) - log_p) * jnp.exp(norm.logcdf(z) - norm.logpdf(z))
+    return jnp.where(log_p < -2.0, z, norm.ppf(jnp.exp(log_p)))
+
+
+@dataclass(frozen=True)
+class UniformAction:
+    """a ~ U(-1, 1)^d, u = atanh a, so q(u) = prod_j sech^2(u_j) / 2: independent of x_t; cancels the tanh Jacobian."""
+
+    boundary: ClassVar[bool] = False
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        # atanh of a uniform variable on (-1, 1) is logistic with scale 1/2; drawn so, it cannot round to +-1.
+        return 0.5 * jr.logistic(key, (n, *x_t.shape))
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        return jnp.sum(log_sech2(x1) - jnp.log(2.0))
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Kernel density on `support` (say, policy samples), conditioned on x_t in closed form.
+
+    Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I) with
+    V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2), pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2).
+    """
+
+    width: float = 0.3
+    boundary: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.width <= 0:
+            raise ValueError(f"Particles(width={self.width}): the kernel width must be positive")
+
+    def _mixture(self, path: AbstractPath, x_t: Vector, t: Scalar, support: Support):
+        if support is None:
+            raise ValueError("the proposal Particles needs support points: pass support=[P, d]")
+        a, b, h = path.alpha(t), path.beta(t), self.width
+        # Written without division by beta, which may be tiny at t near 1.
+        var = (b * h) ** 2 / (b**2 + (a * h) ** 2)
+        means = (b**2 * support + h**2 * a * x_t) / (b**2 + (a * h) ** 2)
+        log_pi = jax.vmap(lambda u: log_normal(x_t, a * u, jnp.sqrt(b**2 + (a * h) ** 2)))(support)
+        return jax.nn.log_softmax(log_pi), means, jnp.sqrt(var)
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        log_pi, means, std = self._mixture(path, x_t, t, support)
+        k_component, k_noise = jr.split(key)
+        component = jr.categorical(k_component, log_pi, shape=(n,))
+        return means[component] + std * jr.normal(k_noise, (n, *x_t.shape))
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        log_pi, means, std = self._mixture(path, x_t, t, support)
+        return jax.nn.logsumexp(log_pi + jax.vmap(lambda m: log_normal(x1, m, std))(means))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Shares of a two-part mixture: the first part gets `low` up to t = start, then rises linearly to 1 at t = end."""
+
+    low: float = 0.25
+    start: float = 0.3
+    end: float = 0.9
+
+    def __post_init__(self):
+        if not (0 <= self.low <= 1 and 0 <= self.start < self.end):
+            raise ValueError(f"{self}: needs 0 <= low <= 1 and 0 <= start < end")
+
+    def __call__(self, t: Scalar) -> Float[Array, "2"]:
+        first = jnp.clip(self.low + (1 - self.low) * (t - self.start) / (self.end - self.start), self.low, 1.0)
+        return jnp.stack([first, 1.0 - first])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several proposals at once, q(u) = sum_j r_j q_j(u) (balance heuristic, Veach & Guibas 1995).
+
+    Systematic allocation with one random offset: component j receives r_j n candidates on average, so that dividing by
+    q stays exactly unbiased whatever the shares. `shares` is a tuple or a function of t that returns [J].
+    """
+
+    components: tuple["Noise | UniformAction | Particles", ...] = (Noise(), UniformAction())
+    shares: tuple[float, ...] | Ramp | Callable[[Scalar], Float[Array, " j"]] = Ramp()
+
+    @property
+    def boundary(self) -> bool:
+        return any(c.boundary for c in self.components)
+
+    def __post_init__(self):
+        if isinstance(self.shares, tuple):
+            if len(self.shares) != len(self.components):
+                raise ValueError(f"Mixture has {len(self.components)} components but {len(self.shares)} shares")
+            if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+                raise ValueError(f"Mixture shares {self.shares} must be non-negative and sum to 1")
+        elif isinstance(self.shares, Ramp) and len(self.components) != 2:
+            raise ValueError("Ramp gives shares for exactly two components; pass your own function of t instead")
+
+    def _shares(self, t: Scalar) -> Float[Array, " j"]:
+        return jnp.asarray(self.shares) if isinstance(self.shares, tuple) else self.shares(t)
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        k_offset, *keys = jr.split(key, len(self.components) + 1)
+        # Every component draws n and one is kept: the shares are traced, and the critic only ever sees the n kept.
+        drawn = jnp.stack([c.sample(k, path, x_t, t, n, support) for c, k in zip(self.components, keys, strict=True)])
+        place = (jnp.arange(n) + jr.uniform(k_offset)) / n
+        which = jnp.searchsorted(jnp.cumsum(self._shares(t))[:-1], place, side="right")
+        return drawn[which, jnp.arange(n)]
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        logs = jnp.stack([c.log_prob(x1, path, x_t, t, support) for c in self.components])
+        return jax.nn.logsumexp(logs, b=self._shares(t))
+
+
+Proposal = Noise | TruncatedNoise | UniformAction | Particles | Mixture

@@ -1,0 +1,48 @@
+"""The velocity field of a flow policy."""
+
+import equinox as eqx
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_function, time_embedding
+from contraflow.types import PRNGKey
+
+
+class Velocity(eqx.Module):
+    """v(x, t, cond): a residual MLP, h <- h + act(W h + b), with one first-layer weight for each of x, t and cond."""
+
+    first: SplitLinear
+    blocks: tuple[Linear, ...]
+    last: Linear
+    embedding: int = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        cond: int,
+        width: int,
+        depth: int,
+        *,
+        embedding: int = 128,
+        activation: Activation = "gelu",
+        key: PRNGKey,
+    ):
+        """dim: size of x; cond: size of the condition; depth: residual blocks; embedding: size of the time features."""
+        k_first, k_last, *k_blocks = jr.split(key, depth + 2)
+        self.first = SplitLinear((dim, embedding, cond), width, key=k_first)
+        self.blocks = tuple(Linear(width, width, key=k) for k in k_blocks)
+        self.last = Linear(width, dim, key=k_last)
+        self.embedding = embedding
+        self.activation = activation
+
+    @property
+    def dim(self) -> int:
+        return self.last.bias.shape[0]
+
+    def __call__(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " d"]:
+        act = activation_function(self.activation)
+        h = act(self.first(x, time_embedding(t, self.embedding), cond))
+        for block in self.blocks:
+            h = h + act(block(h))
+        return self.last(h)

@@ -1,0 +1,20 @@
+"""The target law of a maximum-entropy policy, as a density over latent actions u with a = tanh(u)."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from contraflow.flow.density import LogDensity, log_sech2
+
+
+def boltzmann(q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""], base: float = 1.0) -> LogDensity:
+    """log pi(u) = Q(tanh u) / lam + base * sum_j log sech^2 u_j (2601.08136, section 4).
+
+    base = 1 is exactly exp(Q / lam) over actions a in (-1, 1)^d; base < 1 favours the faces of the box.
+    """
+
+    def log_pi(u: Float[Array, " a"]) -> Float[Array, ""]:
+        return q(jnp.tanh(u)) / lam + base * jnp.sum(log_sech2(u))
+
+    return log_pi

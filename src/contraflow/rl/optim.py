@@ -1,0 +1,24 @@
+"""One gradient step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import Array, Float, PyTree
+
+
+def clipped_adam(learning_rate: float, max_grad_norm: float | None) -> optax.GradientTransformation:
+    """Adam after clipping the global gradient norm; None leaves it unclipped."""
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    return optax.chain(clip, optax.adam(learning_rate))
+
+
+def descend(
+    tx: optax.GradientTransformation, loss_fn: Callable[[Any], Float[Array, ""]], net: Any, opt_state: PyTree
+) -> tuple[Any, PyTree, Float[Array, ""], Float[Array, ""]]:
+    """(net, opt_state, loss, gradient norm before clipping) after one step on loss_fn(net)."""
+    loss, grad = jax.value_and_grad(loss_fn)(net)
+    updates, opt_state = tx.update(grad, opt_state, net)
+    return eqx.apply_updates(net, updates), opt_state, loss, optax.global_norm(grad)

@@ -1,0 +1,56 @@
+"""Pick one of n candidate actions by score (Q / lambda)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int
+
+from contraflow.types import PRNGKey
+
+
+def _check(particles: int) -> None:
+    if particles < 1:
+        raise ValueError(f"a selector needs at least one particle, got {particles}")
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Index i with probability ~ exp(score_i)."""
+
+    particles: int = 32
+
+    def __post_init__(self):
+        _check(self.particles)
+
+    def __call__(self, key: PRNGKey, score: Float[Array, " n"]) -> Int[Array, ""]:
+        return jr.categorical(key, score)
+
+
+@dataclass(frozen=True)
+class Argmax:
+    """The best of n."""
+
+    particles: int = 32
+
+    def __post_init__(self):
+        _check(self.particles)
+
+    def __call__(self, key: PRNGKey, score: Float[Array, " n"]) -> Int[Array, ""]:
+        return jnp.argmax(score)
+
+
+@dataclass(frozen=True)
+class First:
+    """One particle, no choice: the policy itself."""
+
+    particles: int = 1
+
+    def __post_init__(self):
+        _check(self.particles)
+
+    def __call__(self, key: PRNGKey, score: Float[Array, " n"]) -> Int[Array, ""]:
+        return jnp.zeros((), jnp.int32)
+
+
+Selector = Softmax | Argmax | First

@@ -1,0 +1,62 @@
+"""The data that travels between environments, buffers, agents and loops.
+
+Shape letters used everywhere: B batch, N environments, K candidate samples, P particles, T time,
+o observation dim, a action dim, d latent dim, m ensemble members.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Float, Key
+
+Metrics = dict[str, Any]
+PRNGKey = Key[Array, ""]
+
+
+class Transition(eqx.Module):
+    """One environment transition; leading axes are free: [] one, [B] batch, [N] step of all environments.
+
+    `next_obs` is always the true successor of `obs`, never the observation after an autoreset.
+    Bootstrapping is masked by `terminated` only; `truncated` ends an episode without ending the return.
+    """
+
+    obs: Float[Array, "*batch o"]
+    action: Float[Array, "*batch a"]
+    reward: Float[Array, "*batch"]
+    next_obs: Float[Array, "*batch o"]
+    terminated: Bool[Array, "*batch"]
+    truncated: Bool[Array, "*batch"]
+
+
+class Step(eqx.Module):
+    """What an environment returns for N parallel copies; NumPy arrays on the host, JAX arrays on a device.
+
+    `next_obs` is the true successor; `obs` is what to act on next (differs from `next_obs` only after an episode ended).
+    Rows with `valid` False are the dummy steps of a NEXT_STEP autoreset: they are not stored and not counted.
+    """
+
+    obs: Any  # [N, o]
+    next_obs: Any  # [N, o]
+    reward: Any  # [N]
+    terminated: Any  # [N]
+    truncated: Any  # [N]
+    valid: Any  # [N]
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """Sizes of an environment. Actions are presented in [-1, 1]^action_dim; `episode_length` None means unlimited."""
+
+    obs_dim: int
+    action_dim: int
+    num_envs: int
+    episode_length: int | None
+    jittable: bool
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
+
+
+__all__ = ["EnvSpec", "Metrics", "PRNGKey", "Step", "Transition", "UserError"]
