@@ -1,0 +1,74 @@
+"""Bandits: one action, one reward, the end. With a known reward, the optimal soft policy exp(r / lam) is known too."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from contraflow.types import EnvSpec, PRNGKey, Step
+
+Reward = Callable[[Float[Array, " a"]], Float[Array, ""]]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """r(a) = level: every policy is optimal and the soft one is uniform on the cube."""
+
+    level: float = 0.0
+
+    def __call__(self, action: Float[Array, " a"]) -> Float[Array, ""]:
+        return jnp.full((), self.level)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """r(a) = 2 lam sum(a): exp(r / lam) is a product of exp(2 a_i) on [-1, 1], each of mean coth(2) - 1/2."""
+
+    lam: float = 1.0
+
+    def __call__(self, action: Float[Array, " a"]) -> Float[Array, ""]:
+        return 2 * self.lam * jnp.sum(action)
+
+
+@dataclass(frozen=True)
+class TwoPeak:
+    """exp(r / lam) = N(a; c, width^2) + N(a; -c, width^2) without their common constant, c = (centre, ..., centre)."""
+
+    lam: float = 1.0
+    centre: float = 0.5
+    width: float = 0.15
+
+    def __call__(self, action: Float[Array, " a"]) -> Float[Array, ""]:
+        squares = jnp.stack([jnp.sum((action - c) ** 2) for c in (self.centre, -self.centre)])
+        return self.lam * jax.nn.logsumexp(-squares / (2 * self.width**2))
+
+
+@dataclass(frozen=True)
+class Bandit:
+    """N one-step episodes at a time: observation 0 always, reward `reward(action)`, terminated after each step.
+
+    `reward` maps one action [dim] in [-1, 1] to a number; it must be hashable, so a frozen dataclass or a function.
+    """
+
+    reward: Reward = Flat()
+    dim: int = 2
+    num_envs: int = 1
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec(1, self.dim, self.num_envs, 1, jittable=True)
+
+    def reset(self, key: PRNGKey) -> tuple[None, Float[Array, "N 1"]]:
+        """Returns (no state, zeros); the key is not used: every episode starts alike."""
+        return None, jnp.zeros((self.num_envs, 1))
+
+    def step(self, state: None, action: Float[Array, "N a"]) -> tuple[None, Step]:
+        """Reward every action [N, dim] and end every episode."""
+        obs = jnp.zeros((self.num_envs, 1))
+        true = jnp.ones(self.num_envs, dtype=bool)
+        return state, Step(obs, obs, jax.vmap(self.reward)(action), true, ~true, true)
+
+
+BANDITS: dict[str, type[Flat | Linear | TwoPeak]] = {"constant": Flat, "linear": Linear, "two-peak": TwoPeak}

@@ -1,0 +1,123 @@
+"""EnvPool: C++ simulators on threads; the default for dm_control, MuJoCo v5, MetaWorld, Adroit and Kitchen tasks."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from contraflow.envs import base
+from contraflow.types import EnvSpec, PRNGKey, Step, UserError
+
+
+class EnvPool:
+    """N copies of one EnvPool task.
+
+    - Dict observations are flattened in sorted key order; the bounds EnvPool declares for them are wrong and unused.
+    - An ended copy is reset within the same `step`, so EnvPool's dummy transition after an end never happens.
+    - `truncated` marks the time limit, `terminated` the task's own end; both are True when they coincide.
+    - EnvPool seeds a pool at construction only, so `reset` builds a new pool, seeded from `seed` and its key.
+
+    Raises UserError when EnvPool is missing, the id is unknown, or its actions are not continuous and bounded.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        num_envs: int = 1,
+        seed: int = 0,
+        *,
+        episode_length: int | None = None,
+        num_threads: int = 0,
+        render: bool = False,
+        render_size: tuple[int, int] = (480, 480),
+        camera: int = -1,
+    ) -> None:
+        """`episode_length` None keeps the task's own limit; `num_threads` 0 means one per core.
+
+        `render_size` is (height, width) of `frame()`; `camera` -1 is the task's default view.
+        """
+        base.check_num_envs(id, num_envs)
+        try:
+            import envpool
+        except ImportError as error:
+            raise UserError(f'environment envpool:{id} needs EnvPool: pip install "contraflow[envpool]"') from error
+        if id not in envpool.list_all_envs():
+            raise base.unknown_id(f"envpool:{id}")
+        self.name, self._seed, self._gl = f"envpool:{id}", seed, None
+        self._make = envpool.make_gymnasium
+        self._settings: dict[str, Any] = {"task_id": id, "num_envs": num_envs, "num_threads": num_threads}
+        if render:
+            height, width = render_size
+            self._gl = _gl_context(width, height)
+            self._settings |= {"render_mode": "rgb_array", "render_width": width, "render_height": height}
+            self._settings |= {"render_camera_id": camera}
+
+        limit = episode_length or int(envpool.make_spec(id).config.max_episode_steps)
+        # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.
+        self._settings["max_episode_steps"] = limit + 1
+        self._pool = self._build(0)
+        self._low, self._high = base.action_bounds(self.name, self._pool.single_action_space)
+        obs_dim = base.flatten(self._pool.reset()[0], num_envs).shape[1]
+        self._spec = EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False)
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self._spec
+
+    def reset(self, key: PRNGKey) -> tuple[None, np.ndarray]:
+        """Start N episodes that depend on the adapter's seed and `key` only; returns (None, obs [N, o])."""
+        self._pool.close()
+        self._pool = self._build(base.derive_seed(self._seed, key))
+        obs = base.flatten(self._pool.reset()[0], self._spec.num_envs)
+        base.check_finite(self.name, obs, np.zeros(1))
+        return None, obs
+
+    def step(self, state: None, action: Any) -> tuple[None, Step]:
+        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once."""
+        n = self._spec.num_envs
+        raw, reward, terminated, truncated, info = self._pool.step(base.rescale(action, self._low, self._high))
+        next_obs, reward = base.flatten(raw, n), np.asarray(reward, np.float32)
+        base.check_finite(self.name, next_obs, reward)
+        truncated = truncated | (info["elapsed_step"] >= self._spec.episode_length)
+        obs, ended = next_obs, np.flatnonzero(terminated | truncated).astype(np.int32)
+        if ended.size:
+            fresh, info = self._pool.reset(ended)
+            obs = next_obs.copy()
+            obs[info["env_id"]] = base.flatten(fresh, ended.size)  # rows come back in the order in which threads finish
+            base.check_finite(self.name, obs, reward)
+        return None, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
+
+    def _build(self, seed: int) -> Any:
+        pool = self._make(seed=seed, **self._settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first look at the spaces complains of EnvPool's own bounds
+            _ = pool.single_observation_space, pool.single_action_space
+        return pool
+
+    def frame(self) -> np.ndarray:
+        """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""
+        if self._gl is None:
+            raise UserError(f"environment {self.name} was built without pictures; construct it with render=True")
+        self._gl.make_current()
+        return np.asarray(self._pool.render(env_ids=0))[0]
+
+    def close(self) -> None:
+        """Release the simulators and the OpenGL context."""
+        self._pool.close()
+        if self._gl is not None:
+            del self._pool  # its renderer must go while the context still exists
+            self._gl.free()
+            self._gl = None
+
+
+def _gl_context(width: int, height: int) -> Any:
+    """An OpenGL context made current: without one EnvPool's renderer aborts the whole process."""
+    base.prefer_egl()
+    try:
+        import mujoco
+
+        context = mujoco.GLContext(width, height)
+        context.make_current()
+    except Exception as error:
+        raise UserError(f"no OpenGL context for rendering ({error}); set MUJOCO_GL=egl and start again") from error
+    return context
