@@ -1,0 +1,41 @@
+"""What every agent is: a frozen dataclass of hyperparameters with three pure methods.
+
+The settings are static under `jit`; everything learned lives in the state, whose leaves are all arrays. No key is ever
+stored: randomness is an argument.
+"""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float
+
+from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
+
+
+class Agent(Protocol):
+    """An algorithm and its settings. `acting` names the fields of the state that `act` reads: what a saved policy holds."""
+
+    @property
+    def acting(self) -> tuple[str, ...]: ...
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> Any:
+        """The first state: networks, targets, optimiser states, step."""
+        ...
+
+    def act(self, state: Any, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """One action in [-1, 1]^a for one observation; `explore` False is the evaluation rule."""
+        ...
+
+    def update(self, state: Any, batch: Transition, key: PRNGKey) -> tuple[Any, Metrics]:
+        """One gradient step on a batch [B]; metrics are scalars."""
+        ...
+
+
+def check_common(gamma: float, tau: float, **positive: float) -> None:
+    """Refuse hyperparameters outside their range with one message that names the field."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is a discount in [0, 1], got {gamma}")
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau is a target-update rate in (0, 1], got {tau}")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")

@@ -1,0 +1,40 @@
+"""Named runs: `contraflow train NAME`. Every agent has a preset of its own name."""
+
+from contraflow.agents import RFM, SAC, SIR
+from contraflow.flow.posterior import MinVariance, Reverse
+from contraflow.flow.proposal import Noise
+from contraflow.flow.solve import Euler
+from contraflow.rl.select import Argmax, Softmax
+from contraflow.rl.temperature import Constant
+from contraflow.train.run import Run
+
+RFM_PAPER = RFM(
+    estimator=Reverse(samples=100, proposal=Noise(), control=MinVariance()),
+    solver=Euler(steps=10),
+    explore=Softmax(32),
+    backup=Softmax(32),
+    exploit=Argmax(32),
+    temperature=Constant(0.02),
+    condition_on_temperature=True,
+    t_min=0.01,
+    gamma=0.99,
+    tau=0.005,
+    width=256,
+    depth=2,
+    embedding=128,
+    actor_lr=3e-4,
+    critic_lr=1e-3,
+    max_grad_norm=10.0,
+)
+
+PRESETS: dict[str, Run] = {
+    "rfm": Run(agent=RFM()),
+    "sac": Run(agent=SAC()),
+    "sir": Run(agent=SIR()),
+    # 2601.08136 and its official code: 250k steps at action repeat 1, one environment, one update per step.
+    "rfm-paper": Run(
+        env="envpool:CheetahRun-v1", agent=RFM_PAPER, steps=250_000, collect=10_000, buffer_size=250_000, eval_episodes=25
+    ),
+    # The main job of `make train`: a few minutes on two cores.
+    "rfm-cartpole": Run(agent=RFM(), steps=60_000, num_envs=8, updates=8, collect=4_000, buffer_size=100_000),
+}

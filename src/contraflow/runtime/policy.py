@@ -1,0 +1,41 @@
+"""A trained policy as a function from observations to actions."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.random as jr
+import numpy as np
+
+from contraflow.train.artifact import load_policy
+from contraflow.train.evaluate import act_batch
+from contraflow.types import EnvSpec, UserError
+
+
+class Policy:
+    """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1].
+
+    Calls are numbered: the noise of a call depends on `seed` and its number only, so that a fresh Policy repeats itself.
+    """
+
+    def __init__(self, agent: Any, spec: EnvSpec, env: str, state: Any, seed: int = 0):
+        self.agent, self.spec, self.env, self.state = agent, spec, env, state
+        self._key, self._calls = jr.key(seed), 0
+
+    def __call__(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
+        obs = np.asarray(obs, np.float32)
+        if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
+            raise UserError(f"this policy takes observations of size {self.spec.obs_dim}, got shape {obs.shape}")
+        self._calls += 1
+        batch = obs if obs.ndim == 2 else obs[None]
+        actions = np.asarray(act_batch(self.agent, self.state, batch, self._key, self._calls, explore))
+        return actions if obs.ndim == 2 else actions[0]
+
+
+def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
+    """The policy in a run folder or a policy folder. Raises UserError if there is none or it is damaged.
+
+    `trust` allows a policy whose agent is code outside the library to import that code.
+    """
+    folder = Path(path)
+    folder = folder / "policy" if (folder / "policy").is_dir() else folder
+    return Policy(*load_policy(folder, trust), seed=seed)

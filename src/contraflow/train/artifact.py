@@ -1,0 +1,72 @@
+"""The policy as a file to share: safetensors for the arrays, JSON for the settings, no pickle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from contraflow.agents import AnyAgent
+from contraflow.config import SCHEMA, from_json, to_json
+from contraflow.types import EnvSpec, UserError
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def save_policy(folder: Path, agent: Any, spec: EnvSpec, env: str, state: Any) -> None:
+    """Write `folder`/model.safetensors and config.json: the fields of the state that `agent.act` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: getattr(state, name) for name in agent.acting}
+    arrays = {name: np.asarray(x) for name, x in _named_leaves(parts).items()}
+    temporary = folder / "model.tmp"
+    save_file(arrays, temporary)
+    temporary.rename(folder / "model.safetensors")
+    config = {"schema": SCHEMA, "env": env, "spec": to_json(spec), "agent": to_json(agent)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, Any]:
+    """(agent, spec, env id, state) of a saved policy; the fields that `act` does not read are zeros.
+
+    Raises UserError naming the first array that is missing or has another shape.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        arrays = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no policy ({Path(error.filename).name} is missing)") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"the policy in {folder} is damaged ({error}); save it again from its run") from None
+    check_schema(config, folder)
+    agent = from_json(config["agent"], AnyAgent, trust, "agent")
+    spec = from_json(config["spec"], EnvSpec, where="spec")
+    shapes = jax.eval_shape(lambda key: agent.init(key, spec), jr.key(0))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    parts = {name: getattr(state, name) for name in agent.acting}
+    wanted = _named_leaves(parts)
+    for name, leaf in wanted.items():
+        if name not in arrays:
+            raise UserError(f"the policy in {folder} lacks the array {name}; it belongs to another agent or version")
+        if arrays[name].shape != leaf.shape:
+            raise UserError(
+                f"the policy in {folder} has {name} of shape {arrays[name].shape}, its settings need {leaf.shape}"
+            )
+    loaded = jax.tree.unflatten(jax.tree.structure(parts), [arrays[name] for name in wanted])
+    for name, part in loaded.items():
+        object.__setattr__(state, name, part)
+    return agent, spec, config["env"], jax.device_put(state)
+
+
+def check_schema(config: dict[str, Any], folder: Path) -> None:
+    """Refuse a file written by a newer release."""
+    schema = config.get("schema")
+    if not isinstance(schema, int):
+        raise UserError(f"{folder} was not written by contraflow (its config.json names no schema)")
+    if schema > SCHEMA:
+        raise UserError(f"{folder} uses schema {schema}, this release reads up to {SCHEMA}: upgrade contraflow")

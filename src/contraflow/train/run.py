@@ -1,0 +1,242 @@
+"""`Run`: the settings of one training run; `train`: the driver around its phases."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+import numpy as np
+
+from contraflow import config as settings
+from contraflow.agents import RFM, AnyAgent
+from contraflow.agents.base import Agent
+from contraflow.envs import make
+from contraflow.envs.base import Env
+from contraflow.train import checkpoint
+from contraflow.train.artifact import check_schema, save_policy
+from contraflow.train.console import Progress
+from contraflow.train.diagnostics import diagnose
+from contraflow.train.evaluate import evaluate
+from contraflow.train.log import Log, TrackerName, read_evaluations
+from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
+from contraflow.train.plot import plot_curve
+from contraflow.types import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One agent on one environment with one seed. All step counts are environment steps summed over `num_envs`."""
+
+    env: str = "envpool:CartpoleSwingup-v1"
+    agent: AnyAgent = field(default_factory=RFM)
+    steps: int = 100_000
+    """Environment steps in all, the random ones included."""
+    collect: int = 5_000
+    """Steps of uniformly random actions before learning starts."""
+    num_envs: int = 1
+    """Environments stepped in parallel."""
+    updates: int = 1
+    """Gradient steps after each step of all environments; updates / num_envs is the update-to-data ratio."""
+    batch_size: int = 256
+    buffer_size: int = 250_000
+    eval_every: int = 10_000
+    eval_episodes: int = 10
+    log_every: int = 1_000
+    seed: int = 0
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+
+    def __post_init__(self):
+        for name in ("steps", "num_envs", "batch_size", "buffer_size", "eval_every", "eval_episodes", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.updates < 0 or self.seed < 0:
+            raise ValueError(f"updates and seed must not be negative, got {self.updates} and {self.seed}")
+        if not 0 < self.collect < self.steps:
+            raise ValueError(f"collect must lie between 0 and steps={self.steps}, got {self.collect}")
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"buffer_size={self.buffer_size} is smaller than num_envs={self.num_envs}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with: its folder, its environment steps, and the returns of the last evaluation."""
+
+    folder: Path
+    steps: int
+    returns: np.ndarray
+    interrupted: bool = False
+
+
+def write_config(run: Run, folder: Path) -> None:
+    from importlib.metadata import version
+
+    data = {"schema": settings.SCHEMA, "version": version("contraflow"), "run": settings.to_json(run)}
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(data, indent=1))
+    temporary.rename(folder / "config.json")
+
+
+def read_config(path: Path, trust: bool = False) -> Run:
+    """The Run of a run folder or of a config.json file. Raises UserError if it is not one of ours."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{file} does not exist; is {path} the folder of a run?")
+    try:
+        data = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from None
+    check_schema(data, path)
+    if "run" not in data:
+        raise UserError(f"{file} does not describe a run")
+    return settings.from_json(data["run"], Run, trust, "run")
+
+
+def train(run: Run, out: str | Path, *, trust: bool = False, quiet: bool = False) -> Result:
+    """Train from the start in the new folder `out`. Raises UserError if `out` already holds something."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already exists: choose another --out, or continue it with `contraflow resume {folder}`")
+    envs = _environments(run, trust)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(run, folder)
+    return _drive(run, folder, envs, None, quiet)
+
+
+def resume(out: str | Path, *, steps: int | None = None, trust: bool = False, quiet: bool = False) -> Result:
+    """Continue the run in `out` from its newest checkpoint, or from the start if it has none; `steps` extends it.
+
+    Bitwise the uninterrupted run for jittable environments; host simulators start new episodes.
+    """
+    folder = Path(out)
+    run = read_config(folder, trust)
+    if steps is not None:
+        if steps < run.steps:
+            raise UserError(f"--steps {steps} is less than the run's own {run.steps}")
+        run = replace(run, steps=steps)
+    envs = _environments(run, trust)
+    if steps is not None:
+        write_config(run, folder)
+    return _drive(run, folder, envs, checkpoint.latest(folder), quiet)
+
+
+def _environments(run: Run, trust: bool) -> tuple[Env, Env]:
+    return (
+        make(run.env, run.num_envs, run.seed, trust=trust),
+        make(run.env, run.eval_episodes, run.seed + 10_000, trust=trust),
+    )
+
+
+def _start(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carry:
+    """The first carry, or the one of checkpoint `step`."""
+    k_init, k_env = jr.split(key)
+    agent: Agent = run.agent
+    spec = env.spec
+    if step is None:
+        learner = jax.jit(lambda k: first_learner(agent, spec, run.buffer_size, k))(k_init)
+        env_state, obs = env.reset(k_env)
+        return Carry(learner, env_state, obs)
+    shapes = jax.eval_shape(lambda k: first_learner(agent, spec, run.buffer_size, k), k_init)
+    if spec.jittable:
+        env_shapes, obs_shape = jax.eval_shape(env.reset, k_env)
+        return checkpoint.load(folder, step, Carry(shapes, env_shapes, obs_shape))
+    learner: Learner = checkpoint.load(folder, step, shapes)
+    env_state, obs = env.reset(jr.fold_in(k_env, step))
+    fresh = Learner(learner.agent, learner.buffer, learner.returns * 0, learner.steps, learner.iteration)
+    return Carry(fresh, env_state, obs)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """The list fills at the first SIGINT or SIGTERM; a second one acts as usual."""
+    received: list[int] = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: signals are the caller's business
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, quiet: bool) -> Result:
+    env, eval_env = envs
+    k_start, k_run, k_eval = jr.split(jr.key(run.seed), 3)
+    carry = _start(run, folder, env, k_start, restored)
+    taken = int(carry.learner.steps)
+    log = Log(folder, run.trackers, settings.to_json(run), taken)
+    history = read_evaluations(folder)
+    clock = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
+    returns = np.zeros(0)
+
+    def save() -> None:
+        checkpoint.save(folder, taken, carry if env.spec.jittable else carry.learner)
+        save_policy(folder / "policy", run.agent, env.spec, run.env, carry.learner.agent)
+
+    if restored is None:
+        save()
+    with _interruptible() as signals, Progress(run, quiet) as progress:
+        while taken < run.steps and not signals:
+            phase = Phase(taken < run.collect, 0 if taken < run.collect else run.updates, run.batch_size)
+            milestone = min(
+                run.collect if phase.random else run.steps,
+                (taken // run.eval_every + 1) * run.eval_every,
+                (taken // run.log_every + 1) * run.log_every,
+            )
+            n = max(1, -(-(milestone - taken) // run.num_envs))
+            before = taken
+            carry, metrics, error = epoch(phase, run.agent, env, carry, k_run, n, lambda: bool(signals))
+            taken = int(carry.learner.steps)
+            if error is None:
+                _check_finite(metrics, before, taken, folder)
+            log.metrics(taken, metrics | {"seconds": time.monotonic() - clock})
+            progress.update(taken, metrics)
+            if error is not None:
+                save()
+                raise UserError(f"{error}; the run is saved: `contraflow resume {folder}` once it is mended")
+            if taken // run.eval_every > before // run.eval_every or taken >= run.steps:
+                state = carry.learner.agent
+                returns = evaluate(run.agent, state, eval_env, k_eval, run.eval_episodes)
+                row = {
+                    "seconds": time.monotonic() - clock,
+                    "return_mean": returns.mean(),
+                    "return_std": returns.std(),
+                    "return_min": returns.min(),
+                    "return_max": returns.max(),
+                }
+                log.evaluation(taken, row)
+                if not phase.random:
+                    batch = carry.learner.buffer.sample(jr.fold_in(k_eval, 1), run.batch_size)
+                    log.metrics(taken, diagnose(run.agent, state, batch, jr.fold_in(k_eval, 2)))
+                progress.evaluated(taken, returns)
+                save()
+        if signals:
+            save()
+    log.close()
+    plot_curve(folder)
+    if not signals and not returns.size and history:
+        returns = np.array([history[-1]["return_mean"]])
+    return Result(folder, taken, returns, bool(signals))
+
+
+def _check_finite(metrics: dict[str, float], before: int, after: int, folder: Path) -> None:
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            raise UserError(
+                f"{name} became {value} between steps {before} and {after}; the last good checkpoint in {folder} is kept: "
+                "lower the learning rate or scale the reward, then resume or start again"
+            )
