@@ -8,10 +8,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "contraflow"
 AGENTS = {"types", "flow", "nets", "rl"}
-TRAIN = AGENTS | {"agents", "envs", "data"}
+TRAIN = AGENTS | {"config", "agents", "envs", "data"}
 TOP = TRAIN | {"train", "runtime", "report", "sample"}
 MAY_IMPORT = {
     "types": set(),
+    "config": {"types"},
     "flow": {"types"},
     "nets": {"types"},
     "rl": {"types", "flow", "nets"},
@@ -24,7 +25,8 @@ MAY_IMPORT = {
     "sample": AGENTS | {"train.log"},
     "presets": TOP,
     "__init__": TOP | {"presets"},
-    "__main__": TOP | {"presets", "__init__"},
+    "cli": TOP | {"presets", "__init__"},
+    "__main__": TOP | {"presets", "cli", "__init__"},
 }
 
 

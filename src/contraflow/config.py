@@ -3,13 +3,21 @@ annotation of the field that holds it, so there is no global table."""
 
 import dataclasses
 import importlib
+import importlib.metadata
+import sys
 import types
 import typing
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from contraflow.types import UserError
 
 SCHEMA = 1
+try:
+    VERSION = importlib.metadata.version("contraflow")
+except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+    VERSION = "0+unknown"
 
 
 def to_json(value: Any) -> Any:
@@ -20,7 +28,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [to_json(v) for v in value]
     if callable(value):
-        return f"{value.__module__}:{value.__qualname__}"
+        return f"{_module(value)}:{value.__qualname__}"
     return value
 
 
@@ -60,7 +68,7 @@ def import_path(path: str, trust: bool) -> Any:
         raise UserError(f"cannot import {path}: {error}; is the module on PYTHONPATH?") from None
 
 
-def suggest(name: str, known: typing.Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """A `did you mean` for a mistyped name, or the list of what there is."""
     import difflib
 
@@ -71,7 +79,13 @@ def suggest(name: str, known: typing.Iterable[str]) -> str:
 
 def _kind(cls: type) -> str:
     inside = cls.__module__.split(".")[0] == "contraflow"
-    return cls.__name__ if inside else f"{cls.__module__}:{cls.__qualname__}"
+    return cls.__name__ if inside else f"{_module(cls)}:{cls.__qualname__}"
+
+
+def _module(value: Any) -> str:
+    """The module to import `value` from; the name of its file for what the script that is running defines."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).stem if value.__module__ == "__main__" and file else value.__module__
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -1,8 +1,8 @@
 """Named runs: `contraflow train NAME`. Every agent has a preset of its own name."""
 
 from contraflow.agents import RFM, SAC, SIR
-from contraflow.flow.posterior import MinVariance, Reverse
-from contraflow.flow.proposal import Noise
+from contraflow.flow.posterior import Fixed, MinVariance, Reverse
+from contraflow.flow.proposal import Mixture, Noise
 from contraflow.flow.solve import Euler
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Constant
@@ -33,8 +33,29 @@ PRESETS: dict[str, Run] = {
     "sir": Run(agent=SIR()),
     # 2601.08136 and its official code: 250k steps at action repeat 1, one environment, one update per step.
     "rfm-paper": Run(
-        env="envpool:CheetahRun-v1", agent=RFM_PAPER, steps=250_000, collect=10_000, buffer_size=250_000, eval_episodes=25
+        env="envpool:CheetahRun-v1",
+        agent=RFM_PAPER,
+        steps=250_000,
+        collect=10_000,
+        buffer_size=250_000,
+        eval_episodes=25,
     ),
     # The main job of `make train`: a few minutes on two cores.
-    "rfm-cartpole": Run(agent=RFM(), steps=60_000, num_envs=8, updates=8, collect=4_000, buffer_size=100_000),
+    "rfm-cartpole": Run(
+        env="envpool:CartpoleSwingup-v1",
+        agent=RFM(
+            estimator=Reverse(16, Mixture(), Fixed(0.0)),
+            backup=Softmax(4),
+            tau=0.02,
+            embedding=32,
+            decay_steps=68_000,
+        ),
+        steps=140_000,
+        collect=4_000,
+        num_envs=8,
+        updates=4,
+        buffer_size=140_000,
+        eval_every=20_000,
+        log_every=2_000,
+    ),
 }

@@ -32,7 +32,7 @@ class Transition(eqx.Module):
 class Step(eqx.Module):
     """What an environment returns for N parallel copies; NumPy arrays on the host, JAX arrays on a device.
 
-    `next_obs` is the true successor; `obs` is what to act on next (differs from `next_obs` only after an episode ended).
+    `next_obs` is the true successor; `obs` is what to act on next (another one only after an episode ended).
     Rows with `valid` False are the dummy steps of a NEXT_STEP autoreset: they are not stored and not counted.
     """
 

@@ -1,4 +1,4 @@
-"""The agents. `AGENTS` is the only registry: it serves the command line; a script passes its own dataclass to `train`."""
+"""The agents. `AGENTS` is the only registry: it serves the command line; a script passes its own to `train`."""
 
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC

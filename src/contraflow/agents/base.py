@@ -4,18 +4,18 @@ The settings are static under `jit`; everything learned lives in the state, whos
 stored: randomness is an argument.
 """
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
+@runtime_checkable
 class Agent(Protocol):
-    """An algorithm and its settings. `acting` names the fields of the state that `act` reads: what a saved policy holds."""
+    """An algorithm and its settings. `acting` names the fields of the state that `act` reads and a policy file holds."""
 
-    @property
-    def acting(self) -> tuple[str, ...]: ...
+    acting: ClassVar[tuple[str, ...]]
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> Any:
         """The first state: networks, targets, optimiser states, step."""

@@ -1,8 +1,8 @@
 """Reverse Flow Matching (arXiv 2601.08136): a flow policy for exp(Q / lambda), trained without samples of it.
 
-The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, tanh u) / lambda) times the
-tanh Jacobian, estimated by importance sampling with a Stein control variate. `RFM()` is our default; the official settings
-are the preset `rfm-paper`. Noise-expectation and gradient-expectation methods are `control=Fixed(0)` and `Fixed(1)`.
+The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, tanh u) / lambda) times
+the tanh Jacobian, estimated by importance sampling with a Stein control variate. `RFM()` is our default; the official
+settings are the preset `rfm-paper`. Noise- and gradient-expectation methods are `control=Fixed(0)` and `Fixed(1)`.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from contraflow.flow.loss import matching_loss
 from contraflow.flow.path import Linear, Path
 from contraflow.flow.posterior import Estimator, Fixed, Reverse
 from contraflow.flow.proposal import Mixture
-from contraflow.flow.solve import Euler, ODESolver
+from contraflow.flow.solve import Midpoint, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.energy import boltzmann
-from contraflow.rl.optim import clipped_adam, descend
+from contraflow.rl.optim import clipped_adam, descend, start
 from contraflow.rl.select import Argmax, Selector, Softmax
-from contraflow.rl.td import fit_critic, polyak, td_target
+from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -42,14 +42,14 @@ class RFMState(eqx.Module):
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update: 2 n S actor calls (next and current action, n particles, S solver steps) and K critic calls per sample
-    (with gradients unless the control is Fixed(0)). Per action: n S actor calls and n critic calls."""
+    """Per update and sample: 2 n F actor calls (next and current action, n particles, F evaluations of the solver) and K
+    critic calls, with gradients unless the control is Fixed(0). Per action: n F actor calls and n critic calls."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step")
 
     path: Path = Linear()
     estimator: Estimator = Reverse(samples=32, proposal=Mixture(), control=Fixed(0.0))
-    solver: ODESolver = Euler(steps=10)
+    solver: ODESolver = Midpoint(steps=3)
     explore: Selector = Softmax(particles=8)
     """Acting during training: how one of n particles is picked by Q / behaviour temperature."""
     backup: Selector = Softmax(particles=8)
@@ -76,6 +76,8 @@ class RFM:
     normalise_critic: bool = False
     actor_lr: float = 3e-4
     critic_lr: float = 1e-3
+    decay_steps: int | None = None
+    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
     max_grad_norm: float | None = 10.0
 
     def __post_init__(self):
@@ -88,12 +90,18 @@ class RFM:
         cond = spec.obs_dim + self.embedding * self.condition_on_temperature
         actor = Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=k_actor)
         critic = QEnsemble(
-            self.num_q, spec.obs_dim, spec.action_dim, self.width, self.depth, normalise=self.normalise_critic, key=k_critic
+            self.num_q,
+            spec.obs_dim,
+            spec.action_dim,
+            self.width,
+            self.depth,
+            normalise=self.normalise_critic,
+            key=k_critic,
         )
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
-        critic_opt = jax.vmap(self._critic_tx.init)(critic.members)
-        return RFMState(actor, critic, target, self._actor_tx.init(actor), critic_opt, jnp.zeros((), jnp.int32))
+        critic_opt = start_critic(self._critic_tx, critic)
+        return RFMState(actor, critic, target, start(self._actor_tx, actor), critic_opt, jnp.zeros((), jnp.int32))
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         lam = (self.behaviour or self.temperature)(state.step)
@@ -179,8 +187,8 @@ class RFM:
 
     @property
     def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm)
+        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
 
     @property
     def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm)
+        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

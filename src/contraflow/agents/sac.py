@@ -13,8 +13,8 @@ from contraflow.agents.base import check_common
 from contraflow.flow.density import log_normal, log_sech2
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLP
-from contraflow.rl.optim import clipped_adam, descend
-from contraflow.rl.td import fit_critic, polyak, td_target
+from contraflow.rl.optim import clipped_adam, descend, start
+from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -49,6 +49,8 @@ class SAC:
     actor_lr: float = 3e-4
     critic_lr: float = 1e-3
     alpha_lr: float = 3e-4
+    decay_steps: int | None = None
+    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
     max_grad_norm: float | None = None
 
     def __post_init__(self):
@@ -61,12 +63,18 @@ class SAC:
         k_actor, k_critic = jr.split(key)
         actor = MLP(spec.obs_dim, 2 * spec.action_dim, self.width, self.depth, key=k_actor)
         critic = QEnsemble(
-            self.num_q, spec.obs_dim, spec.action_dim, self.width, self.depth, normalise=self.normalise_critic, key=k_critic
+            self.num_q,
+            spec.obs_dim,
+            spec.action_dim,
+            self.width,
+            self.depth,
+            normalise=self.normalise_critic,
+            key=k_critic,
         )
         log_alpha = jnp.log(jnp.asarray(self.init_alpha))
         return SACState(
-            actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, self._actor_tx.init(actor),
-            jax.vmap(self._critic_tx.init)(critic.members), self._alpha_tx.init(log_alpha), jnp.zeros((), jnp.int32),
+            actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, start(self._actor_tx, actor),
+            start_critic(self._critic_tx, critic), start(self._alpha_tx, log_alpha), jnp.zeros((), jnp.int32),
         )  # fmt: skip
 
     def act(self, state: SACState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
@@ -99,7 +107,9 @@ class SAC:
         actor, actor_opt, loss, grad_norm = descend(self._actor_tx, actor_loss, state.actor, state.actor_opt)
 
         # 3. Entropy coefficient: its gradient in log alpha is the gap between entropy and target.
-        entropy = -jnp.mean(jax.vmap(lambda o, k: self._sample(state.actor, o, k)[1])(batch.obs, jax.vmap(jr.clone)(keys)))
+        entropy = -jnp.mean(
+            jax.vmap(lambda o, k: self._sample(state.actor, o, k)[1])(batch.obs, jax.vmap(jr.clone)(keys))
+        )
         wanted = -batch.action.shape[-1] if self.target_entropy is None else self.target_entropy
         log_alpha, alpha_opt, _, _ = descend(
             self._alpha_tx, lambda log_alpha: log_alpha * (entropy - wanted), state.log_alpha, state.alpha_opt
@@ -127,11 +137,11 @@ class SAC:
 
     @property
     def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm)
+        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
 
     @property
     def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm)
+        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)
 
     @property
     def _alpha_tx(self):

@@ -16,7 +16,7 @@ from contraflow.agents.base import check_common
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.optim import clipped_adam
 from contraflow.rl.select import Argmax, Selector, Softmax
-from contraflow.rl.td import fit_critic, polyak, td_target
+from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -48,6 +48,8 @@ class SIR:
     num_q: int = 2
     normalise_critic: bool = False
     critic_lr: float = 1e-3
+    decay_steps: int | None = None
+    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
     max_grad_norm: float | None = 10.0
 
     def __post_init__(self):
@@ -58,7 +60,7 @@ class SIR:
             self.num_q, spec.obs_dim, spec.action_dim, self.width, self.depth, normalise=self.normalise_critic, key=key
         )
         target = jax.tree.map(jnp.copy, critic)
-        opt = jax.vmap(self._tx.init)(critic.members)
+        opt = start_critic(self._tx, critic)
         return SIRState(critic, target, opt, jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32))
 
     def act(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
@@ -76,12 +78,14 @@ class SIR:
     def _pick(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
         k_action, k_pick = jr.split(key)
         shape = (selector.particles, *state.action.shape)
-        actions = 2.0 * jr.beta(k_action, self.base, self.base, shape) - 1.0 if self.base != 1 else jr.uniform(
-            k_action, shape, minval=-1.0, maxval=1.0
+        actions = (
+            2.0 * jr.beta(k_action, self.base, self.base, shape) - 1.0
+            if self.base != 1
+            else jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
         )
         score = jax.vmap(lambda a: state.critic.min(obs, a))(actions) / self.temperature(state.step)
         return actions[selector(k_pick, score)]
 
     @property
     def _tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm)
+        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

@@ -5,6 +5,7 @@ The simulators are optional packages; each is imported when an environment of it
 
 import contextlib
 import importlib
+from collections.abc import Callable
 
 from contraflow.envs.bandit import BANDITS, Bandit
 from contraflow.envs.base import Env, check_num_envs, unknown_id
@@ -98,8 +99,8 @@ def _gym_ids() -> list[str]:
     return sorted(small | mujoco | suite - {"dm_control/compatibility-env-v0"})
 
 
-def _load(id: str) -> type:
-    """The class behind `package.module:Class`."""
+def _load(id: str) -> Callable[..., Env]:
+    """The class (or function) behind `package.module:Class`."""
     module, _, name = id.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

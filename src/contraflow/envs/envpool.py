@@ -67,6 +67,7 @@ class EnvPool:
     def reset(self, key: PRNGKey) -> tuple[None, np.ndarray]:
         """Start N episodes that depend on the adapter's seed and `key` only; returns (None, obs [N, o])."""
         self._pool.close()
+        del self._pool  # two pools at once would double the memory, some 30 MiB per copy of a MuJoCo task
         self._pool = self._build(base.derive_seed(self._seed, key))
         obs = base.flatten(self._pool.reset()[0], self._spec.num_envs)
         base.check_finite(self.name, obs, np.zeros(1))

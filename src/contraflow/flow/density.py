@@ -33,7 +33,7 @@ def log_sech2(u: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return -2.0 * (jnp.logaddexp(u, -u) - jnp.log(2.0))
 
 
-def log_normal(x: Vector, mean: Vector, std: Scalar) -> Scalar:
+def log_normal(x: Vector, mean: Vector, std: Scalar | Vector) -> Scalar:
     """log N(x; mean, std^2 I)."""
     return norm.logpdf(x, mean, std).sum()
 

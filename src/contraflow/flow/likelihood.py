@@ -54,7 +54,7 @@ def log_likelihood(
     source_scale: float = 1.0,
     key: PRNGKey | None = None,
 ) -> tuple[Scalar, Vector]:
-    """(log p(x1), x0) for x1 [d] at time t1, with x_{t0} ~ N(0, source_scale^2 I). Differentiable in x1 and in `drift`."""
+    """(log p(x1), x0) for x1 [d] at time t1, with x_{t0} ~ N(0, source_scale^2 I). Differentiable in x1 and `drift`."""
 
     def augmented(state: Vector, t: Scalar) -> Vector:
         x = state[:-1]

@@ -1,6 +1,6 @@
-"""Paths x_t = alpha_t x1 + beta_t x0 from noise (t = 0, x0 ~ N(0, I)) to data (t = 1), and every conversion between them.
+"""Paths x_t = alpha_t x1 + beta_t x0 from noise (t = 0, x0 ~ N(0, I)) to data (t = 1), and all their conversions.
 
-One posterior mean in four guises, with D_t = alpha'_t beta_t - alpha_t beta'_t > 0 (the conversions are linear and exact):
+One posterior mean in four guises, with D_t = alpha'_t beta_t - alpha_t beta'_t > 0 (conversions are linear and exact):
 
     velocity v = alpha' E[x1] + beta' E[x0],   x1 = (beta v - beta' x_t) / D,   x0 = (alpha' x_t - alpha v) / D,
     score = -E[x0] / beta.
@@ -88,7 +88,7 @@ class AbstractPath:
         return 2.0 * (jnp.log(self.alpha(t)) - jnp.log(self.beta(t)))
 
     def inverse_log_snr(self, log_snr: Scalar) -> Scalar:
-        """The t in [0, 1] with the given log signal-to-noise ratio, by bisection (paths override with a closed form)."""
+        """The t in [0, 1] with the given log signal-to-noise ratio, by bisection (some paths have a closed form)."""
 
         def halve(_, bounds):
             low, high = bounds

@@ -1,4 +1,4 @@
-"""Estimators of the posterior mean E[x1 | x_t], from which every regression target of a flow or diffusion model follows.
+"""Estimators of the posterior mean E[x1 | x_t], from which all regression targets of flow and diffusion models follow.
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
 (Reverse Flow Matching, 2601.08136). `FromData` needs samples of it (flow matching).
@@ -48,12 +48,12 @@ class Fixed:
 
     def __call__(self, w: Weights, x: Candidates, s: Candidates, eta_per_c: Scalar) -> tuple[Vector, Vector]:
         c = self.eta / eta_per_c
-        return w @ (x + c * s), jnp.full(x.shape[1:], self.eta)
+        return w @ (x + c * s), jnp.full(x.shape[1:], self.eta, x.dtype)
 
 
 @dataclass(frozen=True)
 class MinVariance:
-    """The control weight that minimises the delta-method variance of the self-normalised estimate (2601.08136, prop. 2).
+    """The control weight of least delta-method variance of the self-normalised estimate (2601.08136, prop. 2).
 
     With x~ = x - sum w x and s~ = s (or s - sum w s if `centred`), both weighted by w^2:
     diagonal c_j = -<x~_j s~_j> / (<s~_j^2> + ridge); isotropic the same with inner products over dimensions; full
@@ -82,8 +82,8 @@ class MinVariance:
 
     def __call__(self, w: Weights, x: Candidates, s: Candidates, eta_per_c: Scalar) -> tuple[Vector, Vector]:
         x_mean, s_mean = w @ x, w @ s
-        dx = x - x_mean
-        ds = s - s_mean if self.centred else s
+        dx = x - x_mean[None]
+        ds = s - s_mean[None] if self.centred else s
         w2 = (w**2)[:, None]
         dim = x.shape[1]
         if self.shape == "full":
@@ -143,7 +143,7 @@ class Reverse:
         else:
             log_p, grad = jax.vmap(log_pi)(x), jnp.zeros_like(x)
         w = jax.nn.softmax(log_p + self._log_likelihood_ratio(path, x, x_t, t, support))
-        x0 = (x_t - a * x) / b
+        x0 = (x_t[None] - a * x) / b
         mean, eta = self.control(w, x, a / b * x0 + grad, (a / b) ** 2)
         return Posterior(mean, eta, 1.0 / jnp.sum(w**2))
 

@@ -77,7 +77,7 @@ class TruncatedNoise:
 
 def _log_quantile(log_p: Vector) -> Vector:
     """z with log Phi(z) = log_p, also where exp(log_p) underflows."""
-    # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function, so steps never overshoot.
+    # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function: no step overshoots.
     z = -jnp.sqrt(-2.0 * log_p)
     for _ in range(5):
         z = z - (norm.logcdf(z) - log_p) * jnp.exp(norm.logcdf(z) - norm.logpdf(z))
@@ -102,8 +102,9 @@ class UniformAction:
 class Particles:
     """Kernel density on `support` (say, policy samples), conditioned on x_t in closed form.
 
-    Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I) with
-    V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2), pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2).
+    Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I),
+    V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2),
+    pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2).
     """
 
     width: float = 0.3
@@ -119,7 +120,7 @@ class Particles:
         a, b, h = path.alpha(t), path.beta(t), self.width
         # Written without division by beta, which may be tiny at t near 1.
         var = (b * h) ** 2 / (b**2 + (a * h) ** 2)
-        means = (b**2 * support + h**2 * a * x_t) / (b**2 + (a * h) ** 2)
+        means = jax.vmap(lambda u: (b**2 * u + h**2 * a * x_t) / (b**2 + (a * h) ** 2))(support)
         log_pi = jax.vmap(lambda u: log_normal(x_t, a * u, jnp.sqrt(b**2 + (a * h) ** 2)))(support)
         return jax.nn.log_softmax(log_pi), means, jnp.sqrt(var)
 

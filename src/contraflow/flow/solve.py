@@ -1,7 +1,7 @@
 """Fixed-step solvers: policies need a known number of network evaluations, `jit`, `vmap` and gradients.
 
-`solver(drift, x, t0, t1, key=None) -> x1`, with drift(x [d], t []) -> [d]. `order` is the declared order of convergence;
-`nfe` the number of drift evaluations.
+`solver(drift, x, t0, t1, key=None) -> x1`, with drift(x [d], t []) -> [d]. `order` is the declared order of
+convergence; `nfe` the number of drift evaluations.
 """
 
 from collections.abc import Callable

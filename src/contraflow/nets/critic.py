@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
@@ -47,15 +48,22 @@ class Critic(eqx.Module):
 
 
 class QEnsemble(eqx.Module):
-    """m critics with stacked parameters: independent initialisations, evaluated at once."""
+    """m critics with stacked parameters and independent initialisations.
+
+    Evaluation is unrolled over the members: on a CPU one matrix product after another is twice as fast as one batched
+    product, and m is small.
+    """
 
     members: Critic
+    num: int = eqx.field(static=True)
 
     def __init__(self, num: int, obs: int, action: int, width: int, depth: int, *, key: PRNGKey, **kwargs):
         self.members = jax.vmap(lambda k: Critic(obs, action, width, depth, key=k, **kwargs))(jr.split(key, num))
+        self.num = num
 
     def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " m"]:
-        return jax.vmap(lambda q: q(obs, action))(self.members)
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], self.members) for i in range(self.num)]
+        return jnp.stack([member(obs, action) for member in each])
 
     def min(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, ""]:
         """min_i Q_i(s, a)."""

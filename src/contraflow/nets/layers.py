@@ -17,43 +17,47 @@ def activation_function(name: Activation) -> Callable[[Float[Array, "*s"]], Floa
     return {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}[name]
 
 
-def _orthogonal(key: PRNGKey, out: int, into: int) -> Float[Array, "out into"]:
-    return jax.nn.initializers.orthogonal(2.0**0.5)(key, (into, out)).T
+def _orthogonal(key: PRNGKey, into: int, out: int) -> Float[Array, "into out"]:
+    return jax.nn.initializers.orthogonal(2.0**0.5)(key, (into, out))
 
 
 class Linear(eqx.Module):
-    """y = W x + b; W orthogonal with gain sqrt 2, b zero."""
+    """y = x W + b; W orthogonal with gain sqrt 2, b zero.
 
-    weight: Float[Array, "out into"]
+    W is [into, out] and multiplies from the right: under `vmap` that keeps batches leading, twice as fast on a CPU as
+    W x, which puts them last.
+    """
+
+    weight: Float[Array, "into out"]
     bias: Float[Array, " out"]
 
     def __init__(self, into: int, out: int, *, key: PRNGKey):
-        self.weight = _orthogonal(key, out, into)
+        self.weight = _orthogonal(key, into, out)
         self.bias = jnp.zeros(out)
 
     def __call__(self, x: Float[Array, " into"]) -> Float[Array, " out"]:
-        return self.weight @ x + self.bias
+        return x @ self.weight + self.bias
 
 
 class SplitLinear(eqx.Module):
-    """y = sum_i W_i x_i + b, one weight per input and the same law as one `Linear` on their concatenation.
+    """y = sum_i x_i W_i + b, one weight per input and the same law as one `Linear` on their concatenation.
 
     Under `vmap` over one input only (particles of one observation, samples at one time), the terms of the others are
     computed once: 1.3 to 1.45 times faster sampling than concatenation.
     """
 
-    weights: tuple[Float[Array, "out _"], ...]
+    weights: tuple[Float[Array, "_ out"], ...]
     bias: Float[Array, " out"]
 
     def __init__(self, into: tuple[int, ...], out: int, *, key: PRNGKey):
         ends = [sum(into[: i + 1]) for i in range(len(into) - 1)]
-        self.weights = tuple(jnp.split(_orthogonal(key, out, sum(into)), ends, axis=1))
+        self.weights = tuple(jnp.split(_orthogonal(key, sum(into), out), ends, axis=0))
         self.bias = jnp.zeros(out)
 
     def __call__(self, *xs: Float[Array, " _"]) -> Float[Array, " out"]:
         y = self.bias
         for weight, x in zip(reversed(self.weights), reversed(xs), strict=True):
-            y = y + weight @ x  # last inputs first: conditions before the particle, so that their sum is shared too
+            y = y + x @ weight  # last inputs first: conditions before the particle, so that their sum is shared too
         return y
 
 

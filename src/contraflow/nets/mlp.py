@@ -15,9 +15,7 @@ class MLP(eqx.Module):
     last: Linear
     activation: Activation = eqx.field(static=True)
 
-    def __init__(
-        self, into: int, out: int, width: int, depth: int, *, activation: Activation = "relu", key: PRNGKey
-    ):
+    def __init__(self, into: int, out: int, width: int, depth: int, *, activation: Activation = "relu", key: PRNGKey):
         k_last, *k_hidden = jr.split(key, depth + 1)
         sizes = (into,) + (width,) * (depth - 1)
         self.hidden = tuple(Linear(size, width, key=k) for size, k in zip(sizes, k_hidden, strict=True))

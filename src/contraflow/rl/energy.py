@@ -8,7 +8,9 @@ from jaxtyping import Array, Float
 from contraflow.flow.density import LogDensity, log_sech2
 
 
-def boltzmann(q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""], base: float = 1.0) -> LogDensity:
+def boltzmann(
+    q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""], base: float = 1.0
+) -> LogDensity:
     """log pi(u) = Q(tanh u) / lam + base * sum_j log sech^2 u_j (2601.08136, section 4).
 
     base = 1 is exactly exp(Q / lam) over actions a in (-1, 1)^d; base < 1 favours the faces of the box.

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from contraflow.nets.critic import QEnsemble
-from contraflow.rl.optim import descend
+from contraflow.rl.optim import descend, start
 from contraflow.types import Transition
 
 
@@ -16,12 +16,17 @@ def td_target(batch: Transition, next_value: Float[Array, " B"], gamma: float) -
     return batch.reward + gamma * jnp.where(batch.terminated, 0.0, next_value)
 
 
+def start_critic(tx: optax.GradientTransformation, critic: QEnsemble) -> PyTree:
+    """One optimiser state per member."""
+    return jax.vmap(lambda member: start(tx, member))(critic.members)
+
+
 def fit_critic(
     tx: optax.GradientTransformation, critic: QEnsemble, opt_state: PyTree, batch: Transition, y: Float[Array, " B"]
 ) -> tuple[QEnsemble, PyTree, Float[Array, ""], Float[Array, ""]]:
     """One step on mean_b (Q_i(s_b, a_b) - y_b)^2 for every member i on its own: gradients are clipped member by member.
 
-    `opt_state` comes from `jax.vmap(tx.init)(critic.members)`. Returns (critic, opt_state, mean loss, mean gradient norm).
+    `opt_state` comes from `start_critic`. Returns (critic, opt_state, mean loss, mean gradient norm).
     """
 
     def step(member, opt_state):

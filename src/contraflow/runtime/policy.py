@@ -21,7 +21,7 @@ class Policy:
         self.agent, self.spec, self.env, self.state = agent, spec, env, state
         self._key, self._calls = jr.key(seed), 0
 
-    def __call__(self, obs: np.ndarray, explore: bool = False) -> np.ndarray:
+    def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
         if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
             raise UserError(f"this policy takes observations of size {self.spec.obs_dim}, got shape {obs.shape}")

@@ -36,14 +36,17 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, A
 
     Raises UserError naming the first array that is missing or has another shape.
     """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no policy ({name} is missing); give the folder of a run or its policy/")
     try:
         config = json.loads((folder / "config.json").read_text())
         arrays = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no policy ({Path(error.filename).name} is missing)") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"the policy in {folder} is damaged ({error}); save it again from its run") from None
     check_schema(config, folder)
+    if not {"agent", "spec", "env"} <= set(config):
+        raise UserError(f"{folder} does not describe a policy; give the folder of a run or its policy/")
     agent = from_json(config["agent"], AnyAgent, trust, "agent")
     spec = from_json(config["spec"], EnvSpec, where="spec")
     shapes = jax.eval_shape(lambda key: agent.init(key, spec), jr.key(0))
@@ -63,9 +66,9 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, A
     return agent, spec, config["env"], jax.device_put(state)
 
 
-def check_schema(config: dict[str, Any], folder: Path) -> None:
-    """Refuse a file written by a newer release."""
-    schema = config.get("schema")
+def check_schema(config: Any, folder: Path) -> None:
+    """Refuse a file that is not ours, or written by a newer release."""
+    schema = config.get("schema") if isinstance(config, dict) else None
     if not isinstance(schema, int):
         raise UserError(f"{folder} was not written by contraflow (its config.json names no schema)")
     if schema > SCHEMA:

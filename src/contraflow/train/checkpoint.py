@@ -5,26 +5,32 @@ environment. Orbax writes to a temporary folder and renames it, so a killed proc
 """
 
 import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from contraflow.types import UserError
 
 KEEP = 2
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
+def _manager(folder: Path) -> Any:
+    import orbax.checkpoint as ocp  # here, because it takes as long to import as everything else together
+
     options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options)
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _to_saved(tree: PyTree) -> list[Any]:
@@ -33,17 +39,29 @@ def _to_saved(tree: PyTree) -> list[Any]:
 
 
 def save(folder: Path, step: int, tree: PyTree) -> None:
-    """Write `tree` as the checkpoint of environment step `step`. Raises UserError when the disk is full."""
-    try:
-        with _manager(folder) as manager:
+    """Write `tree` as the checkpoint of environment step `step`, if that is not there yet."""
+    import orbax.checkpoint as ocp
+
+    with _manager(folder) as manager:
+        if step not in manager.all_steps():
             manager.save(step, args=ocp.args.StandardSave(_to_saved(tree)), force=True)
-    except Exception as error:
-        if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise UserError(
-                f"the disk is full: checkpoint {step} was not written to {folder}; free some space and run "
-                f"`contraflow resume {folder}`"
-            ) from None
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turn what comes of a full disk (or quota, or file limit), by whatever library, into a UserError."""
+    try:
+        yield
+    except UserError:
         raise
+    except Exception as error:
+        reasons = [os.strerror(n) for n in FULL if getattr(error, "errno", None) == n or os.strerror(n) in str(error)]
+        if not reasons:
+            raise
+        raise UserError(
+            f"the disk is full ({reasons[0].lower()}): what {folder} holds up to its last checkpoint is kept; free some "
+            f"space and run `contraflow resume {folder}`"
+        ) from None
 
 
 def latest(folder: Path) -> int | None:
@@ -61,6 +79,8 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
         jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for leaf in leaves
     ]
+    import orbax.checkpoint as ocp
+
     try:
         with _manager(folder) as manager:
             saved = manager.restore(step, args=ocp.args.StandardRestore(wanted))

@@ -1,44 +1,74 @@
-"""The progress bar."""
+"""What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+QUIET_SECONDS = 20.0  # between two plain lines
 
 
 class Progress:
     """Steps, return, steps per second, time left; one line per evaluation above it."""
 
-    def __init__(self, run: Any, quiet: bool):
-        self._run = run
-        self._console = Console(quiet=quiet)
+    def __init__(self, run: Any, folder: Path, taken: int, quiet: bool):
+        self._run, self._folder = run, folder
+        self._taken = self._first = taken
+        self._console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+        self._live = self._console.is_terminal and not quiet
+        self._state = "collecting"
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.description:<15}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(compact=True),
             console=self._console,
-            disable=quiet,
+            disable=not self._live,
+            expand=True,
         )
 
     def __enter__(self) -> "Progress":
+        run = self._run
+        at = f", from step {self._first:,}" if self._first else ""
+        self.note(
+            f"{type(run.agent).__name__} on {run.env}, {run.steps:,} steps{at}, seed {run.seed}, in {self._folder}"
+        )
+        self._started = self._spoke = time.monotonic()
         self._bar.start()
-        self._task = self._bar.add_task("collecting", total=self._run.steps, speed="")
+        self._task = self._bar.add_task(self._state, total=run.steps, completed=self._first, speed="compiling")
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._bar.stop()
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text)
+
     def update(self, steps: int, metrics: dict[str, float]) -> None:
-        task = self._bar.tasks[0]
-        speed = f"{task.speed:.0f} steps/s" if task.speed else ""
-        text = f"return {metrics['return']:.1f}" if "return" in metrics else task.description
-        self._bar.update(self._task, completed=min(steps, self._run.steps), description=text, speed=speed)
+        """`steps` taken so far; `metrics` of the last of them."""
+        now, run = time.monotonic(), self._run
+        self._taken = steps
+        if "return" in metrics:
+            self._state = f"return {metrics['return']:.1f}"
+        elif self._state == "collecting" and steps > run.collect:
+            self._state = "learning"
+        rate = (steps - self._first) / max(now - self._started, 1e-9)
+        task = self._bar.tasks[self._task]
+        speed = f"{task.speed or rate:,.0f} steps/s"
+        self._bar.update(self._task, completed=min(steps, run.steps), description=self._state, speed=speed)
+        if not self._live and now - self._spoke > QUIET_SECONDS:
+            self._spoke = now
+            left = max(run.steps - steps, 0) / max(rate, 1e-9)
+            self.note(f"step {steps:>9,}  {self._state:<15} {rate:,.0f} steps/s, {left / 60:.0f} min left")
 
     def evaluated(self, steps: int, returns: np.ndarray) -> None:
-        self._console.print(
-            f"step {steps:>9,}  evaluation return {returns.mean():8.1f}  (min {returns.min():.1f}, max {returns.max():.1f})"
-        )
+        low, high = returns.min(), returns.max()
+        self.note(f"step {steps:>9,}  evaluation return {returns.mean():8.1f}  (min {low:.1f}, max {high:.1f})")

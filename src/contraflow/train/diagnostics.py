@@ -41,8 +41,8 @@ def _action_law(agent: Agent, state: Any, obs: Float[Array, "B o"], key: PRNGKey
     keys = jr.split(key, (obs.shape[0], 128))
     actions = jax.vmap(lambda o, ks: jax.vmap(lambda k: agent.act(state, o, k, True))(ks))(obs, keys)
     width = 2.0 / 32
-    bins = jnp.clip(jnp.floor((actions + 1.0) / width), 0, 31)
-    share = jnp.mean(bins[..., None] == jnp.arange(32.0), axis=1)  # [B, a, 32]
+    bins = jnp.clip(jnp.floor((actions + 1.0) / width), 0, 31).astype(jnp.int32)
+    share = jnp.mean(jax.nn.one_hot(bins, 32), axis=1)  # [B, a, 32]
     entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12) / width), axis=-1)
     return {
         "action_mean": actions.mean(),
@@ -63,7 +63,9 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
     def at(t, obs, x0, x1, support, key_repeat, key_reference):
         x_t = agent.path.perturb(x0, x1, t)
         log_pi = boltzmann(lambda a: state.critic.min(obs, a), lam, agent.base)
-        post = jax.vmap(lambda k: agent.estimator(k, agent.path, log_pi, x_t, t, support))(jr.split(key_repeat, REPEATS))
+        post = jax.vmap(lambda k: agent.estimator(k, agent.path, log_pi, x_t, t, support))(
+            jr.split(key_repeat, REPEATS)
+        )
         exact = REFERENCE(key_reference, agent.path, log_pi, x_t, t).mean
         return post.ess.mean(), post.eta.mean(), jnp.mean((post.mean.mean(0) - exact) ** 2)
 

@@ -1,7 +1,10 @@
 """Records of a run: `metrics.jsonl` and `eval.csv` always, trackers on request."""
 
 import csv
+import importlib
+import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,10 +19,11 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path, config: dict[str, Any], step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        # What an earlier process recorded after the restored checkpoint is not shown.
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -34,11 +38,7 @@ class _Remote:
     """W&B, and Trackio, which keeps its interface."""
 
     def __init__(self, module: TrackerName, folder: Path, config: dict[str, Any]):
-        try:
-            client = __import__(module)
-        except ImportError:
-            raise UserError(f'tracker {module} is not installed: pip install "contraflow[{module}]"') from None
-        self._client = client
+        self._client = client = importlib.import_module(module)
         client.init(project="contraflow", name=folder.name, config=config)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -46,6 +46,13 @@ class _Remote:
 
     def close(self) -> None:
         self._client.finish()
+
+
+def check_trackers(trackers: tuple[TrackerName, ...]) -> None:
+    """Raise UserError if the package of a tracker is missing."""
+    for name in trackers:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise UserError(f'tracker {name} is not installed: pip install "contraflow[{name}]"')
 
 
 class Log:
@@ -56,7 +63,8 @@ class Log:
         _keep(self._metrics, lambda line: json.loads(line)["step"] <= step)
         _keep(self._eval, lambda line: not line[0].isdigit() or int(line.split(",")[0]) <= step)
         self._trackers: list[Tracker] = [
-            _TensorBoard(folder, config) if name == "tensorboard" else _Remote(name, folder, config) for name in trackers
+            _TensorBoard(folder, config, step) if name == "tensorboard" else _Remote(name, folder, config)
+            for name in trackers
         ]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -68,7 +76,7 @@ class Log:
     def evaluation(self, step: int, row: dict[str, float]) -> None:
         new = not self._eval.exists()
         with self._eval.open("a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["step", *row])
             writer.writerow([step, *(f"{v:.6g}" for v in row.values())])
@@ -80,10 +88,11 @@ class Log:
             tracker.close()
 
 
-def _keep(path: Path, wanted: Any) -> None:
+def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
+    """Keep the wanted lines; one without its end is what a killed process left, and goes."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line and wanted(line)]
-        path.write_text("".join(line + "\n" for line in lines))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and wanted(line)))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, float]]:

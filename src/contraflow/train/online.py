@@ -1,7 +1,7 @@
 """The two phases of off-policy training: random actions into the buffer, then acting and learning.
 
-One body for every environment. A jittable environment runs many iterations in one compiled scan; a host environment runs
-the same jitted pieces with Python between them.
+One body for every environment. A jittable environment runs many iterations in one compiled scan; a host environment
+runs the same jitted pieces with Python between them.
 """
 
 from collections.abc import Callable

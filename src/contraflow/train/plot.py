@@ -6,7 +6,7 @@ from contraflow.train.log import read_evaluations
 
 
 def plot_curve(folder: Path) -> Path | None:
-    """Write `folder`/curve.png from eval.csv: mean return and its range over episodes. None if nothing was evaluated."""
+    """Write `folder`/curve.png from eval.csv: mean return and range over episodes. None if nothing was evaluated."""
     rows = read_evaluations(folder)
     if not rows:
         return None
@@ -18,7 +18,12 @@ def plot_curve(folder: Path) -> Path | None:
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
     axes.fill_between(
-        steps, [r["return_min"] for r in rows], [r["return_max"] for r in rows], alpha=0.2, lw=0, label="range of episodes"
+        steps,
+        [r["return_min"] for r in rows],
+        [r["return_max"] for r in rows],
+        alpha=0.2,
+        lw=0,
+        label="range of episodes",
     )
     axes.plot(steps, [row["return_mean"] for row in rows], marker="o", ms=3, label="mean")
     axes.set_xlabel("environment steps")

@@ -4,12 +4,13 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
@@ -23,7 +24,7 @@ from contraflow.train.artifact import check_schema, save_policy
 from contraflow.train.console import Progress
 from contraflow.train.diagnostics import diagnose
 from contraflow.train.evaluate import evaluate
-from contraflow.train.log import Log, TrackerName, read_evaluations
+from contraflow.train.log import Log, TrackerName, check_trackers, read_evaluations
 from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
 from contraflow.train.plot import plot_curve
 from contraflow.types import UserError
@@ -34,7 +35,7 @@ class Run:
     """One agent on one environment with one seed. All step counts are environment steps summed over `num_envs`."""
 
     env: str = "envpool:CartpoleSwingup-v1"
-    agent: AnyAgent = field(default_factory=RFM)
+    agent: AnyAgent | Agent = field(default_factory=RFM)
     steps: int = 100_000
     """Environment steps in all, the random ones included."""
     collect: int = 5_000
@@ -74,9 +75,7 @@ class Result:
 
 
 def write_config(run: Run, folder: Path) -> None:
-    from importlib.metadata import version
-
-    data = {"schema": settings.SCHEMA, "version": version("contraflow"), "run": settings.to_json(run)}
+    data = {"schema": settings.SCHEMA, "version": settings.VERSION, "run": settings.to_json(run)}
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(data, indent=1))
     temporary.rename(folder / "config.json")
@@ -92,7 +91,7 @@ def read_config(path: Path, trust: bool = False) -> Run:
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
     check_schema(data, path)
-    if "run" not in data:
+    if not isinstance(data.get("run"), dict):
         raise UserError(f"{file} does not describe a run")
     return settings.from_json(data["run"], Run, trust, "run")
 
@@ -101,11 +100,21 @@ def train(run: Run, out: str | Path, *, trust: bool = False, quiet: bool = False
     """Train from the start in the new folder `out`. Raises UserError if `out` already holds something."""
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already exists: choose another --out, or continue it with `contraflow resume {folder}`")
+        raise UserError(
+            f"{folder} already exists: choose another --out, or continue it with `contraflow resume {folder}`"
+        )
+    check_trackers(run.trackers)
     envs = _environments(run, trust)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(run, folder)
-    return _drive(run, folder, envs, None, quiet)
+    with checkpoint.full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(run, folder)
+        return _drive(run, folder, envs, None, quiet)
+
+
+def progress(out: str | Path, trust: bool = False) -> int:
+    """Environment steps of the newest complete checkpoint of a run; -1 if it has none."""
+    step = checkpoint.latest(Path(out)) if read_config(Path(out), trust) else None
+    return -1 if step is None else step
 
 
 def resume(out: str | Path, *, steps: int | None = None, trust: bool = False, quiet: bool = False) -> Result:
@@ -117,12 +126,14 @@ def resume(out: str | Path, *, steps: int | None = None, trust: bool = False, qu
     run = read_config(folder, trust)
     if steps is not None:
         if steps < run.steps:
-            raise UserError(f"--steps {steps} is less than the run's own {run.steps}")
+            raise UserError(f"steps={steps} is less than the run's own {run.steps}: give the total that you want")
         run = replace(run, steps=steps)
+    check_trackers(run.trackers)
     envs = _environments(run, trust)
-    if steps is not None:
-        write_config(run, folder)
-    return _drive(run, folder, envs, checkpoint.latest(folder), quiet)
+    with checkpoint.full_disk_named(folder):
+        if steps is not None:
+            write_config(run, folder)
+        return _drive(run, folder, envs, checkpoint.latest(folder), quiet)
 
 
 def _environments(run: Run, trust: bool) -> tuple[Env, Env]:
@@ -140,7 +151,8 @@ def _start(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carr
     if step is None:
         learner = jax.jit(lambda k: first_learner(agent, spec, run.buffer_size, k))(k_init)
         env_state, obs = env.reset(k_env)
-        return Carry(learner, env_state, obs)
+        # Copied, because a donated carry must not hold one buffer twice, and `obs` may be part of the state.
+        return Carry(learner, env_state, jnp.copy(obs) if spec.jittable else obs)
     shapes = jax.eval_shape(lambda k: first_learner(agent, spec, run.buffer_size, k), k_init)
     if spec.jittable:
         env_shapes, obs_shape = jax.eval_shape(env.reset, k_env)
@@ -187,9 +199,8 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
         checkpoint.save(folder, taken, carry if env.spec.jittable else carry.learner)
         save_policy(folder / "policy", run.agent, env.spec, run.env, carry.learner.agent)
 
-    if restored is None:
-        save()
-    with _interruptible() as signals, Progress(run, quiet) as progress:
+    save()  # the first checkpoint; after a restart only the policy, which a killed process may not have written
+    with closing(log), _interruptible() as signals, Progress(run, folder, taken, quiet) as progress:
         while taken < run.steps and not signals:
             phase = Phase(taken < run.collect, 0 if taken < run.collect else run.updates, run.batch_size)
             milestone = min(
@@ -203,14 +214,20 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
             taken = int(carry.learner.steps)
             if error is None:
                 _check_finite(metrics, before, taken, folder)
-            log.metrics(taken, metrics | {"seconds": time.monotonic() - clock})
+            if metrics:
+                log.metrics(taken, metrics | {"seconds": time.monotonic() - clock})
             progress.update(taken, metrics)
+            due = taken // run.eval_every > before // run.eval_every or taken >= run.steps
+            state = carry.learner.agent
+            if due and error is None:
+                try:
+                    returns = evaluate(run.agent, state, eval_env, jr.clone(k_eval), run.eval_episodes)
+                except UserError as problem:
+                    error = problem
             if error is not None:
                 save()
                 raise UserError(f"{error}; the run is saved: `contraflow resume {folder}` once it is mended")
-            if taken // run.eval_every > before // run.eval_every or taken >= run.steps:
-                state = carry.learner.agent
-                returns = evaluate(run.agent, state, eval_env, k_eval, run.eval_episodes)
+            if due:
                 row = {
                     "seconds": time.monotonic() - clock,
                     "return_mean": returns.mean(),
@@ -226,7 +243,6 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
                 save()
         if signals:
             save()
-    log.close()
     plot_curve(folder)
     if not signals and not returns.size and history:
         returns = np.array([history[-1]["return_mean"]])
@@ -234,9 +250,12 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
 
 
 def _check_finite(metrics: dict[str, float], before: int, after: int, folder: Path) -> None:
-    for name, value in metrics.items():
-        if not np.isfinite(value):
-            raise UserError(
-                f"{name} became {value} between steps {before} and {after}; the last good checkpoint in {folder} is kept: "
-                "lower the learning rate or scale the reward, then resume or start again"
-            )
+    """Raise UserError naming every metric that is not finite, losses of the critic first: what it spoils comes later."""
+    bad = sorted(
+        (name for name, value in metrics.items() if not np.isfinite(value)), key=lambda n: ("critic" not in n, n)
+    )
+    if bad:
+        raise UserError(
+            f"{', '.join(bad)} became {metrics[bad[0]]} between steps {before} and {after}; the last good checkpoint in "
+            f"{folder} is kept: lower the learning rate or scale the reward, then start a new run"
+        )

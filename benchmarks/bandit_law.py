@@ -1,0 +1,195 @@
+"""Does the flow learn the law it is meant to? One-step bandits whose Boltzmann policy is known in closed form.
+
+    python benchmarks/bandit_law.py              # writes benchmarks/results/bandit_law.csv and prints the table
+
+Q = 0 and Q / lambda = 2 sum_j a_j in d = 1, 2, 6, 20 dimensions. The agent's own `update` trains the actor; its critic is
+set by hand to the known Q and does not move, and the actor is averaged over the last half of the updates, so that only
+the estimator and the solver are on trial. The law of one
+particle, tanh(u) at the end of the flow, is then compared with the exact one: mean, standard deviation and P(|a| > .95),
+each averaged over dimensions, with 10 and 100 solver steps and with the agent's own solver.
+"""
+
+import csv
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+
+from contraflow.agents.rfm import RFM, RFMState
+from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.proposal import Mixture, Noise, UniformAction
+from contraflow.flow.solve import Euler, ODESolver
+from contraflow.nets.critic import QEnsemble
+from contraflow.presets import RFM_PAPER
+from contraflow.rl.select import First
+from contraflow.rl.td import polyak
+from contraflow.types import EnvSpec, Transition
+
+SLOPES = (0.0, 2.0)
+EDGE = 0.95
+
+
+def agents() -> dict[str, RFM]:
+    """The agents compared; they differ in estimator and solver only, but for the temperature input of `rfm-paper`."""
+    rfm = RFM()
+    return {
+        "rfm": rfm,
+        "rfm-paper": RFM_PAPER,
+        "noise 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(0.0))),
+        "gradient 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(1.0))),
+        "uniform 100": replace(rfm, estimator=Reverse(100, UniformAction(), Fixed(0.0))),
+        "mixture 32": replace(rfm, estimator=Reverse(32, Mixture(), Fixed(0.0))),
+        "mixture 100": replace(rfm, estimator=Reverse(100, Mixture(), Fixed(0.0))),
+    }
+
+
+def exact_law(slope: float) -> np.ndarray:
+    """Mean, standard deviation and P(|a| > .95) of one coordinate of exp(slope a) on [-1, 1]."""
+    if slope == 0:
+        return np.array([0.0, 3**-0.5, 1 - EDGE])
+    mean = 1 / np.tanh(slope) - 1 / slope
+    second = 1 - 2 * mean / slope
+    middle = np.sinh(slope * EDGE) / np.sinh(slope)
+    return np.array([mean, np.sqrt(second - mean**2), 1 - middle])
+
+
+def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
+    """One hidden unit that never sleeps: relu(slope sum_j a_j + |slope| d) - |slope| d = slope sum_j a_j on the cube."""
+    critic = QEnsemble(1, 1, dim, 1, 1, key=key)
+    shift = jnp.abs(slope) * dim
+    parts = lambda q: (*q.members.first.weights, q.members.first.bias, q.members.last.weight, q.members.last.bias)
+    values = [jnp.full_like(x, v) for x, v in zip(parts(critic), (slope, 0.0, shift, 1.0, -shift), strict=True)]
+    return eqx.tree_at(parts, critic, values)
+
+
+def prepare(agent: RFM, width: int = 64) -> RFM:
+    """The agent with one particle and a critic that stays where it is put."""
+    return replace(agent, width=width, num_q=1, critic_lr=1e-30, backup=First(), exploit=First())
+
+
+def start(agent: RFM, dim: int, slope: jax.Array, key: jax.Array) -> RFMState:
+    state = agent.init(key, EnvSpec(1, dim, 1, 1, True))
+    critic = known_critic(dim, slope * agent.temperature(state.step), jr.clone(key))
+    opt = jax.vmap(agent._critic_tx.init)(critic.members)
+    return RFMState(state.actor, critic, jax.tree.map(jnp.copy, critic), state.actor_opt, opt, state.step)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def learn(agent: RFM, dim: int, key: jax.Array, updates: int, batch_size: int) -> RFMState:
+    """One actor for each of the two Q's, after `updates` updates."""
+    zeros = jnp.zeros((batch_size, 1))
+    ended = jnp.ones(batch_size, bool)
+    batch = Transition(zeros, jnp.zeros((batch_size, dim)), zeros[:, 0], zeros, ended, ~ended)
+
+    def one(slope, key):
+        k_start, k_learn = jr.split(key)
+
+        def step(carry, inputs):
+            state, average = carry
+            key, weight = inputs
+            state, _ = agent.update(state, batch, key)
+            return (state, polyak(state.actor, average, weight)), None
+
+        state = start(agent, dim, slope, k_start)
+        # The mean of the last half: the noise of the last few batches would blur the comparison of estimators.
+        weights = 1.0 / jnp.maximum(1.0, jnp.arange(updates) - updates // 2)
+        (state, average), _ = jax.lax.scan(step, (state, state.actor), (jr.split(k_learn, updates), weights))
+        return RFMState(average, *(getattr(state, f) for f in ("critic", "target", "actor_opt", "critic_opt", "step")))
+
+    return jax.vmap(one)(jnp.asarray(SLOPES), jr.split(key, len(SLOPES)))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def action_law(agent: RFM, states: RFMState, key: jax.Array, samples: int) -> jax.Array:
+    """[slope, 3]: mean, standard deviation, P(|a| > .95) of the policy's actions, averaged over dimensions."""
+
+    def one(state, key):
+        a = jax.vmap(lambda k: agent.act(state, jnp.zeros(1), k, False))(jr.split(key, samples))
+        return jnp.stack([a.mean(), a.std(0).mean(), jnp.mean(jnp.abs(a) > EDGE)])
+
+    return jax.vmap(one)(states, jr.split(key, len(SLOPES)))
+
+
+def solvers(agent: RFM) -> dict[str, ODESolver]:
+    own = type(agent.solver)
+    return {"own": agent.solver, "10": own(steps=10), "100": own(steps=100), "euler 10": Euler(10)}
+
+
+@dataclass(frozen=True)
+class Row:
+    d: int
+    agent: str
+    q: str
+    solver: str
+    nfe: int
+    mean: float
+    std: float
+    edge: float
+    mean_exact: float
+    std_exact: float
+    edge_exact: float
+
+    @property
+    def error(self) -> float:
+        """The largest of the three deviations."""
+        return max(
+            abs(self.mean - self.mean_exact), abs(self.std - self.std_exact), abs(self.edge - self.edge_exact)
+        )
+
+
+def compare(name: str, agent: RFM, dim: int, updates: int, batch_size: int, samples: int, seed: int) -> list[Row]:
+    """Train one agent in one dimension and measure its law under each solver."""
+    agent = prepare(agent)
+    states = learn(agent, dim, jr.key(seed), updates, batch_size)
+    rows = []
+    for label, solver in solvers(agent).items():
+        law = np.asarray(action_law(replace(agent, solver=solver), states, jr.key(seed + 1), samples), float)
+        for slope, got in zip(SLOPES, law, strict=True):
+            q = "0" if slope == 0 else "2 sum a"
+            numbers = [round(float(x), 4) for x in (*got, *exact_law(slope))]
+            rows.append(Row(dim, name, q, label, solver.nfe, *numbers))
+    return rows
+
+
+def main(
+    out: Path = Path(__file__).parent / "results",
+    dims: tuple[int, ...] = (1, 2, 6, 20),
+    names: tuple[str, ...] = (),
+    updates: int = 5000,
+    batch_size: int = 256,
+    samples: int = 4000,
+    seed: int = 0,
+) -> None:
+    """Train every agent (or those named) in every dimension; print and write the table."""
+    rows: list[Row] = []
+    for dim in dims:
+        for name, agent in agents().items():
+            if names and name not in names:
+                continue
+            begin = time.perf_counter()
+            new = compare(name, agent, dim, updates, batch_size, samples, seed)
+            for r in new:
+                print(
+                    f"d={r.d:<2} {r.agent:13} Q={r.q:8} {r.solver:8} ({r.nfe:3} calls)  mean {r.mean:+.3f} ({r.mean_exact:.3f})"
+                    f"  std {r.std:.3f} ({r.std_exact:.3f})  P(|a|>.95) {r.edge:.3f} ({r.edge_exact:.3f})"
+                    f"  {'' if r.error < 0.03 else 'off by ' + format(r.error, '.3f')}",
+                    flush=True,
+                )
+            print(f"      {time.perf_counter() - begin:.0f} s", flush=True)
+            rows += new
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "bandit_law.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*Row.__dataclass_fields__, "error"])
+        writer.writerows([*vars(r).values(), round(r.error, 4)] for r in rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

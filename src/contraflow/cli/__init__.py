@@ -1,0 +1,75 @@
+"""The command line: `python -m contraflow` and the console script `contraflow` both call `main`."""
+
+import sys
+
+from contraflow.types import UserError
+
+USAGE = """\
+usage: contraflow COMMAND ...
+
+Flow policies for reinforcement learning, in JAX.
+
+commands:
+  train PRESET    train an agent, e.g.  contraflow train rfm --env envpool:CartpoleSwingup-v1 --seed 0
+  resume DIR      continue a run that was interrupted, or extend it with --steps
+  eval DIR        returns of a trained policy, and a video with --video out.mp4
+  sample TARGET   train a flow to an unnormalised density, without reinforcement learning
+  list KIND       what there is: agents, envs or presets; with a pattern, those that match
+
+options:
+  -h, --help      this text; `contraflow COMMAND --help` explains a command
+  --version       version of contraflow
+
+`contraflow train PRESET --help` lists every setting of a preset. Errors end with exit code 2."""
+
+COMMANDS = ("train", "resume", "eval", "sample", "list")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (`--require` missed), 2 (a mistake of the user), 130 (interrupted)."""
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"contraflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("contraflow: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `contraflow list envs | head`
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(args: list[str]) -> int:
+    from contraflow import __version__
+    from contraflow.config import suggest
+
+    command, *rest = args or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"contraflow {__version__}")
+    elif command == "train":
+        from contraflow.cli.train import train_command
+
+        return train_command(rest)
+    elif command == "resume":
+        from contraflow.cli.train import resume_command
+
+        return resume_command(rest)
+    elif command == "eval":
+        from contraflow.cli.evaluate import eval_command
+
+        return eval_command(rest)
+    elif command == "list":
+        from contraflow.cli.listing import list_command
+
+        return list_command(rest)
+    elif command == "sample":
+        from contraflow import sample
+
+        sample.main(rest)
+    else:
+        raise UserError(f"there is no command {command}; {suggest(command, COMMANDS)}")
+    return 0

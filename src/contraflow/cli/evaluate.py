@@ -1,0 +1,127 @@
+"""`contraflow eval`: returns and videos of a trained policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+
+from contraflow.agents import RFM, SIR
+from contraflow.agents.sir import SIRState
+from contraflow.cli.settings import Switch, allow_local_modules
+from contraflow.envs import make
+from contraflow.envs.base import Env
+from contraflow.rl.select import Argmax, First
+from contraflow.runtime.policy import Policy, load
+from contraflow.train.evaluate import act_batch, evaluate
+from contraflow.types import UserError
+
+EPISODES = 10
+UNIFORM = 32
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a policy."""
+    episodes: int = 20
+    seed: int = 0
+    env: str | None = None
+    """Another environment of the same sizes."""
+    video: Path | None = None
+    """Also film one episode; the ending says how (.mp4, .gif)."""
+    fps: int = 50
+    """Frames per second of the video; one frame per environment step."""
+    trust: Annotated[bool, Switch] = False
+    """Import code named `module:Class` in the policy's config.json."""
+
+    def __post_init__(self):
+        if self.episodes < 1 or self.seed < 0 or self.fps < 1:
+            raise ValueError("episodes and fps must be at least 1, and seed not negative")
+
+
+def eval_command(args: list[str]) -> int:
+    options = tyro.cli(Eval, prog="contraflow eval", args=args)
+    if options.trust:
+        allow_local_modules()
+    policy = load(options.folder, options.seed, options.trust)
+    id = options.env or policy.env
+    if options.video:
+        film(policy, id, options.seed, options.video, options.fps)
+        print(f"video  {options.video}")
+    with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
+        returns = evaluate(policy.agent, policy.state, env, jr.key(options.seed), options.episodes)
+    print(f"{id}, {options.episodes} episodes, seed {options.seed}")
+    print(f"mean {returns.mean():.1f}  std {returns.std():.1f}  min {returns.min():.1f}  max {returns.max():.1f}")
+    return 0
+
+
+def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
+    """Returns [episodes] of the policy of a run and, for RFM, what is left of them without its choice or its actor.
+
+    All on the same episodes: the greedy policy comes first, then one particle instead of the best of many, then uniform
+    actions ranked by the same critic in place of the actor's.
+    """
+    policy = load(folder, trust=trust)
+    candidates: dict[str, tuple[Any, Any]] = {f"greedy policy, {episodes} episodes": (policy.agent, policy.state)}
+    if isinstance(policy.agent, RFM):
+        candidates["the same with one particle"] = (replace(policy.agent, exploit=First()), policy.state)
+        candidates[f"{UNIFORM} uniform actions in place of the actor"] = without_actor(policy)
+    with environment(policy, policy.env, episodes, seed, trust) as env:
+        return {name: evaluate(*candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
+
+
+def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
+    """The best of 32 uniform actions by the critic of a flow policy: what the critic does alone."""
+    critic, step = policy.state.critic, policy.state.step
+    target = jax.tree.map(jnp.copy, critic)
+    return SIR(exploit=Argmax(UNIFORM)), SIRState(critic, target, (), jnp.zeros(policy.spec.action_dim), step)
+
+
+@contextmanager
+def environment(
+    policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
+) -> Iterator[Env]:
+    """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes differ."""
+    env = make(id, num_envs, seed, trust=trust, render=render)
+    try:
+        have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
+        if have != want:
+            raise UserError(
+                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and {want[1]}: "
+                f"choose an environment like {policy.env}"
+            )
+        yield env
+    finally:
+        getattr(env, "close", lambda: None)()
+
+
+def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
+    """Write one episode of the policy, one frame per step. Raises UserError without the packages that it takes."""
+    try:
+        import imageio.v2 as imageio
+    except ImportError:
+        raise UserError('videos need imageio: pip install "contraflow[mujoco]"') from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    k_reset, k_act = jr.split(jr.key(seed))
+    with environment(policy, id, 1, seed, render=True) as env:
+        frame: Any = getattr(env, "frame")  # noqa: B009 - not part of the protocol
+        state, obs = env.reset(k_reset)
+        try:
+            with imageio.get_writer(path, fps=fps) as writer:
+                for i in range(env.spec.episode_length or 1000):
+                    writer.append_data(frame())  # pyright: ignore[reportAttributeAccessIssue]
+                    state, step = env.step(state, act_batch(policy.agent, policy.state, obs, k_act, i))
+                    obs = step.obs
+                    if bool((step.terminated | step.truncated)[0]):
+                        break
+        except ValueError as error:  # no writer for this ending, or no ffmpeg
+            raise UserError(f"{path} cannot be written ({error}); use .mp4 or .gif") from None

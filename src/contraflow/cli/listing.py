@@ -1,0 +1,50 @@
+"""`contraflow list agents|envs|presets [PATTERN]`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from contraflow.types import UserError
+
+
+@dataclass(frozen=True)
+class List:
+    """List what can be named on the command line."""
+
+    kind: Annotated[Literal["agents", "envs", "presets"], tyro.conf.Positional]
+    pattern: Annotated[str, tyro.conf.Positional] = ""
+    """Only names that contain this, whatever the case."""
+
+
+def list_command(args: list[str]) -> int:
+    options = tyro.cli(List, prog="contraflow list", args=args)
+    rows = {"agents": _agents, "envs": _envs, "presets": _presets}[options.kind]()
+    rows = [row for row in rows if options.pattern.lower() in row[0].lower()]
+    if not rows:
+        raise UserError(f"no {options.kind} match {options.pattern}; `contraflow list {options.kind}` shows all")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _agents() -> list[tuple[str, ...]]:
+    import sys
+
+    from contraflow.agents import AGENTS
+
+    docs = {name: sys.modules[agent.__module__].__doc__ or "" for name, agent in AGENTS.items()}
+    return [(name, doc.partition("\n")[0].rstrip(".")) for name, doc in docs.items()]
+
+
+def _presets() -> list[tuple[str, ...]]:
+    from contraflow.presets import PRESETS
+
+    return [(name, type(run.agent).__name__, run.env, f"{run.steps:,} steps") for name, run in PRESETS.items()]
+
+
+def _envs() -> list[tuple[str, ...]]:
+    from contraflow.envs import available
+
+    return [(f"{prefix}:{id}",) for prefix, ids in available().items() for id in ids]

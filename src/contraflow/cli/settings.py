@@ -1,0 +1,128 @@
+"""From `PRESET --flag value ...` to a `Run`: tyro on the settings dataclasses, defaults from the preset."""
+
+import collections.abc
+import dataclasses
+import os
+import re
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from contraflow.config import import_path, suggest
+from contraflow.presets import PRESETS
+from contraflow.train.run import Run, read_config
+from contraflow.types import UserError
+
+Switch = tyro.conf.FlagCreatePairsOff
+
+
+@dataclass(frozen=True)
+class Train(Run):
+    """What `contraflow train` takes beside the run itself."""
+
+    out: Path | None = None
+    """New folder for the run; None is runs/PRESET-ENV-seedN."""
+    require: float | None = None
+    """Exit with code 1 when the final mean return is below this."""
+    quiet: Annotated[bool, Switch] = False
+    """No progress bar."""
+    trust: Annotated[bool, Switch] = False
+    """Import code named `module:Class` (agents, environments, functions)."""
+
+
+DESCRIPTION = """Train {preset}.
+
+A setting with several kinds is switched by a word, its own flags follow:
+contraflow train {preset} agent.solver:heun --agent.solver.steps 5"""
+
+
+def parse_train(preset: str, args: list[str]) -> Train:
+    """Settings of `preset` with the flags in `args` applied. Raises UserError, or SystemExit(2) after tyro's own message."""
+    trust = "--trust" in args
+    if trust:
+        allow_local_modules()
+    run = find_preset(preset, trust)
+    # The agent is that of the preset, so that its flags are known at once and no word is needed to choose it.
+    agent = ("agent", type(run.agent), field(default=run.agent))
+    options = dataclasses.make_dataclass("Train", [agent], bases=(Train,), frozen=True)
+    default = options(**{f.name: getattr(run, f.name) for f in dataclasses.fields(Run)})
+    return tyro.cli(
+        options,
+        prog=f"contraflow train {preset}",
+        description=DESCRIPTION.format(preset=preset),
+        default=default,
+        args=choices_first(args),
+        config=(tyro.conf.CascadeSubcommandArgs,),
+        registry=_registry(trust),
+    )
+
+
+def as_run(options: Train) -> Run:
+    """The run without the options of the command."""
+    return Run(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Run)})
+
+
+def find_preset(name: str, trust: bool) -> Run:
+    """A preset by name, a `module:Class` agent, or the run of a run folder or config.json."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if Path(name).exists():
+        return read_config(Path(name), trust)
+    if ":" in name:
+        return Run(agent=_user_agent(name, trust))
+    if os.sep in name or name.endswith(".json"):
+        raise UserError(f"{name} does not exist: give a preset, a run folder or a config.json")
+    raise UserError(f"there is no preset {name}; {suggest(name, PRESETS)}; `contraflow list presets` describes them")
+
+
+def _user_agent(name: str, trust: bool) -> Any:
+    cls = import_path(name, trust)
+    missing = [part for part in ("acting", "init", "act", "update") if not hasattr(cls, part)]
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError(f"{name} is not an agent: an agent is a class under @dataclass(frozen=True)")
+    if missing:
+        raise UserError(
+            f"{name} is not an agent: it lacks {', '.join(missing)} (contraflow.agents.base says what they do)"
+        )
+    try:
+        return cls()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"agent {name} cannot be built without arguments ({error}): give every field a default"
+        ) from None
+
+
+def choices_first(args: list[str]) -> list[str]:
+    """Words like `agent.solver:heun` moved to the front, parents before children, so that order does not matter."""
+    words = [arg for arg in args if re.fullmatch(r"agent(\.[a-z0-9-]+)+:[a-z0-9-]+", arg)]
+    return sorted(words, key=lambda word: word.count(".")) + [arg for arg in args if arg not in words]
+
+
+def allow_local_modules() -> None:
+    """Let `module:Class` find modules in the current folder, as `python -m` does and an installed script does not."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+def _registry(trust: bool) -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def function(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        """Settings that may be functions are given as `module:function`."""
+        if collections.abc.Callable not in (info.type, typing.get_origin(info.type)):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="MODULE:FUNCTION",
+            instance_from_str=lambda args: import_path(args[0], trust),
+            is_instance=callable,
+            str_from_instance=lambda f: [f"{f.__module__}:{f.__qualname__}"],
+        )
+
+    return registry

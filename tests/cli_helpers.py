@@ -1,0 +1,128 @@
+"""What the tests of training and of the command line share: tiny runs, and code that a user might bring along."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import equinox as eqx
+import gymnasium
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from contraflow import SIR, Run
+from contraflow.cli import main
+from contraflow.envs.gymnasium import Gymnasium
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = SIR(width=8, depth=1)  # compiles fastest
+TINY = Run(
+    env="probe:obs-action", agent=SMALL, steps=40, collect=10, num_envs=2, updates=1, batch_size=8, buffer_size=64,
+    eval_every=20, eval_episodes=2, log_every=10, trackers=(),
+)  # fmt: skip
+FLAGS = (
+    "--env probe:obs-action --steps 40 --collect 10 --num-envs 2 --updates 1 --batch-size 8 --buffer-size 64 --eval-every 20 "
+    "--eval-episodes 2 --log-every 10 --trackers --agent.width 8 --agent.depth 1 --quiet"
+).split()
+
+
+def cli(*args: Any) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code: Any = main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = stop.code
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+def in_subprocess(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environ = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=environ, text=True, capture_output=True, timeout=300
+    )
+
+
+class Pointer(gymnasium.Env):
+    """Reward -(a - 1/2)^2 in episodes of 5 steps; `fault` says what to return as (obs, reward) after `sound` steps."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+    def __init__(self, fault: tuple[float, float] | None = None, sound: int = 12):
+        self.fault, self.sound, self.age, self.steps = fault, sound, 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.age = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.age, self.steps = self.age + 1, self.steps + 1
+        obs, reward = np.full(1, self.age / 5, np.float32), -float((action[0] - 0.5) ** 2)
+        if self.fault and self.steps > self.sound:
+            obs, reward = obs + self.fault[0], reward + self.fault[1]
+        return obs, reward, False, self.age >= 5, {}
+
+
+def pointer(num_envs: int, seed: int) -> Gymnasium:
+    return Gymnasium(Pointer, num_envs, seed)
+
+
+def nan_observation(num_envs: int, seed: int) -> Gymnasium:
+    return Gymnasium(lambda: Pointer((np.nan, 0.0)), num_envs, seed)
+
+
+def infinite_reward(num_envs: int, seed: int) -> Gymnasium:
+    return Gymnasium(lambda: Pointer((0.0, np.inf)), num_envs, seed)
+
+
+def discrete(num_envs: int, seed: int) -> Gymnasium:
+    class Discrete(Pointer):
+        action_space = gymnasium.spaces.Discrete(3)
+
+    return Gymnasium(Discrete, num_envs, seed)
+
+
+def unbounded(num_envs: int, seed: int) -> Gymnasium:
+    class Unbounded(Pointer):
+        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+    return Gymnasium(Unbounded, num_envs, seed)
+
+
+class State(eqx.Module):
+    bias: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class Guess:
+    """An agent that does next to nothing: always tanh(bias); `explode_at` updates make its loss infinite."""
+
+    acting: ClassVar[tuple[str, ...]] = ("bias",)
+    rate: float = 0.5
+    explode_at: int = 1_000_000
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ValueError(f"rate must be positive, got {self.rate}")
+
+    def init(self, key, spec):
+        return State(jr.normal(key, (spec.action_dim,)), jnp.zeros((), jnp.int32))
+
+    def act(self, state, obs, key, explore):
+        return jnp.tanh(state.bias + explore * jr.normal(key, state.bias.shape))
+
+    def update(self, state, batch, key):
+        loss = jnp.where(state.step >= self.explode_at, jnp.inf, jnp.mean(batch.reward))
+        return State(state.bias + self.rate * jnp.mean(batch.action, 0), state.step + 1), {"guess_loss": loss}

@@ -1,0 +1,43 @@
+"""Every test runs with the strictest settings: shapes and types checked at run time, no silent broadcasting, no key
+used twice, warnings are errors (pyproject.toml).
+
+Most of the time goes into compiling. JAX_COMPILATION_CACHE_DIR=<folder> keeps what was compiled for the next run
+(a third of the time); annotations, shapes and keys are checked before that, so nothing is hidden.
+"""
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread each, or they wait for one another. Read when the backend starts.
+    threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {threads}"
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before the first import of contraflow: annotations of every function and module in it are checked from here on.
+# An int may stand for a float, as everywhere in Python: Fixed(0).
+install_import_hook("contraflow", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    # One folder per worker: entries are not written atomically.
+    folder = os.path.join(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)  # a key that is meant to be used twice: jax.random.clone
+
+# The first example of a test compiles: no deadline. Derandomised, so that a red test is red again.
+settings.register_profile("contraflow", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("contraflow")
+
+
+@pytest.fixture
+def allow_rank_promotion():
+    """For code that calls libraries which broadcast ranks; also as @pytest.mark.usefixtures("allow_rank_promotion")."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

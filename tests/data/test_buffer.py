@@ -1,0 +1,89 @@
+"""The replay ring: wrap-around, masks, odd capacities, uniform sampling, donation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from scipy import stats
+
+from contraflow.data.buffer import Buffer
+from contraflow.types import EnvSpec, Transition
+
+N = 3
+SPEC = EnvSpec(2, 1, N, None, True)
+
+
+def rows(first):
+    """N transitions labelled first, first + 1, ...: every field tells which one it belongs to."""
+    x = jnp.arange(first, first + N, dtype=jnp.float32)
+    return Transition(
+        jnp.stack([x, -x], -1), 0.5 * x[:, None], x, jnp.stack([x + 1, -x], -1), x % 2 == 0, x % 3 == 0
+    )
+
+
+ALL = jnp.ones(N, bool)
+add = jax.jit(lambda buffer, rows, valid: buffer.add(rows, valid), donate_argnums=0)
+sample = jax.jit(lambda buffer, key, n: buffer.sample(key, n), static_argnums=2)
+
+
+def stored(buffer):
+    return np.asarray(buffer.data.reward[: int(buffer.size)]).tolist()
+
+
+@pytest.mark.parametrize("capacity", [3, 6, 7])
+def test_ring_keeps_the_newest(capacity):
+    buffer, seen = Buffer.empty(capacity, SPEC), []
+    assert int(buffer.size) == int(buffer.index) == 0
+    for first in range(0, 8 * N, N):
+        buffer = add(buffer, rows(first), ALL)
+        seen += range(first, first + N)
+        assert sorted(stored(buffer)) == seen[-capacity:]
+        assert int(buffer.size) == min(len(seen), capacity) and int(buffer.index) == len(seen) % capacity
+    # Whole transitions travel together.
+    data = jax.tree.map(np.asarray, buffer.data)
+    np.testing.assert_array_equal(data.obs, np.stack([data.reward, -data.reward], -1))
+    np.testing.assert_array_equal(data.next_obs[:, 0], data.reward + 1)
+    np.testing.assert_array_equal(data.action[:, 0], 0.5 * data.reward)
+    np.testing.assert_array_equal(data.terminated, data.reward % 2 == 0)
+    np.testing.assert_array_equal(data.truncated, data.reward % 3 == 0)
+
+
+def test_invalid_rows_are_not_stored():
+    buffer = Buffer.empty(5, SPEC)
+    masks = [[True, False, True], [False, False, False], [False, True, False], [True, True, True]]
+    want = []
+    for i, mask in enumerate(masks):
+        buffer = add(buffer, rows(10 * i), jnp.asarray(mask))
+        want += [10 * i + j for j in range(N) if mask[j]]
+        assert sorted(stored(buffer)) == want[-5:]
+    assert int(buffer.size) == 5 and int(buffer.index) == 1
+
+
+def test_sampling_is_uniform_over_what_is_filled():
+    buffer = Buffer.empty(20, SPEC)
+    for first in range(0, 12, N):
+        buffer = add(buffer, rows(first), ALL)
+    batch = sample(buffer, jr.key(0), 6000)
+    counts = np.bincount(np.asarray(batch.reward, int), minlength=20)
+    assert counts[12:].sum() == 0
+    assert stats.chisquare(counts[:12]).pvalue > 1e-3
+    np.testing.assert_array_equal(batch.obs[:, 0], batch.reward)
+    assert batch.terminated.dtype == bool
+    again, other = sample(buffer, jr.key(0), 6000), sample(buffer, jr.key(1), 6000)
+    np.testing.assert_array_equal(batch.reward, again.reward)
+    assert not np.array_equal(batch.reward, other.reward)
+
+
+def test_add_inside_a_donated_scan_happens_in_place():
+    @partial(jax.jit, donate_argnums=0)
+    def fill(buffer):
+        return jax.lax.scan(lambda b, i: (b.add(rows(0), ALL), None), buffer, jnp.arange(5))[0]
+
+    buffer = Buffer.empty(7, SPEC)
+    old = buffer.data.obs
+    new = fill(buffer)
+    assert old.is_deleted()  # donated, not copied
+    assert int(new.size) == 7 and int(new.index) == 15 % 7

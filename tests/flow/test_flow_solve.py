@@ -1,0 +1,158 @@
+"""Solvers: declared order against measured, diffrax as oracle, closed forms on Gaussians, marginals of the SDE."""
+
+from functools import partial
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from scipy import stats
+
+from contraflow.flow.path import Cosine, Linear
+from contraflow.flow.solve import RK4, ConstantNoise, DecayingNoise, Euler, EulerMaruyama, Heun, Midpoint
+
+SOLVERS = {"euler": Euler, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
+MEAN, STD = 1.3, 0.4
+
+
+def nonlinear(x, t):
+    return jnp.sin(3.0 * t + x[::-1]) - 0.5 * x**2 * t
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def solve(solver, drift, x, t0, t1):
+    return solver(drift, x, t0, t1)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.usefixtures("allow_rank_promotion")
+def test_order_and_oracle(name):
+    with jax.enable_x64(True):
+        x, t0, t1 = jnp.array([0.3, -0.8]), 0.1, 1.7
+        term = diffrax.ODETerm(lambda t, x, args: nonlinear(x, t))
+        oracle = diffrax.diffeqsolve(
+            term, diffrax.Dopri8(), t0, t1, 0.01, x, stepsize_controller=diffrax.PIDController(rtol=1e-12, atol=1e-13)
+        ).ys[0]
+        steps = 32 if name == "rk4" else 128
+        errors = [
+            float(jnp.linalg.norm(solve(SOLVERS[name](k), nonlinear, x, jnp.asarray(t0), jnp.asarray(t1)) - oracle))
+            for k in (steps, 2 * steps)
+        ]
+        assert np.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[name].order, abs=0.1)
+        assert errors[1] < (1e-7 if name == "rk4" else 5e-2)
+        back = solve(SOLVERS[name](2 * steps), nonlinear, oracle, jnp.asarray(t1), jnp.asarray(t0))
+        np.testing.assert_allclose(back, x, atol=3 * errors[1] + 1e-9)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_nfe_counts_calls(name):
+    calls = []
+
+    def drift(x, t):
+        jax.debug.callback(lambda: calls.append(0))
+        return -x
+
+    solver = SOLVERS[name](6)
+    jax.block_until_ready(solver(drift, jnp.ones(2), 0.0, 1.0))
+    jax.effects_barrier()
+    assert len(calls) == solver.nfe
+
+
+def gaussian_velocity(x, t):
+    """Exact velocity of the linear path to N(MEAN, STD^2)."""
+    variance = (t * STD) ** 2 + (1 - t) ** 2
+    return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
+
+
+@pytest.mark.parametrize(("steps", "known"), [(1, 0.0), (2, 0.138), (5, 0.285), (20, 0.3685)])
+def test_euler_on_a_gaussian(steps, known):
+    """Standard deviation prod_k (1 + h a_k), exactly 0 for one step."""
+    t = np.arange(steps) / steps
+    closed = np.prod(1 + (t * STD**2 - (1 - t)) / ((t * STD) ** 2 + (1 - t) ** 2) / steps)
+    assert closed == pytest.approx(known, abs=5e-4)
+    x = jax.vmap(lambda x: Euler(steps)(gaussian_velocity, x, 0.0, 1.0))(jnp.array([[-1.0], [0.0], [2.0]]))
+    np.testing.assert_allclose(x[:, 0], MEAN + closed * np.array([-1, 0, 2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["midpoint", "heun", "rk4"])
+def test_exact_field_gives_the_data(name):
+    x = SOLVERS[name](64)(gaussian_velocity, jnp.array([-1.0, 2.0]), 0.0, 1.0)
+    np.testing.assert_allclose(x, MEAN + STD * np.array([-1.0, 2.0]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [ConstantNoise(0.5), ConstantNoise(2.0), DecayingNoise(0.7), DecayingNoise(2**0.5), lambda t: 3.0 * t * (1.0 - t)],
+    ids=["constant", "strong", "flow-grpo", "memoryless", "bump"],
+)
+def test_sde_keeps_the_marginals(sigma):
+    steps, n, t0, t1 = 300, 8000, 0.05, 0.95
+    times = np.linspace(t0, t1, steps + 1)
+    deviation = np.sqrt((times * STD) ** 2 + (1 - times) ** 2)
+    k_start, k_noise = jr.split(jr.key(0))
+    start = t0 * MEAN + deviation[0] * jr.normal(k_start, (n, 1))
+    solver = EulerMaruyama(steps, sigma)
+    run = jax.jit(jax.vmap(lambda x, k: solver.chain(gaussian_velocity, x, t0, t1, k).xs))
+    xs = np.asarray(run(start, jr.split(k_noise, n)))[..., 0]
+    assert np.std(xs[:, -1] - MEAN - STD * xs[:, 0]) > 0.05  # it is not the ODE
+    for i in (0, steps // 3, 2 * steps // 3, steps):
+        # Four standard errors, and 1 % for the finite step.
+        assert abs(xs[:, i].mean() - times[i] * MEAN) < 4 * deviation[i] / np.sqrt(n) + 0.01 * deviation[i]
+        assert abs(xs[:, i].std() / deviation[i] - 1) < 4 / np.sqrt(2 * n) + 0.01
+
+
+def test_sde_of_another_path():
+    """The score comes from the solver's own path: with the wrong one the spread is off by far more than the margin."""
+    path, n, t0, t1 = Cosine(), 8000, 0.05, 0.95
+
+    def field(x, t):
+        a, b = path.alpha(t), path.beta(t)
+        mean = (b**2 * MEAN + a * STD**2 * x) / (b**2 + (a * STD) ** 2)
+        return path.velocity(mean, x, t)
+
+    def spread(t):
+        return np.sqrt((np.sin(np.pi * t / 2) * STD) ** 2 + np.cos(np.pi * t / 2) ** 2)
+
+    k_start, k_noise = jr.split(jr.key(1))
+    start = np.sin(np.pi * t0 / 2) * MEAN + spread(t0) * jr.normal(k_start, (n, 1))
+    solver = EulerMaruyama(300, ConstantNoise(1.0), path)
+    x = jax.jit(jax.vmap(lambda x, k: solver(field, x, t0, t1, k)))(start, jr.split(k_noise, n))
+    assert abs(x.std() / spread(t1) - 1) < 4 / np.sqrt(2 * n) + 0.015
+    keys = jr.split(jr.clone(k_noise), n)
+    wrong = jax.jit(jax.vmap(lambda x, k: EulerMaruyama(300)(field, x, t0, t1, k)))(start, keys)
+    assert abs(wrong.std() / spread(t1) - 1) > 0.05
+
+
+def test_chain_log_prob_is_the_gaussian_density_of_each_step():
+    sigma, steps, t0, t1 = DecayingNoise(0.7), 7, 0.1, 0.9
+    chain = EulerMaruyama(steps, sigma).chain(nonlinear, jnp.array([0.5, -1.0]), t0, t1, jr.key(0))
+    xs, dt = np.asarray(chain.xs, np.float64), (t1 - t0) / steps
+    assert xs.shape == (steps + 1, 2)
+    assert chain.log_prob.shape == (steps,)
+    for i in range(steps):
+        t, x = t0 + dt * i, xs[i]
+        v = np.sin(3 * t + x[::-1]) - 0.5 * x**2 * t
+        score = -(x - t * v) / (1 - t)  # linear path: E[x0] = x - t v, score = -E[x0] / beta
+        s = 0.7 * np.sqrt((1 - t) / t)
+        expected = stats.norm(x + dt * (v + 0.5 * s**2 * score), s * np.sqrt(dt)).logpdf(xs[i + 1]).sum()
+        np.testing.assert_allclose(chain.log_prob[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sde_without_noise_is_euler():
+    x = jnp.array([0.5, -1.0])
+    quiet = EulerMaruyama(9, ConstantNoise(0.0))(nonlinear, x, 0.1, 0.8, jr.key(0))
+    np.testing.assert_array_equal(quiet, Euler(9)(nonlinear, x, 0.1, 0.8))
+    loud = EulerMaruyama(9, ConstantNoise(1.0))
+    k1, k2 = jr.split(jr.key(0))
+    assert jnp.any(loud(nonlinear, x, 0.1, 0.8, k1) != loud(nonlinear, x, 0.1, 0.8, k2))
+
+
+def test_mistakes_are_named():
+    for make in (*SOLVERS.values(), EulerMaruyama):
+        with pytest.raises(ValueError, match="at least one step"):
+            make(0)
+    with pytest.raises(ValueError, match="pass key"):
+        EulerMaruyama(2)(nonlinear, jnp.zeros(2), 0.1, 0.9)
+    assert EulerMaruyama(2).path == Linear()
