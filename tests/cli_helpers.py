@@ -20,16 +20,45 @@ from contraflow.cli import main
 from contraflow.envs.gymnasium import Gymnasium
 
 ROOT = Path(__file__).parents[1]
+ENVIRON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+COMMAND = [sys.executable, "-m", "contraflow"]
 
 SMALL = SIR(width=8, depth=1)  # compiles fastest
 TINY = Run(
     env="probe:obs-action", agent=SMALL, steps=40, collect=10, num_envs=2, updates=1, batch_size=8, buffer_size=64,
     eval_every=20, eval_episodes=2, log_every=10, trackers=(),
 )  # fmt: skip
-FLAGS = (
-    "--env probe:obs-action --steps 40 --collect 10 --num-envs 2 --updates 1 --batch-size 8 --buffer-size 64 --eval-every 20 "
-    "--eval-episodes 2 --log-every 10 --trackers --agent.width 8 --agent.depth 1 --quiet"
-).split()
+FLAGS = [
+    "--env",
+    "probe:obs-action",
+    "--steps",
+    "40",
+    "--collect",
+    "10",
+    "--num-envs",
+    "2",
+    "--updates",
+    "1",
+    "--batch-size",
+    "8",
+    "--buffer-size",
+    "64",
+    "--eval-every",
+    "20",
+    "--eval-episodes",
+    "2",
+    "--log-every",
+    "10",
+    "--trackers",
+    "--agent.width",
+    "8",
+    "--agent.depth",
+    "1",
+    "--quiet",
+]
+
+GUESS = ["train", "tests.cli_helpers:Guess", "--trust", *FLAGS[:-5], "--quiet"]
+MAIN = "import sys; from contraflow.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def cli(*args: Any) -> tuple[int, str, str]:
@@ -45,11 +74,22 @@ def cli(*args: Any) -> tuple[int, str, str]:
 
 def in_subprocess(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    environ = os.environ | {"PYTHONPATH": path}
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)], env=environ, text=True, capture_output=True, timeout=300
+        [sys.executable, "-c", code, *map(str, args)], env=ENVIRON, text=True, capture_output=True, timeout=300
     )
+
+
+def assert_refused(args: list[str], *words: str) -> str:
+    """Exit code 2, nothing on stdout, one line (or tyro's box) on stderr with all of `words`."""
+    code, out, err = cli(*args)
+    assert code == 2, (code, err)
+    assert out == "" and "Traceback" not in err
+    box = "For full helptext, " in err
+    assert box or (err.startswith("contraflow: error: ") and err.count("\n") == 1 and err.endswith("\n")), err
+    flat = " ".join(err.replace("│", " ").replace("|", " ").split())
+    missing = [word for word in words if word not in flat]
+    assert not missing, f"{missing} not in {err}"
+    return err
 
 
 class Pointer(gymnasium.Env):
@@ -80,6 +120,10 @@ def pointer(num_envs: int, seed: int) -> Gymnasium:
 
 def nan_observation(num_envs: int, seed: int) -> Gymnasium:
     return Gymnasium(lambda: Pointer((np.nan, 0.0)), num_envs, seed)
+
+
+def nan_soon(num_envs: int, seed: int) -> Gymnasium:
+    return Gymnasium(lambda: Pointer((np.nan, 0.0), sound=3), num_envs, seed)
 
 
 def infinite_reward(num_envs: int, seed: int) -> Gymnasium:

@@ -6,6 +6,7 @@ import sys
 import typing
 
 import pytest
+from tests.cli_helpers import Guess
 
 from contraflow import RFM, Run, UserError
 from contraflow.agents import AnyAgent
@@ -14,7 +15,6 @@ from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, TruncatedNoise
 from contraflow.presets import PRESETS
 from contraflow.train.run import read_config, write_config
-from tests.cli_helpers import Guess
 
 
 def through_json(run: Run, trust: bool = False) -> Run:
@@ -28,7 +28,12 @@ def test_every_preset_survives(name: str):
 
 def kinds() -> list[tuple[str, type]]:
     hints = typing.get_type_hints(RFM)
-    return [(f.name, k) for f in dataclasses.fields(RFM) for k in typing.get_args(hints[f.name]) if dataclasses.is_dataclass(k)]
+    return [
+        (f.name, k)
+        for f in dataclasses.fields(RFM)
+        for k in typing.get_args(hints[f.name])
+        if dataclasses.is_dataclass(k)
+    ]
 
 
 @pytest.mark.parametrize(("field", "kind"), kinds(), ids=lambda v: getattr(v, "__name__", v))
@@ -41,7 +46,9 @@ def test_values_survive_below_the_surface():
     estimator = Reverse(7, Mixture(shares=(0.2, 0.8)), Fixed(0.0))
     run = Run(agent=RFM(estimator=estimator, max_grad_norm=None), trackers=("wandb", "trackio"))
     assert through_json(run) == run
-    assert through_json(Run(agent=RFM(estimator=Reverse(7, TruncatedNoise(0.5), Fixed(0.0))))).agent.estimator.samples == 7
+    assert (
+        through_json(Run(agent=RFM(estimator=Reverse(7, TruncatedNoise(0.5), Fixed(0.0))))).agent.estimator.samples == 7
+    )
 
 
 def shares(t):
@@ -73,7 +80,10 @@ def test_what_a_script_defines_is_named_after_its_file(monkeypatch: pytest.Monke
         ({"agent": {"kind": "RMF"}}, "unknown kind 'RMF'; did you mean 'RFM'"),
         ({"agent": {"kind": "RFM", "gama": 0.5}}, "no field 'gama'; did you mean 'gamma'"),
         ({"agent": {"kind": "RFM", "gamma": 1.7}}, r"gamma is a discount in \[0, 1\], got 1.7"),
-        ({"agent": {"kind": "RFM", "solver": {"kind": "Huen"}}}, "agent.solver: unknown kind 'Huen'; did you mean 'Heun'"),
+        (
+            {"agent": {"kind": "RFM", "solver": {"kind": "Huen"}}},
+            "agent.solver: unknown kind 'Huen'; did you mean 'Heun'",
+        ),
         ({"agent": {"kind": "no.such:Agent"}}, "cannot import no.such:Agent"),
         ({"steps": -5}, "steps must be at least 1, got -5"),
         ({"steps": "many"}, "config"),

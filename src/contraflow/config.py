@@ -88,26 +88,27 @@ def _module(value: Any) -> str:
     return Path(file).stem if value.__module__ == "__main__" and file else value.__module__
 
 
-def _members(annotation: Any) -> list[Any]:
+def members(annotation: Any) -> list[Any]:
+    """The types that a union is made of."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
-        return [m for a in typing.get_args(annotation) for m in _members(a)]
+        return [m for a in typing.get_args(annotation) for m in members(a)]
     if origin is typing.Annotated:
-        return _members(typing.get_args(annotation)[0])
+        return members(typing.get_args(annotation)[0])
     return [annotation]
 
 
 def _find(kind: str, annotation: Any, trust: bool, where: str) -> type:
     if ":" in kind:
         return import_path(kind, trust)
-    found = {m.__name__: m for m in _members(annotation) if isinstance(m, type) and dataclasses.is_dataclass(m)}
+    found = {m.__name__: m for m in members(annotation) if isinstance(m, type) and dataclasses.is_dataclass(m)}
     if kind not in found:
         raise UserError(f"{where}: unknown kind {kind!r}; {suggest(kind, found)}")
     return found[kind]
 
 
 def _tuple_item(annotation: Any) -> Any:
-    for member in _members(annotation):
+    for member in members(annotation):
         if typing.get_origin(member) is tuple:
             args = [a for a in typing.get_args(member) if a is not Ellipsis]
             return args[0] if len(set(args)) == 1 else typing.Union[tuple(args)]  # noqa: UP007
@@ -117,4 +118,4 @@ def _tuple_item(annotation: Any) -> Any:
 def _allows_callable(annotation: Any) -> bool:
     import collections.abc
 
-    return any(m is Any or typing.get_origin(m) is collections.abc.Callable for m in _members(annotation))
+    return any(m is Any or typing.get_origin(m) is collections.abc.Callable for m in members(annotation))

@@ -19,9 +19,7 @@ SPEC = EnvSpec(2, 1, N, None, True)
 def rows(first):
     """N transitions labelled first, first + 1, ...: every field tells which one it belongs to."""
     x = jnp.arange(first, first + N, dtype=jnp.float32)
-    return Transition(
-        jnp.stack([x, -x], -1), 0.5 * x[:, None], x, jnp.stack([x + 1, -x], -1), x % 2 == 0, x % 3 == 0
-    )
+    return Transition(jnp.stack([x, -x], -1), 0.5 * x[:, None], x, jnp.stack([x + 1, -x], -1), x % 2 == 0, x % 3 == 0)
 
 
 ALL = jnp.ones(N, bool)

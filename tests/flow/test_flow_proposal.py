@@ -52,7 +52,7 @@ def test_density_is_normalised_and_sampled(name):
     for i, (path, t, x) in enumerate([(Linear(), 0.15, 0.3), (Linear(), 0.85, -0.7), (Cosine(), 0.5, 1.1)]):
         t, x_t = jnp.asarray(t), jnp.array([x])
         bound = 1.0 if name == "truncated" else 60.0
-        u = np.linspace(-bound, bound, 240_001)
+        u = np.linspace(-bound, bound, 80_001)
         q = np.exp(np.asarray(log_probs(proposal, path, jnp.asarray(u)[:, None], x_t, t, SUPPORT), np.float64))
         cdf = integrate.cumulative_trapezoid(q, u, initial=0.0)
         assert cdf[-1] == pytest.approx(1.0, abs=2e-4)

@@ -88,7 +88,7 @@ def test_exact_field_gives_the_data(name):
     ids=["constant", "strong", "flow-grpo", "memoryless", "bump"],
 )
 def test_sde_keeps_the_marginals(sigma):
-    steps, n, t0, t1 = 300, 8000, 0.05, 0.95
+    steps, n, t0, t1 = 240, 4000, 0.05, 0.95
     times = np.linspace(t0, t1, steps + 1)
     deviation = np.sqrt((times * STD) ** 2 + (1 - times) ** 2)
     k_start, k_noise = jr.split(jr.key(0))
@@ -105,7 +105,7 @@ def test_sde_keeps_the_marginals(sigma):
 
 def test_sde_of_another_path():
     """The score comes from the solver's own path: with the wrong one the spread is off by far more than the margin."""
-    path, n, t0, t1 = Cosine(), 8000, 0.05, 0.95
+    path, n, t0, t1 = Cosine(), 4000, 0.05, 0.95
 
     def field(x, t):
         a, b = path.alpha(t), path.beta(t)
@@ -117,11 +117,11 @@ def test_sde_of_another_path():
 
     k_start, k_noise = jr.split(jr.key(1))
     start = np.sin(np.pi * t0 / 2) * MEAN + spread(t0) * jr.normal(k_start, (n, 1))
-    solver = EulerMaruyama(300, ConstantNoise(1.0), path)
+    solver = EulerMaruyama(200, ConstantNoise(1.0), path)
     x = jax.jit(jax.vmap(lambda x, k: solver(field, x, t0, t1, k)))(start, jr.split(k_noise, n))
     assert abs(x.std() / spread(t1) - 1) < 4 / np.sqrt(2 * n) + 0.015
     keys = jr.split(jr.clone(k_noise), n)
-    wrong = jax.jit(jax.vmap(lambda x, k: EulerMaruyama(300)(field, x, t0, t1, k)))(start, keys)
+    wrong = jax.jit(jax.vmap(lambda x, k: EulerMaruyama(200)(field, x, t0, t1, k)))(start, keys)
     assert abs(wrong.std() / spread(t1) - 1) > 0.05
 
 

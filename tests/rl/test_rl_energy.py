@@ -44,4 +44,6 @@ def test_gradient_and_extremes():
     grad = jax.vmap(jax.grad(boltzmann(lambda a: 3.0 * a[0], jnp.asarray(LAM), 0.7)))
     u = np.array([-200.0, -2.0, 0.0, 0.5, 200.0])
     a = np.tanh(u)
-    np.testing.assert_allclose(grad(jnp.asarray(u)[:, None])[:, 0], 3 * (1 - a**2) / LAM - 1.4 * a, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        grad(jnp.asarray(u)[:, None])[:, 0], 3 * (1 - a**2) / LAM - 1.4 * a, rtol=1e-4, atol=1e-5
+    )

@@ -40,9 +40,7 @@ def test_a_selector_needs_a_particle(kind):
 def test_temperatures():
     steps = jnp.arange(0, 401, 100)
     np.testing.assert_allclose(jax.vmap(Constant(0.3))(steps), np.full(5, 0.3), rtol=1e-6)
-    np.testing.assert_allclose(
-        jax.vmap(Anneal(0.1, 0.001, 200))(steps), [0.1, 0.01, 0.001, 0.001, 0.001], rtol=1e-5
-    )
+    np.testing.assert_allclose(jax.vmap(Anneal(0.1, 0.001, 200))(steps), [0.1, 0.01, 0.001, 0.001, 0.001], rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: Constant(0.0), lambda: Anneal(0.1, 0.0), lambda: Anneal(steps=0)])

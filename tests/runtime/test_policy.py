@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.cli_helpers import Guess
 
 import contraflow
 from contraflow import RFM, SIR, EnvSpec, UserError
@@ -17,7 +18,6 @@ from contraflow.config import SCHEMA
 from contraflow.rl.select import First
 from contraflow.train.artifact import load_policy, save_policy
 from contraflow.train.evaluate import act_batch
-from tests.cli_helpers import Guess
 
 SPEC = EnvSpec(3, 2, 4, 100, True)
 FLOW = RFM(width=8, depth=1)

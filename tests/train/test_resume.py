@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tests.cli_helpers import TINY, in_subprocess
 
 from contraflow import Run, resume, train
 from contraflow.train import checkpoint
 from contraflow.train import run as driver
-from tests.cli_helpers import TINY, in_subprocess
 
 # Audit hooks see every call into the operating system: the process dies inside the writing of a chosen checkpoint, at a
 # chosen moment of it.

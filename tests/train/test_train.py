@@ -15,6 +15,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from rich.console import Console
+from tests.cli_helpers import TINY, Guess
 
 from contraflow import Run, UserError, train
 from contraflow.envs.probe import Action, TwoStep
@@ -24,7 +25,6 @@ from contraflow.train.evaluate import evaluate
 from contraflow.train.log import Log, read_evaluations
 from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
 from contraflow.train.plot import plot_curve
-from tests.cli_helpers import TINY, Guess
 
 GUESS = replace(TINY, agent=Guess())
 
@@ -77,7 +77,7 @@ def test_steps_are_rounded_up_to_whole_rounds(tmp_path: Path):
     result = train(replace(GUESS, num_envs=4, steps=41, collect=9), tmp_path, quiet=True)
     assert result.steps == 44
     assert [row["step"] for row in read_evaluations(tmp_path)] == [20, 40, 44]
-    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl") if "guess_loss" not in row][0] == 12
+    assert next(row["step"] for row in lines(tmp_path / "metrics.jsonl") if "guess_loss" not in row) == 12
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -182,11 +182,11 @@ def test_records_later_than_the_checkpoint_are_dropped(tmp_path: Path):
     log = Log(tmp_path, (), {})
     for step in (10, 20, 30):
         log.metrics(step, {"loss": 1.0})
-        log.evaluation(step, {"return_mean": float(step)})
+        log.evaluation(step, {"return_mean": float(step), "return_min": 0.0, "return_max": 50.0})
     for name, text in (("metrics.jsonl", '{"step": 15, "lo'), ("eval.csv", "15,1")):
         with (tmp_path / name).open("a") as file:
             file.write(text)  # a process that died in the middle of a line
-    Log(tmp_path, (), {}, step=20).evaluation(30, {"return_mean": -1.0})
+    Log(tmp_path, (), {}, step=20).evaluation(30, {"return_mean": -1.0, "return_min": -2.0, "return_max": 0.0})
     assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [10, 20]
     assert [(row["step"], row["return_mean"]) for row in read_evaluations(tmp_path)] == [(10, 10), (20, 20), (30, -1)]
     assert plot_curve(tmp_path) == tmp_path / "curve.png"

@@ -71,7 +71,7 @@ class SAC:
             normalise=self.normalise_critic,
             key=k_critic,
         )
-        log_alpha = jnp.log(jnp.asarray(self.init_alpha))
+        log_alpha = jnp.log(jnp.asarray(self.init_alpha, jnp.float32))
         return SACState(
             actor, critic, jax.tree.map(jnp.copy, critic), log_alpha, start(self._actor_tx, actor),
             start_critic(self._critic_tx, critic), start(self._alpha_tx, log_alpha), jnp.zeros((), jnp.int32),

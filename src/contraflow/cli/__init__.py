@@ -10,7 +10,7 @@ usage: contraflow COMMAND ...
 Flow policies for reinforcement learning, in JAX.
 
 commands:
-  train PRESET    train an agent, e.g.  contraflow train rfm --env envpool:CartpoleSwingup-v1 --seed 0
+  train PRESET    train an agent: contraflow train rfm --env envpool:CartpoleSwingup-v1
   resume DIR      continue a run that was interrupted, or extend it with --steps
   eval DIR        returns of a trained policy, and a video with --video out.mp4
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
@@ -26,7 +26,7 @@ COMMANDS = ("train", "resume", "eval", "sample", "list")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (`--require` missed), 2 (a mistake of the user), 130 (interrupted)."""
+    """Run one command; the exit code is: 0, 1 (`--require` missed), 2 (a mistake of the user), 130 (interrupted)."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         return _dispatch(args)

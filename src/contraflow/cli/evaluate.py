@@ -1,5 +1,6 @@
 """`contraflow eval`: returns and videos of a trained policy."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ UNIFORM = 32
 class Eval:
     """Returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of a run or of a policy."""
     episodes: int = 20
     seed: int = 0
@@ -96,8 +97,8 @@ def environment(
         have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
         if have != want:
             raise UserError(
-                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and {want[1]}: "
-                f"choose an environment like {policy.env}"
+                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
+                f"{want[1]}: choose an environment like {policy.env}"
             )
         yield env
     finally:
@@ -111,12 +112,15 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
     except ImportError:
         raise UserError('videos need imageio: pip install "contraflow[mujoco]"') from None
     path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"filming one episode of {id} ...", flush=True)
     k_reset, k_act = jr.split(jr.key(seed))
     with environment(policy, id, 1, seed, render=True) as env:
         frame: Any = getattr(env, "frame")  # noqa: B009 - not part of the protocol
         state, obs = env.reset(k_reset)
         try:
-            with imageio.get_writer(path, fps=fps) as writer:
+            with warnings.catch_warnings(), imageio.get_writer(path, fps=fps) as writer:
+                # ffmpeg starts with the first frame: fork and exec at once, which is safe
+                warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 for i in range(env.spec.episode_length or 1000):
                     writer.append_data(frame())  # pyright: ignore[reportAttributeAccessIssue]
                     state, step = env.step(state, act_batch(policy.agent, policy.state, obs, k_act, i))

@@ -13,7 +13,8 @@ class List:
     """List what can be named on the command line."""
 
     kind: Annotated[Literal["agents", "envs", "presets"], tyro.conf.Positional]
-    pattern: Annotated[str, tyro.conf.Positional] = ""
+    """What to list."""
+    pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = ""
     """Only names that contain this, whatever the case."""
 
 

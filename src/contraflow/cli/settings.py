@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from contraflow.config import import_path, suggest
+from contraflow.config import import_path, members, suggest
 from contraflow.presets import PRESETS
 from contraflow.train.run import Run, read_config
 from contraflow.types import UserError
@@ -42,7 +43,7 @@ contraflow train {preset} agent.solver:heun --agent.solver.steps 5"""
 
 
 def parse_train(preset: str, args: list[str]) -> Train:
-    """Settings of `preset` with the flags in `args` applied. Raises UserError, or SystemExit(2) after tyro's own message."""
+    """Settings of `preset` with the flags in `args` applied. Raises UserError, or SystemExit after tyro's message."""
     trust = "--trust" in args
     if trust:
         allow_local_modules()
@@ -56,7 +57,7 @@ def parse_train(preset: str, args: list[str]) -> Train:
         prog=f"contraflow train {preset}",
         description=DESCRIPTION.format(preset=preset),
         default=default,
-        args=choices_first(args),
+        args=choices_first(args, run.agent),
         config=(tyro.conf.CascadeSubcommandArgs,),
         registry=_registry(trust),
     )
@@ -97,10 +98,33 @@ def _user_agent(name: str, trust: bool) -> Any:
         ) from None
 
 
-def choices_first(args: list[str]) -> list[str]:
-    """Words like `agent.solver:heun` moved to the front, parents before children, so that order does not matter."""
-    words = [arg for arg in args if re.fullmatch(r"agent(\.[a-z0-9-]+)+:[a-z0-9-]+", arg)]
-    return sorted(words, key=lambda word: word.count(".")) + [arg for arg in args if arg not in words]
+def choices_first(args: list[str], agent: Any) -> list[str]:
+    """Words like `agent.solver:heun` moved to the front, parents before children, so that order does not matter.
+
+    Raises UserError with a suggestion for a word that names no field or no kind of the agent.
+    """
+    words = [arg for arg in args if re.fullmatch(r"agent(\.[\w-]+)+:[\w-]+", arg)]
+    words.sort(key=lambda word: word.count("."))
+    for word in words:
+        path, _, kind = word.partition(":")
+        parent, _, name = path.replace("-", "_").rpartition(".")
+        if any(other.startswith(f"{parent}:") for other in words):
+            continue  # the parent is another than the preset's: tyro knows
+        owner = functools.reduce(lambda value, part: getattr(value, part, None), parent.split(".")[1:], agent)
+        if dataclasses.is_dataclass(owner):
+            hints = typing.get_type_hints(type(owner))
+            if name not in hints:
+                raise UserError(f"{word}: {type(owner).__name__} has no setting {name}; {suggest(name, hints)}")
+            union = members(hints[name])
+            kinds = [kebab(member.__name__) for member in union if isinstance(member, type)]
+            if len(kinds) == len(union) and kind not in kinds:
+                raise UserError(f"{word}: there is no kind {kind}; {suggest(kind, kinds)}")
+    return words + [arg for arg in args if arg not in words]
+
+
+def kebab(name: str) -> str:
+    """MinVariance -> min-variance, RK4 -> rk4, NoneType -> none: the words of tyro."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name.removesuffix("Type")).lower()
 
 
 def allow_local_modules() -> None:
@@ -114,7 +138,7 @@ def _registry(trust: bool) -> ConstructorRegistry:
 
     @registry.primitive_rule
     def function(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """Settings that may be functions are given as `module:function`."""
+        """A setting that may be a function must have a form on the command line: `module:function`."""
         if collections.abc.Callable not in (info.type, typing.get_origin(info.type)):
             return None
         return PrimitiveConstructorSpec(

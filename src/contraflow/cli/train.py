@@ -19,19 +19,20 @@ from contraflow.types import UserError
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.gamma 0.98] ...
 
-PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with --trust):
+PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with
+--trust):
 
 {presets}
 
-`contraflow train PRESET --help` lists all settings. The folder given by --out receives config.json, metrics.jsonl, eval.csv,
-curve.png, checkpoints/ and policy/."""
+`contraflow train PRESET --help` lists all settings. The folder given by --out receives config.json, metrics.jsonl,
+eval.csv, curve.png, checkpoints/ and policy/."""
 
 
 @dataclass(frozen=True)
 class Resume:
     """Continue a run from its newest checkpoint."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of the run."""
     steps: int | None = None
     """Extend the run to this many environment steps in all."""

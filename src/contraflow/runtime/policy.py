@@ -14,7 +14,7 @@ from contraflow.types import EnvSpec, UserError
 class Policy:
     """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1].
 
-    Calls are numbered: the noise of a call depends on `seed` and its number only, so that a fresh Policy repeats itself.
+    Calls are numbered: the noise of a call depends on `seed` and its number only, so a fresh Policy repeats itself.
     """
 
     def __init__(self, agent: Any, spec: EnvSpec, env: str, state: Any, seed: int = 0):

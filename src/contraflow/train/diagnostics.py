@@ -70,13 +70,20 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
         return post.ess.mean(), post.eta.mean(), jnp.mean((post.mean.mean(0) - exact) ** 2)
 
     n = obs.shape[0]
-    out = {}
-    for i, t in enumerate(TIMES):
-        repeat, reference = jr.split(jr.fold_in(k_repeat, i), n), jr.split(jr.fold_in(k_reference, i), n)
-        ess, eta, bias2 = jax.vmap(at, (None, 0, 0, 0, 0, 0, 0))(
-            jnp.asarray(t), obs, x0, x1, support, repeat, reference
-        )
-        out |= {f"ess/{t}": ess.mean(), f"eta/{t}": eta.mean(), f"target_bias/{t}": jnp.sqrt(bias2.mean())}
+
+    def one_time(inputs):
+        t, key_repeat, key_reference = inputs
+        keys = jr.split(key_repeat, n), jr.split(key_reference, n)
+        ess, eta, bias2 = jax.vmap(at, (None, 0, 0, 0, 0, 0, 0))(t, obs, x0, x1, support, *keys)
+        return ess.mean(), eta.mean(), jnp.sqrt(bias2.mean())
+
+    count = len(TIMES)
+    results = jax.lax.map(one_time, (jnp.array(TIMES), jr.split(k_repeat, count), jr.split(k_reference, count)))
+    out = {
+        f"{name}/{t}": values[i]
+        for name, values in zip(("ess", "eta", "target_bias"), results, strict=True)
+        for i, t in enumerate(TIMES)
+    }
     actions = jr.uniform(k_uniform, (64, x1.shape[1]), minval=-1.0, maxval=1.0)
     q = jax.vmap(lambda o: jax.vmap(lambda a: state.critic.min(o, a))(actions))(obs)
     return out | {"q_gap": jnp.mean(q.max(1) - q.min(1)) / lam}

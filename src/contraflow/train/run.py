@@ -250,12 +250,12 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
 
 
 def _check_finite(metrics: dict[str, float], before: int, after: int, folder: Path) -> None:
-    """Raise UserError naming every metric that is not finite, losses of the critic first: what it spoils comes later."""
+    """Raise UserError naming every metric that is not finite, those of the critic first: what it spoils comes later."""
     bad = sorted(
         (name for name, value in metrics.items() if not np.isfinite(value)), key=lambda n: ("critic" not in n, n)
     )
     if bad:
         raise UserError(
-            f"{', '.join(bad)} became {metrics[bad[0]]} between steps {before} and {after}; the last good checkpoint in "
-            f"{folder} is kept: lower the learning rate or scale the reward, then start a new run"
+            f"{', '.join(bad)} became {metrics[bad[0]]} between steps {before} and {after}; the last good checkpoint "
+            f"in {folder} is kept: lower the learning rate or scale the reward, then start a new run"
         )

@@ -1,0 +1,94 @@
+"""End to end: the law of actions that a flow learns on bandits whose Boltzmann policy is known, and two solvers' errors.
+
+The training is that of benchmarks/bandit_law.py: the agent's own update against a critic that is the known Q.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from contraflow.agents.rfm import RFM
+from contraflow.flow.density import Separable
+from contraflow.flow.path import Linear
+from contraflow.flow.solve import Euler
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "bandit_law.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bandit_law", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_exact_law_and_known_critic(bench):
+    grid = (np.arange(200_000) + 0.5) / 100_000 - 1
+    for slope in bench.SLOPES:
+        w = np.exp(slope * grid)
+        w /= w.sum()
+        mean = w @ grid
+        want = [mean, np.sqrt(w @ (grid - mean) ** 2), w[np.abs(grid) > bench.EDGE].sum()]
+        np.testing.assert_allclose(bench.exact_law(slope), want, atol=1e-4)
+        a = jr.uniform(jr.key(0), (50, 3), minval=-1.0, maxval=1.0)
+        q = jax.jit(lambda s: bench.known_critic(3, s, jr.key(1)))(jnp.asarray(slope))
+        np.testing.assert_allclose(jax.vmap(lambda a, q=q: q.min(jnp.zeros(1), a))(a), slope * a.sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.0, 2.0])
+def test_default_solver_follows_the_exact_field(bench, slope):
+    """Within .03 (here .015) on the exact field in one dimension; ten Euler steps, at more calls, are not."""
+    target = Separable.linear(jnp.array([slope]))
+    path, agent = Linear(), RFM()
+    x0 = jnp.asarray(norm.ppf((np.arange(200) + 0.5) / 200), jnp.float32)[:, None]
+
+    def law(solver):
+        def one(x):
+            drift = lambda x, t: path.velocity(target.posterior_mean(path, x, t), x, t)
+            return jnp.tanh(solver(drift, x, agent.t_min, 1 - agent.t_min))
+
+        # One at a time: the quadrature of every x takes 4001 points.
+        a = jax.lax.map(one, x0, batch_size=50)[:, 0]
+        return jnp.stack([a.mean(), a.std(), jnp.mean(jnp.abs(a) > bench.EDGE)])
+
+    laws = [np.asarray(jax.jit(law, static_argnums=0)(s)) for s in (agent.solver, Euler(10))]
+    errors = [np.abs(x - bench.exact_law(slope)).max() for x in laws]
+    assert agent.solver.nfe <= 10
+    assert errors[0] < 0.02 and errors[1] > 0.03
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_default_agent_learns_the_law_quickly(bench, dim):
+    """A twentieth of the benchmark's updates, at a higher rate and with a smaller network: within .06."""
+    agent = bench.prepare(replace(RFM(), actor_lr=2e-3, embedding=16), width=32)
+    states = bench.learn(agent, dim, jr.key(0), 400, 128)
+    laws = np.asarray(bench.action_law(agent, states, jr.key(1), 2000))
+    want = np.stack([bench.exact_law(s) for s in bench.SLOPES])
+    np.testing.assert_allclose(laws, want, atol=0.06)
+    assert np.abs(laws[0, 0] - laws[1, 0]) > 0.4  # the second Q is really seen
+
+
+HARD = pytest.mark.xfail(
+    reason="self-normalised importance sampling with 32 candidates is biased for d >= 6", strict=True
+)
+
+
+@pytest.mark.learn
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [("rfm", 1), ("rfm", 2), pytest.param("rfm", 6, marks=HARD), pytest.param("rfm", 20, marks=HARD)]
+    + [("refined 16+4", d) for d in (1, 2, 6, 20)],
+)
+def test_law_at_10_and_100_solver_steps(bench, name, dim):
+    """Mean, standard deviation and P(|a| > .95) within .03 for both Q's."""
+    rows = bench.compare(name, bench.agents()[name], dim, 4000, 256, 4000, 0)
+    checked = [r for r in rows if r.solver in ("own", "10", "100")]
+    assert len(checked) == 6 and max(r.error for r in checked) < bench.TOLERANCE, "\n".join(map(str, rows))

@@ -1,0 +1,179 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from contraflow.flow.density import Gaussian, eight_gaussians, two_moons
+from contraflow.flow.path import VE
+from contraflow.flow.posterior import Fixed, MinVariance, Reverse
+from contraflow.flow.proposal import Noise
+from contraflow.flow.solve import Euler
+from contraflow.sample import equal_calls, floor, interval, judge
+from contraflow.sample.targets import find_target, mixture_log_density
+from contraflow.sample.trainer import METHODS, Trainer, draw, start, train, train_round, with_samples
+
+GAUSSIAN = Gaussian(jnp.array([1.0, -0.5]), 0.5)
+SMALL = Trainer(steps=400, batch=32, width=32, endpoints=64, bounded=True)
+
+
+def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
+    net = jax.tree.map(lambda leaf: leaf[0], state.net)
+    return np.asarray(jax.jit(lambda k: draw(net, trainer.path, Euler(50), k, n))(jr.key(9)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_a_gaussian(method: str):
+    trainer = replace(SMALL, estimator=with_samples(METHODS[method], 32))
+    x = samples_of(trainer, train(trainer, GAUSSIAN, jr.split(jr.key(0), 1)))
+    assert x.mean(0) == pytest.approx([1.0, -0.5], abs=0.12)
+    assert x.std(0) == pytest.approx([0.5, 0.5], abs=0.12)
+
+
+def test_a_path_with_a_wide_source_works_too():
+    trainer = replace(SMALL, estimator=with_samples(METHODS["rfm"], 32), path=VE(0.02, 6.0), steps=600)
+    x = samples_of(trainer, train(trainer, GAUSSIAN, jr.split(jr.key(0), 1)))
+    assert x.mean(0) == pytest.approx([1.0, -0.5], abs=0.25)
+    assert x.std(0) == pytest.approx([0.5, 0.5], abs=0.25)
+
+
+def test_methods_are_what_their_names_say():
+    assert METHODS["rfm"] == Reverse(control=MinVariance())
+    assert METHODS["qne"].control == Fixed(0.0) and METHODS["idem"].control == Fixed(1.0)
+    assert METHODS["rfm"].proposal == METHODS["qne"].proposal == METHODS["idem"].proposal == Noise()
+    with_k = with_samples(METHODS["idem"], 7)
+    assert with_k.samples == 7 and with_k.control == Fixed(1.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_density_calls_are_counted_truly(method: str):
+    calls = []
+
+    def log_pi(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return GAUSSIAN(x)
+
+    trainer = Trainer(with_samples(METHODS[method], 5), steps=4, batch=3, every=2, width=8, endpoints=4, particles=2)
+    jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
+    jax.effects_barrier()
+    assert len(calls) == trainer.critic_calls == 4 * 3 * 5
+
+
+def test_unequal_density_calls_are_refused():
+    trainers = {m: Trainer(with_samples(METHODS[m], 16)) for m in METHODS}
+    assert equal_calls(trainers) == 16 * 64 * Trainer.steps
+    with pytest.raises(ValueError, match="equal density calls"):
+        equal_calls(trainers | {"qne": replace(trainers["qne"], steps=3000)})
+
+
+@pytest.mark.parametrize(("steps", "every"), [(7, 3), (2, 5), (6, 3)])
+def test_exactly_the_steps_asked_for(steps: int, every: int):
+    trainer = Trainer(with_samples(METHODS["qne"], 2), steps=steps, every=every, batch=2, width=8, endpoints=4)
+    seen = []
+    state = train(trainer, GAUSSIAN, jr.split(jr.key(0), 2), progress=lambda step, loss: seen.append(step))
+    assert state.step.tolist() == [steps, steps]
+    assert seen[-1] == steps and len(seen) == -(-steps // every)
+
+
+def test_seeds_side_by_side_equal_seeds_alone():
+    trainer = Trainer(with_samples(METHODS["rfm"], 4), steps=20, every=10, batch=4, width=8, endpoints=8)
+    keys = jr.split(jr.key(3), 3)
+    together = train(trainer, GAUSSIAN, keys)
+    alone = train(trainer, GAUSSIAN, keys[1:2])
+    for a, b in zip(jax.tree.leaves(together.net), jax.tree.leaves(alone.net), strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-4)
+    first = jax.tree.leaves(together.net)[0]
+    assert not np.allclose(first[0], first[1])
+
+
+def test_learning_rates_can_differ_between_lanes():
+    trainer = Trainer(with_samples(METHODS["rfm"], 4), steps=5, batch=4, width=8, endpoints=8)
+    key = jr.key(3)
+    keys = jnp.stack([key, key])
+    state = train(trainer, GAUSSIAN, keys, jnp.array([1e-8, 1e-2]))
+    fresh = start(trainer, jr.split(key, 2)[0]).net
+    moved = [
+        max(float(jnp.max(jnp.abs(leaf[i] - f))) for leaf, f in zip(jax.tree.leaves(state.net), jax.tree.leaves(fresh)))  # noqa: B905
+        for i in (0, 1)
+    ]
+    assert moved[0] < 1e-6 < 1e-3 < moved[1]
+
+
+def test_wild_estimates_are_projected_into_the_box():
+    """Gradient-expectation at small t is off by orders of magnitude: the loss tells."""
+    target = eight_gaussians()
+    losses = {}
+    for bounded in (False, True):
+        trainer = Trainer(with_samples(METHODS["idem"], 8), steps=10, bounded=bounded, width=8, endpoints=16)
+        _, losses[bounded] = train_round(trainer, target, 10, start(trainer, jr.key(0)), jr.key(1))
+    # |v| <= (box + |x_t|) / (1 - t) on average over t
+    assert losses[True] < 1e4 < losses[False]
+
+
+def test_a_diverged_flow_still_gives_queries_in_the_box():
+    trainer = Trainer(with_samples(METHODS["qne"], 4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
+    state = start(trainer, jr.key(0))
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.net)
+    _, pool_loss = train_round(trainer, GAUSSIAN, 2, replace(state, net=broken), jr.key(1))
+    assert jnp.isnan(pool_loss)  # the net is broken, but
+    from contraflow.sample.trainer import _endpoints
+
+    for net in (broken, state.net):
+        pool = _endpoints(trainer, net, jr.key(2))
+        assert bool(jnp.all(jnp.abs(pool) <= trainer.box))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"batch": -1},
+        {"width": 0},
+        {"learning_rate": 0.0},
+        {"box": -1.0},
+        {"t_min": 0.5},
+        {"uniform": 2.0},
+    ],
+)
+def test_settings_out_of_range(wrong: dict):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Trainer(**wrong)
+
+
+@pytest.mark.parametrize("mixture", [two_moons(points=16), eight_gaussians()])
+def test_the_fast_density_is_the_density(mixture):
+    x = 3.0 * jr.normal(jr.key(0), (200, 2))
+    fast, exact = (jax.vmap(jax.value_and_grad(f))(x) for f in (mixture_log_density(mixture), mixture))
+    np.testing.assert_allclose(fast[0] - fast[0][0], exact[0] - exact[0][0], atol=2e-3)
+    np.testing.assert_allclose(fast[1], exact[1], atol=2e-3)
+
+
+def test_floor_and_judge_agree_on_a_perfect_sampler():
+    """A flow that stands still, on its own source N(0, I): judged as exact."""
+    target = replace(find_target("two-moons", 4.0), sample=lambda key, n: jr.normal(key, (n, 2)))
+    trainer = Trainer(width=8)
+    state = jax.vmap(lambda k: start(trainer, k))(jr.split(jr.key(0), 2))
+    still = replace(state, net=jax.tree.map(jnp.zeros_like, state.net))
+    scores = judge(target, trainer, still, 5, 1000, jr.split(jr.key(1), 2))
+    floors = floor(target, 1000, jr.key(2), pairs=2)
+    assert scores[0] != scores[1]
+    for row in (*scores, *floors):
+        assert row["sliced_wasserstein"] < 0.12 and abs(row["mmd2"]) < 0.006 and row["sinkhorn"] < 0.12
+
+
+def test_intervals():
+    mean, low, high = interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5 and 1.0 < low < 2.0 and 3.0 < high < 4.0
+    assert interval([0.3]) == (0.3, 0.3, 0.3)
+    assert interval([1.0, float("inf")])[0] == float("inf")
+
+
+@pytest.mark.learn
+def test_two_moons_are_learned():
+    target = find_target("two-moons", 4.0)
+    trainer = Trainer(with_samples(METHODS["rfm"], 128), bounded=True)
+    state = train(trainer, target.log_density, jr.split(jr.key(0), 1))
+    score = judge(target, trainer, state, 20, 2000, jr.split(jr.key(1), 1))[0]
+    assert score["sliced_wasserstein"] < 0.2 and score["mmd2"] < 0.01

@@ -1,0 +1,163 @@
+"""Every mistake of a user ends in one message that names the remedy and in exit code 2; nothing of the run is lost."""
+
+import builtins
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.cli_helpers import FLAGS, GUESS, Guess, assert_refused, cli
+
+from contraflow import Run, load
+from contraflow.train import checkpoint
+from contraflow.train import run as driver
+from contraflow.train.run import read_config
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        # unknown names
+        ("tran rfm", ["no command tran", "did you mean 'train'"]),
+        ("train rfn", ["no preset rfn", "did you mean 'rfm'", "contraflow list presets"]),
+        ("train --seed 3 rfm", ["the preset comes first"]),
+        ("train runs/none", ["runs/none does not exist"]),
+        ("train rfm --agent.gama 0.9", ["Unrecognized options: --agent.gama", "Perhaps you meant", "--agent.gamma"]),
+        ("train rfm --stepz 9", ["Unrecognized options: --stepz", "--steps"]),
+        ("train rfm agent.solver:huen", ["no kind huen", "did you mean 'heun'"]),
+        ("train rfm agent.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
+        ("train rfm agent.estimator.control:fixd", ["no kind fixd", "did you mean 'fixed'"]),
+        ("train rfm --env probe:acton", ["unknown environment probe:acton", "did you mean probe:action"]),
+        ("train rfm --env gym:HalfCheeta-v5", ["unknown environment", "HalfCheetah-v5"]),
+        ("train rfm --trackers wandbb", ["invalid choice", "wandb"]),
+        ("list agent", ["invalid choice", "agents"]),
+        ("list envs nothinglikethis", ["no envs match", "contraflow list envs"]),
+        # values out of range
+        ("train rfm --agent.gamma 1.7", ["gamma is a discount in [0, 1], got 1.7"]),
+        ("train rfm --agent.gamma nan", ["gamma is a discount"]),
+        ("train rfm --steps -5", ["steps must be at least 1, got -5"]),
+        ("train rfm --steps many", ["--steps", "many"]),
+        ("train rfm --agent.width 0", ["width must be positive, got 0"]),
+        ("train rfm --agent.tau 0", ["tau is a target-update rate"]),
+        ("train rfm --agent.temperature.value -1", ["temperature must be positive"]),
+        ("train rfm --agent.estimator.samples 0", ["at least one candidate"]),
+        ("train rfm --agent.solver.steps 0", ["at least one step"]),
+        ("train rfm --agent.explore.particles 0", ["at least one particle"]),
+        ("train rfm --steps 100 --collect 200", ["collect must lie between 0 and steps=100, got 200"]),
+        ("train rfm --num-envs 8 --buffer-size 4", ["buffer_size=4 is smaller than num_envs=8"]),
+        ("train rfm --seed -1", ["must not be negative"]),
+        ("eval runs/none --episodes 0", ["must be at least 1"]),
+        # code without trust, or not an agent
+        ("train mine:Agent", ["mine:Agent", "--trust"]),
+        ("train rfm --env mine:World", ["mine:World", "--trust"]),
+        ("train no_such_module:Agent --trust", ["cannot import no_such_module:Agent"]),
+        ("train tests.cli_helpers:Nothing --trust", ["cannot import tests.cli_helpers:Nothing"]),
+        ("train tests.cli_helpers:cli --trust", ["is not an agent", "@dataclass(frozen=True)"]),
+        ("train contraflow.types:EnvSpec --trust", ["is not an agent", "acting, init, act, update"]),
+        ("train tests.cli_helpers:Guess --trust --agent.rate -1", ["rate must be positive, got -1.0"]),
+        # actions that are not continuous and bounded
+        ("train rfm --trust --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),
+        ("train rfm --trust --env tests.cli_helpers:unbounded", ["unbounded actions", "finite bounds"]),
+        # folders that are no runs
+        ("resume runs/none", ["runs/none", "is runs/none the folder of a run?"]),
+        ("eval runs/none", ["holds no policy", "give the folder of a run"]),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(args: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(args.split(), *words)
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_an_agent_without_defaults(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Guess, "__init__", lambda self, rate: None)
+    assert_refused(["train", "tests.cli_helpers:Guess", "--trust"], "cannot be built without arguments", "default")
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_refused([*GUESS, "--out", str(tmp_path)], "already exists", "--out", "contraflow resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert_refused([*GUESS, "--out", str(tmp_path / "notes.txt")], "already exists")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# missing packages
+
+
+@pytest.mark.parametrize(
+    ("package", "args", "extra"),
+    [
+        ("envpool", "train rfm --env envpool:CheetahRun-v1", 'pip install "contraflow[envpool]"'),
+        ("gymnasium.vector", "train rfm --env gym:HalfCheetah-v5", 'pip install "contraflow[mujoco]"'),
+        ("wandb", "train rfm --env probe:action --trackers wandb", 'pip install "contraflow[wandb]"'),
+        ("trackio", "train rfm --env probe:action --trackers tensorboard trackio", 'pip install "contraflow[trackio]"'),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, args: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def without(name, *rest, **options):
+        if name == package:
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(driver, "check_trackers", driver.check_trackers)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_refused([*args.split(), "--out", str(tmp_path / "run")], extra)
+    assert not (tmp_path / "run").exists()
+
+
+# what an environment or a loss does
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("env", "culprit"), [("nan_observation", "observation"), ("infinite_reward", "reward")])
+def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_path: Path):
+    """The twelfth step is the last sound one: 24 steps with two copies, though the last checkpoint was due at 20."""
+    out = str(tmp_path / "run")
+    flags = [*GUESS, "--env", f"tests.cli_helpers:{env}", "--out", out]
+    assert_refused(flags, f"non-finite {culprit}", "the run is saved", f"contraflow resume {out}")
+    assert checkpoint.latest(tmp_path / "run") == 24
+    assert load(tmp_path / "run", trust=True)(np.zeros(1)).shape == (1,)
+    assert (
+        rows(tmp_path / "run")[-1]["step"] == 24
+        and np.isfinite([r.get("guess_loss", 0) for r in rows(tmp_path / "run")]).all()
+    )
+    run = replace(read_config(tmp_path / "run", True), env="tests.cli_helpers:pointer")
+    driver.write_config(run, tmp_path / "run")
+    code, out, _ = cli("resume", tmp_path / "run", "--trust", "--quiet")
+    assert code == 0 and "trained to step 40" in out
+
+
+def test_a_failure_in_an_evaluation_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Evaluation environments are others than those of training: here only they go wrong."""
+    real = driver._environments
+
+    def half(run: Run, trust: bool):
+        return real(replace(run, env="tests.cli_helpers:pointer"), trust)[0], real(run, trust)[1]
+
+    monkeypatch.setattr(driver, "_environments", half)
+    flags = [*GUESS, "--env", "tests.cli_helpers:nan_soon", "--out", str(tmp_path / "run")]
+    assert_refused(flags, "non-finite observation", "the run is saved")
+    assert checkpoint.latest(tmp_path / "run") == 20
+
+
+def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path):
+    out = str(tmp_path / "run")
+    args = [*GUESS, "--agent.explode-at", "12", "--out", out]
+    assert_refused(args, "guess_loss became inf between steps 30 and 40", "last good checkpoint", out, "learning rate")
+    assert checkpoint.latest(tmp_path / "run") == 20
+    assert load(tmp_path / "run", trust=True)(np.zeros(1)).shape == (1,)
+    assert [r["step"] for r in rows(tmp_path / "run") if "episodes" in r] == [10, 20, 30]
+
+
+def test_the_culprit_of_a_real_agent_is_named(tmp_path: Path):
+    args = ["train", "sir", *FLAGS, "--agent.critic-lr", "1e38", "--out", str(tmp_path / "run")]
+    assert_refused(args, "error: critic_loss", "last good checkpoint")
+    assert checkpoint.latest(tmp_path / "run") is not None

@@ -1,0 +1,284 @@
+"""The loop: bookkeeping, one body for scans and host loops, seeds under vmap, what the probes teach; `evaluate`."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from contraflow.agents.rfm import RFM
+from contraflow.agents.sac import SAC
+from contraflow.agents.sir import SIR
+from contraflow.envs.probe import PROBES, TwoStep
+from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.proposal import Mixture
+from contraflow.flow.solve import Midpoint
+from contraflow.rl.select import Argmax, Softmax
+from contraflow.rl.temperature import Constant
+from contraflow.train.evaluate import evaluate
+from contraflow.train.online import Carry, Phase, _scan, epoch, first_learner
+from contraflow.types import Step, UserError
+
+WARM = Phase(True, 0, 16)
+LEARN = Phase(False, 2, 16)
+QUICK = SIR(width=8, depth=1, explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic_lr=1e-2, tau=0.1)
+TINY = RFM(
+    width=8, depth=1, embedding=4, solver=Midpoint(1), estimator=Reverse(4, Mixture(), Fixed(0.0)), explore=Softmax(2),
+    backup=Softmax(2), exploit=Argmax(2),
+)  # fmt: skip
+
+
+def begin(agent, env, key, buffer_size=64):
+    k_agent, k_env = jr.split(key)
+    learner = jax.jit(lambda k: first_learner(agent, env.spec, buffer_size, k))(k_agent)
+    state, obs = env.reset(k_env)
+    # `obs` may be part of the state, and a donated carry must not hold one buffer twice.
+    return Carry(learner, state, jnp.copy(obs) if env.spec.jittable else obs)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A probe dressed up as a host environment: NumPy in, NumPy out, and a row that does not count now and then.
+
+    `fail_at` is the step at which it breaks; `calls` counts the steps, as simulators do, outside of the state.
+    """
+
+    env: Any
+    skip: bool = False
+    fail_at: int = -1
+    calls: list = None
+
+    @property
+    def spec(self):
+        return replace(self.env.spec, jittable=False)
+
+    def reset(self, key):
+        self.calls.clear()
+        state, obs = self.env.reset(key)
+        return state, np.asarray(obs)
+
+    def step(self, state, action):
+        self.calls.append(1)
+        if len(self.calls) == self.fail_at:
+            raise UserError("the simulator broke")
+        state, step = self.env.step(state, jnp.asarray(action))
+        step = jax.tree.map(np.asarray, step)
+        if self.skip and len(self.calls) % 2 == 0:
+            step = eqx.tree_at(lambda s: s.valid, step, step.valid & (np.arange(len(step.valid)) > 0))
+        return state, step
+
+    def __hash__(self):
+        return id(self)
+
+
+def test_counters_returns_and_buffer():
+    env = TwoStep(3)  # rewards 0, 1 and the end: every episode is worth 1
+    carry = begin(QUICK, env, jr.key(0))
+    carry, metrics, error = epoch(WARM, QUICK, env, carry, jr.key(1), 5)
+    learner = carry.learner
+    assert error is None
+    assert (int(learner.steps), int(learner.iteration), int(learner.buffer.size)) == (15, 5, 15)
+    assert metrics == {"episodes": 6.0, "return": 1.0}  # 2 episodes for each of 3 copies, and one step into the third
+    np.testing.assert_array_equal(learner.returns, np.zeros(3))
+    assert int(learner.agent.step) == 0
+    rows = jax.tree.map(lambda x: np.asarray(x[:15]), learner.buffer.data)
+    np.testing.assert_array_equal(rows.obs[:, 0], np.repeat([0, 1, 0, 1, 0], 3))
+    np.testing.assert_array_equal(rows.next_obs[:, 0], np.repeat([1, 2, 1, 2, 1], 3))  # never the one after a reset
+    np.testing.assert_array_equal(rows.reward, rows.obs[:, 0])
+    np.testing.assert_array_equal(rows.terminated, rows.obs[:, 0] == 1)
+    assert np.abs(rows.action).max() <= 1 and len(np.unique(rows.action)) == 15
+    carry, metrics, _ = epoch(LEARN, QUICK, env, carry, jr.key(1), 4)
+    assert int(carry.learner.agent.step) == 8 and int(carry.learner.iteration) == 9
+    assert metrics["critic_loss"] > 0 and metrics["return"] == 1.0
+    rows = np.asarray(carry.learner.buffer.data.action[15:27, 0])
+    assert len(np.unique(rows)) == 12  # every copy and every step has noise of its own
+
+
+def test_scans_of_any_length_and_the_host_loop_do_the_same():
+    """Bitwise for scans; the host loop is another program and differs by rounding."""
+    env = TwoStep(2)
+    results = []
+    for pieces in ((6,), (3, 3)):
+        carry = begin(QUICK, env, jr.key(0))
+        carry, _, _ = epoch(WARM, QUICK, env, carry, jr.key(1), 4)
+        for n in pieces:
+            carry, metrics, _ = epoch(LEARN, QUICK, env, carry, jr.key(2), n)
+        results.append(carry.learner)
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
+    host = Host(env, calls=[])
+    carry = begin(QUICK, host, jr.key(0))
+    carry, _, _ = epoch(WARM, QUICK, host, carry, jr.key(1), 4)
+    carry, metrics, _ = epoch(LEARN, QUICK, host, carry, jr.key(2), 6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), carry.learner, results[0])
+    assert metrics["episodes"] == 6
+
+
+def test_rows_that_do_not_count():
+    env = Host(TwoStep(2), skip=True, calls=[])
+    carry = begin(QUICK, env, jr.key(0))
+    carry, metrics, _ = epoch(WARM, QUICK, env, carry, jr.key(1), 6)
+    # Copy 0 loses every second step, which is the last of its episodes: its ends are not seen either.
+    assert int(carry.learner.steps) == int(carry.learner.buffer.size) == 9
+    assert metrics["episodes"] == 3
+
+
+def test_stop_and_failure_leave_a_good_carry():
+    env = Host(TwoStep(2), calls=[])
+    carry = begin(QUICK, env, jr.key(0))
+    carry, _, error = epoch(WARM, QUICK, env, carry, jr.key(1), 50, stop=lambda: len(env.calls) >= 3)
+    assert error is None and int(carry.learner.iteration) == 3
+    broken = Host(TwoStep(2), fail_at=4, calls=[])
+    carry = begin(QUICK, broken, jr.key(0))
+    carry, _, error = epoch(WARM, QUICK, broken, carry, jr.key(1), 50)
+    assert isinstance(error, UserError) and "broke" in str(error)
+    assert int(carry.learner.iteration) == 3 and int(carry.learner.buffer.size) == 6
+
+
+def test_three_vmapped_seeds_equal_three_runs():
+    env = TwoStep(2)
+    keys = [jr.split(jr.key(s)) for s in range(3)]
+    singles, starts = [], []
+    for k_begin, k_run in keys:
+        carry = begin(TINY, env, k_begin)
+        carry, _, _ = epoch(WARM, TINY, env, carry, jr.clone(k_run), 4)
+        starts.append(jax.tree.map(jnp.copy, carry))
+        singles.append(epoch(LEARN, TINY, env, carry, k_run, 10)[0].learner)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    # jax 0.10 takes the keys that the inner scan splits for used ones once it is vmapped.
+    with jax.debug_key_reuse(False):
+        run = jax.jit(jax.vmap(lambda c, k: _scan(LEARN, TINY, env, c, k, 10)[0]))
+        many = run(stacked, jnp.stack([k for _, k in keys])).learner
+    for s, single in enumerate(singles):
+        jax.tree.map(
+            lambda a, b, s=s: np.testing.assert_allclose(a[s], b, rtol=2e-3, atol=2e-4), many.agent, single.agent
+        )
+        np.testing.assert_allclose(many.buffer.data.action[s], single.buffer.data.action, atol=1e-4)
+    assert not np.allclose(many.buffer.data.action[0], many.buffer.data.action[1])
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Copies with episodes of length 1, 2, 3, ...; the reward of copy i in its e-th episode is 10 i + e per episode."""
+
+    num_envs: int = 3
+
+    @property
+    def spec(self):
+        return replace(TwoStep(self.num_envs).spec, jittable=False)
+
+    def reset(self, key):
+        n = self.num_envs
+        return (np.zeros(n, int), np.zeros(n, int)), np.zeros((n, 1), np.float32)
+
+    def step(self, state, action):
+        age, episode = state
+        n = self.num_envs
+        valid = np.ones(n, bool)
+        done = age == np.arange(n)
+        reward = np.where(done, 10.0 * np.arange(n) + episode, 0.0).astype(np.float32)
+        obs = np.zeros((n, 1), np.float32)
+        step = Step(obs, obs, reward, done & (episode % 2 == 0), done & (episode % 2 == 1), valid)
+        return (np.where(done, 0, age + 1), episode + done), step
+
+
+def test_evaluation_counts_the_same_number_of_episodes_for_every_copy():
+    state = jax.jit(lambda k: QUICK.init(k, Scripted().spec))(jr.key(0))
+    returns = evaluate(QUICK, state, Scripted(), jr.key(1), 6)
+    np.testing.assert_array_equal(returns, [0, 10, 20, 1, 11, 21])
+    np.testing.assert_array_equal(evaluate(QUICK, state, Scripted(), jr.key(1), 4), [0, 10, 20, 1])
+    with pytest.raises(UserError, match="time limit"):
+        evaluate(QUICK, state, Scripted(4), jr.key(1), 4, max_steps=2)
+
+
+def study(agent, env, iterations, phase=None, key=0):
+    """The trained state after a warm-up of 20 iterations."""
+    carry = begin(agent, env, jr.key(key), 4096)
+    carry, _, _ = epoch(WARM, agent, env, carry, jr.key(key + 1), 20)
+    carry, _, _ = epoch(phase or Phase(False, 2, 64), agent, env, carry, jr.key(key + 2), iterations)
+    return carry.learner.agent
+
+
+@dataclass(frozen=True)
+class Mistaken:
+    """An adapter with the classical bug: it reports a time limit as an end."""
+
+    env: Any
+
+    @property
+    def spec(self):
+        return self.env.spec
+
+    def reset(self, key):
+        return self.env.reset(key)
+
+    def step(self, state, action):
+        state, step = self.env.step(state, action)
+        return state, eqx.tree_at(lambda s: s.terminated, step, step.terminated | step.truncated)
+
+
+def values(state, obs, action=0.0):
+    return np.asarray(jax.vmap(lambda o: state.critic.min(o, jnp.full(1, action)))(obs))
+
+
+def test_truncation_is_not_an_end():
+    env, gamma = PROBES["truncation"](4), 0.7
+    agent = replace(QUICK, gamma=gamma, width=16)
+    obs = jnp.arange(5.0)[:, None] / 5
+    right, wrong = (study(agent, e, 500) for e in (env, Mistaken(env)))
+    np.testing.assert_allclose(values(right, obs), 1 / (1 - gamma), atol=0.25)
+    mistaken = np.asarray(jax.vmap(lambda o: env.mistaken_value(o, gamma))(obs))
+    np.testing.assert_allclose(values(wrong, obs), mistaken, atol=0.4)
+    assert mistaken[-1] == 1  # so the two cannot be confused: 3.33 against 1
+
+
+LEARNERS = {
+    "rfm": RFM(
+        width=32, solver=Midpoint(2), estimator=Reverse(16, Mixture(), Fixed(0.0)), critic_lr=3e-3, actor_lr=1e-3,
+        tau=0.02, gamma=0.8,
+    ),
+    "sac": SAC(width=32, critic_lr=3e-3, actor_lr=1e-3, alpha_lr=1e-2, init_alpha=0.1, tau=0.02, gamma=0.8),
+    "sir": SIR(width=32, critic_lr=3e-3, tau=0.02, gamma=0.8),
+}  # fmt: skip
+
+
+@pytest.mark.learn
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_probes_are_learned(name, probe):
+    """Values within .1 (.05 of the larger ones) and actions within .15 of the known ones."""
+    agent, env = LEARNERS[name], PROBES[probe](4)
+    state = study(agent, env, 1500)
+    obs = {
+        "obs": jnp.array([[-1.0], [1.0]]),
+        "two-step": jnp.array([[0.0], [1.0]]),
+        "obs-action": jnp.linspace(-0.7, 0.7, 8)[:, None],
+        "truncation": jnp.arange(5.0)[:, None] / 5,
+    }.get(probe, jnp.zeros((1, 1)))
+    best = jax.vmap(env.best_action)(obs)
+    got = jax.vmap(state.critic.min)(obs, best)
+    np.testing.assert_allclose(got, jax.vmap(lambda o: env.value(o, agent.gamma))(obs), rtol=0.05, atol=0.1)
+    if probe in ("action", "obs-action"):
+        act = jax.vmap(lambda o, k: agent.act(state, o, k, False))(obs, jr.split(jr.key(9), obs.shape[0]))
+        np.testing.assert_allclose(act, best, atol=0.15)
+    returns = evaluate(agent, state, env, jr.key(10), 20)
+    assert returns.shape == (20,) and np.isfinite(returns).all()
+
+
+def test_a_flow_policy_learns_where_to_go():
+    """The quick one of the above: reward 1 - (a - 1/2)^2."""
+    agent = replace(
+        LEARNERS["rfm"], width=16, depth=1, embedding=8, actor_lr=3e-3, critic_lr=1e-2, temperature=Constant(0.05)
+    )
+    env = PROBES["action"](4)
+    state = study(agent, env, 400)
+    plain = replace(agent, explore=Softmax(1))
+    actions = jax.jit(jax.vmap(lambda k: plain.act(state, jnp.zeros(1), k, True)))(jr.split(jr.key(5), 500))
+    # exp(-(a - .5)^2 / .05) is about N(.5, .16^2); the policy began near mean 0 and standard deviation .6.
+    np.testing.assert_allclose(np.mean(actions), 0.5, atol=0.1)
+    np.testing.assert_allclose(np.std(actions), 0.158, atol=0.08)
+    np.testing.assert_allclose(values(state, jnp.zeros((1, 1)), 0.5), 1, atol=0.1)
