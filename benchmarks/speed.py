@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [update act network loop] [--peer module:function]
 
-`--peer` names a function `(obs_dim, act_dim) -> {"update": callable, "act": callable}` of a module on PYTHONPATH: another
+`--peer` names a function `(obs_dim, act_dim) -> {"update": callable, "act": callable}` of a module on PYTHONPATH: an
 implementation at the same settings, kept outside this repository. Medians of paired rounds; one line per case.
 """
 
@@ -156,7 +156,7 @@ def network_cases() -> None:
 
     def step_of(field):
         def step(net, opt, x, t, cond):
-            loss = lambda net: jnp.mean(jax.vmap(lambda x, t, c: field(net, x, t, c))(x, t, cond) ** 2)  # noqa: E731
+            loss = lambda net: jnp.mean(jax.vmap(lambda x, t, c: field(net, x, t, c))(x, t, cond) ** 2)
             grad = jax.grad(loss)(net)
             updates, opt = tx.update(grad, opt, net)
             return eqx.apply_updates(net, updates), opt

@@ -68,7 +68,7 @@ assert isinstance(ESTIMATOR, Reverse)
             replace(AGENT, estimator=replace(ESTIMATOR, samples=9, proposal=Noise())),
         ),
         (
-            "agent.estimator.proposal.shares:tuple-float-ellipsis --agent.estimator.proposal.shares .2 .8",
+            "agent.estimator.proposal.shares:tuple-float-ellipsis .2 .8",
             replace(AGENT, estimator=replace(ESTIMATOR, proposal=Mixture(shares=(0.2, 0.8)))),
         ),
         (

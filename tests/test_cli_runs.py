@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.cli_helpers import FLAGS, TINY, Guess, cli, in_subprocess
+from tests.cli_helpers import COMMAND, ENVIRON, FLAGS, TINY, Guess, cli, in_subprocess
 
 from contraflow import RFM, SIR, EnvSpec, Step, load, train
 from contraflow.cli import evaluate as command
@@ -259,7 +259,8 @@ def test_modules_in_the_current_folder_are_found(tmp_path: Path):
 
 
 def test_help_does_not_load_what_it_does_not_need():
-    code = "import sys; from contraflow.cli import main; main(['--help']); main(['list', 'presets']); print(sorted(sys.modules))"
+    code = "import sys; from contraflow.cli import main; main(['--help']); main(['list', 'presets'])"
+    code += "; print(sorted(sys.modules))"
     done = in_subprocess(code)
     heavy = [
         name

@@ -85,7 +85,7 @@ def fixed_alpha():
 
 
 def test_optimum_at_fixed_temperature(fixed_alpha):
-    """The best tanh-Gaussian for E[k (a - m)^2] / alpha - entropy; in the action close to precision 2 k / alpha = 100."""
+    """The best tanh-Gaussian for E[k (a - m)^2] / alpha - entropy; its actions have precision 2 k / alpha = 100."""
     state, _ = fixed_alpha
     mean, log_std = np.asarray(state.actor(jnp.zeros(1)))
     x, w = np.polynomial.hermite_e.hermegauss(60)

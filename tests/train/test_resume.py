@@ -21,10 +21,11 @@ from contraflow.train import run as driver
 KILLED = """
 import os, signal, sys
 out, step, moment = sys.argv[1:]
+folder = f"{step}.orbax-checkpoint-tmp"
 
 def watch(event, args):
     path = str(args[0]) if args else ""
-    if event == moment and f"{step}.orbax-checkpoint-tmp" in path and "default" in path + moment.replace("rename", "default"):
+    if event == moment and folder in path and not path.endswith(folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
 import orbax.checkpoint
@@ -66,6 +67,19 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Environment steps taken from here on, epoch by epoch: a run that begins again ends alike, but takes them all."""
+    taken, real = [], driver.epoch
+
+    def counted(phase, agent, env, carry, key, n, *rest):
+        taken.append(n * env.spec.num_envs)
+        return real(phase, agent, env, carry, key, n, *rest)
+
+    monkeypatch.setattr(driver, "epoch", counted)
+    return taken
+
+
 def assert_equal_runs(folder: Path, other: Path, run: Run = TINY) -> None:
     """Bitwise: checkpoint with replay, policy; and the records, with no row missing or twice."""
     assert same(final_carry(folder, run), final_carry(other, run))
@@ -94,20 +108,23 @@ def test_the_comparison_sees_a_difference(undisturbed: Path, tmp_path: Path):
         pytest.param(20, "os.rename", 0, marks=pytest.mark.slow),
     ],
 )
-def test_killed_while_writing_a_checkpoint(undisturbed: Path, tmp_path: Path, step: int, moment: str, left: int | None):
+def test_killed_while_writing_a_checkpoint(
+    undisturbed: Path, tmp_path: Path, trained: list[int], step: int, moment: str, left: int | None
+):
     folder = tmp_path / "run"
     process = in_subprocess(KILLED, folder, step, moment)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert list((folder / "checkpoints").glob("*tmp*")), "killed before or after the write, not in it"
     assert checkpoint.latest(folder) == left
     result = resume(folder, quiet=True)
-    assert result.steps == TINY.steps and not result.interrupted
+    assert result.steps == TINY.steps and not result.interrupted and sum(trained) == TINY.steps - (left or 0)
     assert_equal_runs(folder, undisturbed)
 
 
-def test_a_stopped_half_continues_bitwise(undisturbed: Path, tmp_path: Path):
+def test_a_stopped_half_continues_bitwise(undisturbed: Path, tmp_path: Path, trained: list[int]):
     train(replace(TINY, steps=20), tmp_path / "run", quiet=True)
     resume(tmp_path / "run", steps=40, quiet=True)
+    assert sum(trained) == 40
     assert_equal_runs(tmp_path / "run", undisturbed)
     assert driver.read_config(tmp_path / "run") == TINY
 

@@ -13,7 +13,7 @@ from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 @runtime_checkable
 class Agent(Protocol):
-    """An algorithm and its settings. `acting` names the fields of the state that `act` reads and a policy file holds."""
+    """An algorithm and its settings. `acting` names the fields of the state that `act` reads: a policy file."""
 
     acting: ClassVar[tuple[str, ...]]
 

@@ -42,8 +42,8 @@ class RFMState(eqx.Module):
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update and sample: 2 n F actor calls (next and current action, n particles, F evaluations of the solver) and K
-    critic calls, with gradients unless the control is Fixed(0). Per action: n F actor calls and n critic calls."""
+    """Per update and sample: 2 n F actor calls (next and current action, n particles, F evaluations of the solver) and
+    K critic calls, with gradients unless the control is Fixed(0). Per action: n F actor calls and n critic calls."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step")
 

@@ -1,4 +1,4 @@
-"""Sampling-importance-resampling: the actor-free yardstick. n actions from a fixed base, one picked by softmax(Q / lambda).
+"""Sampling-importance-resampling, the actor-free yardstick: n actions of a fixed base, one by softmax(Q / lambda).
 
 What a policy adds over this is what the policy has learned; the rest is done by the critic and the pick.
 """

@@ -1,5 +1,6 @@
 """The command line: `python -m contraflow` and the console script `contraflow` both call `main`."""
 
+import os
 import sys
 
 from contraflow.types import UserError
@@ -46,6 +47,8 @@ def _dispatch(args: list[str]) -> int:
     from contraflow.config import suggest
 
     command, *rest = args or ["--help"]
+    if "--trust" in rest and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it and an installed script has not
     if command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

@@ -15,7 +15,7 @@ import tyro
 
 from contraflow.agents import RFM, SIR
 from contraflow.agents.sir import SIRState
-from contraflow.cli.settings import Switch, allow_local_modules
+from contraflow.cli.settings import Switch
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.rl.select import Argmax, First
@@ -51,8 +51,6 @@ class Eval:
 
 def eval_command(args: list[str]) -> int:
     options = tyro.cli(Eval, prog="contraflow eval", args=args)
-    if options.trust:
-        allow_local_modules()
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
     if options.video:
@@ -112,9 +110,9 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
     except ImportError:
         raise UserError('videos need imageio: pip install "contraflow[mujoco]"') from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"filming one episode of {id} ...", flush=True)
     k_reset, k_act = jr.split(jr.key(seed))
     with environment(policy, id, 1, seed, render=True) as env:
+        print(f"filming one episode of {id} ...", flush=True)
         frame: Any = getattr(env, "frame")  # noqa: B009 - not part of the protocol
         state, obs = env.reset(k_reset)
         try:

@@ -3,7 +3,6 @@
 import collections.abc
 import dataclasses
 import functools
-import os
 import re
 import sys
 import typing
@@ -45,8 +44,6 @@ contraflow train {preset} agent.solver:heun --agent.solver.steps 5"""
 def parse_train(preset: str, args: list[str]) -> Train:
     """Settings of `preset` with the flags in `args` applied. Raises UserError, or SystemExit after tyro's message."""
     trust = "--trust" in args
-    if trust:
-        allow_local_modules()
     run = find_preset(preset, trust)
     # The agent is that of the preset, so that its flags are known at once and no word is needed to choose it.
     agent = ("agent", type(run.agent), field(default=run.agent))
@@ -76,7 +73,7 @@ def find_preset(name: str, trust: bool) -> Run:
         return read_config(Path(name), trust)
     if ":" in name:
         return Run(agent=_user_agent(name, trust))
-    if os.sep in name or name.endswith(".json"):
+    if "/" in name or name.endswith(".json"):
         raise UserError(f"{name} does not exist: give a preset, a run folder or a config.json")
     raise UserError(f"there is no preset {name}; {suggest(name, PRESETS)}; `contraflow list presets` describes them")
 
@@ -125,12 +122,6 @@ def choices_first(args: list[str], agent: Any) -> list[str]:
 def kebab(name: str) -> str:
     """MinVariance -> min-variance, RK4 -> rk4, NoneType -> none: the words of tyro."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name.removesuffix("Type")).lower()
-
-
-def allow_local_modules() -> None:
-    """Let `module:Class` find modules in the current folder, as `python -m` does and an installed script does not."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
 
 
 def _registry(trust: bool) -> ConstructorRegistry:

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from contraflow.cli.evaluate import final_returns
-from contraflow.cli.settings import Switch, Train, allow_local_modules, as_run, parse_train
+from contraflow.cli.settings import Switch, Train, as_run, parse_train
 from contraflow.config import suggest
 from contraflow.presets import PRESETS
 from contraflow.train import run as runs
@@ -65,8 +65,6 @@ def train_command(args: list[str]) -> int:
 
 def resume_command(args: list[str]) -> int:
     options = tyro.cli(Resume, prog="contraflow resume", args=args)
-    if options.trust:
-        allow_local_modules()
     folder = options.folder
     start = time.monotonic()
     before = runs.progress(folder, options.trust)

@@ -139,7 +139,7 @@ class Particles:
 class Ramp:
     """Shares of a two-part mixture: the first part gets `low` up to t = start, then rises linearly to 1 at t = end."""
 
-    low: float = 0.25
+    low: float = 0.1
     start: float = 0.3
     end: float = 0.9
 

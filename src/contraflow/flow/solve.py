@@ -172,7 +172,7 @@ class EulerMaruyama:
         return self.chain(drift, x, t0, t1, key).xs[-1]
 
     def chain(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None) -> Chain:
-        """xs [S+1, d] and the Gaussian log-density of each of the S transitions (-inf + inf where sigma = 0)."""
+        """xs [S+1, d] and the Gaussian log-density of each of the S transitions; undefined where sigma = 0."""
         if key is None:
             raise ValueError("EulerMaruyama is stochastic: pass key")
         dt = (jnp.asarray(t1, x.dtype) - t0) / self.steps

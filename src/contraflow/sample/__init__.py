@@ -90,18 +90,17 @@ def equal_calls(trainers: dict[str, Trainer]) -> int:
     return next(iter(calls.values()))
 
 
-def judge(target: Target, trainer: Trainer, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys):
+def judge(
+    target: Target, trainer: Trainer, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
+) -> list[dict[str, float]]:
     """Distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn afresh for each."""
-    solver = Euler(solver_steps)
-
-    @jax.jit
-    def both(net, key):
+    scores = []
+    for i, key in enumerate(keys):
+        net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
         k_flow, k_exact, k_slices = jr.split(key, 3)
-        return draw(net, trainer.path, solver, k_flow, points), target.sample(k_exact, points), k_slices
-
-    flows = [jax.tree.map(lambda leaf, i=i: leaf[i], state.net) for i in range(keys.shape[0])]
-    drawn = [both(net, key) for net, key in zip(flows, keys, strict=True)]
-    return [distances(key, x, y) for x, y, key in drawn]
+        x = draw(net, trainer.path, Euler(solver_steps), k_flow, points)
+        scores.append(distances(k_slices, x, target.sample(k_exact, points)))
+    return scores
 
 
 def floor(target: Target, points: int, key: PRNGKey, pairs: int = 5) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +41,14 @@ def find_target(name: str, box: float, trust: bool = False) -> Target:
     Raises UserError for an unknown name and for a function that is no log density on the box [-box, box]^2.
     """
     if ":" in name:
-        log_density = import_path(name, trust)
+        log_density: Any = import_path(name, trust)
         if not callable(log_density):
             raise UserError(f"{name} is not a function x [2] -> log density")
         return from_function(name, log_density, box)
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}; {suggest(name, TARGETS)} Your own: module:function with --trust")
     mixture = TARGETS[name]()
-    return Target(name, mixture_log_density(mixture), mixture.sample, mixture.posterior_mean)
+    return Target(name, mixture_log_density(mixture), jax.jit(mixture.sample, static_argnums=1), mixture.posterior_mean)
 
 
 def mixture_log_density(mixture: GaussianMixture) -> LogDensity:
@@ -86,4 +87,4 @@ def from_function(name: str, log_density: LogDensity, box: float, grid: int = GR
         return points[cell] + jr.uniform(k_place, (n, 2), minval=-box / grid, maxval=box / grid)
 
     cumulative = jnp.cumsum(jax.nn.softmax(log_p))
-    return Target(name, log_density, sample)
+    return Target(name, log_density, jax.jit(sample, static_argnums=1))

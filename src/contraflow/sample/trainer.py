@@ -29,7 +29,8 @@ from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles
 from contraflow.flow.solve import Euler, ODESolver
 from contraflow.nets.velocity import Velocity
-from contraflow.rl.optim import descend, start as start_optimiser
+from contraflow.rl.optim import descend
+from contraflow.rl.optim import start as start_optimiser
 from contraflow.types import PRNGKey
 
 METHODS: dict[str, Reverse] = {
@@ -120,7 +121,8 @@ def _optimizer(trainer: Trainer, rate: Scalar) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(trainer.max_grad_norm), optax.adam(lambda n: rate * decay(n)))
 
 
-def draw(net: Velocity, path: Path, solver: ODESolver, key: PRNGKey, n: int, dim: int = 2) -> Float[Array, "n d"]:
+@partial(jax.jit, static_argnames=("path", "solver", "n", "dim"))
+def draw(net: Velocity, path: Path, solver: ODESolver, key: PRNGKey, n: int, dim: int = 2) -> Float[Array, "{n} {dim}"]:
     """n samples of the flow."""
     x0 = path.source_scale * jr.normal(key, (n, dim))
     return jax.vmap(lambda x: solver(flow_field(net, path), x, 0.0, 1.0))(x0)

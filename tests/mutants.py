@@ -1,0 +1,332 @@
+"""Deliberate bugs, planted one by one: does the suite catch them?
+
+    python tests/mutants.py [--only WORD] [--jobs 2]
+
+Each mutant is a replacement in a copy of `src`, which must match exactly once. The tests mapped to it run on that copy
+with `pytest -x -q`; caught means that a test failed (not that pytest could not start). First the same tests run on an
+untouched copy and must pass. Exit code 1 if a mutant survives.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in src/contraflow/`file`; `tests` are files or tests in tests/ that should notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+POSTERIOR = "flow/test_flow_posterior.py::"
+RFM = "agents/test_rfm.py::"
+SAC = "agents/test_sac.py::"
+ONLINE = "train/test_online.py::"
+CONTRACT = "contract/test_contract_agents.py::"
+
+JOINT_CLIPPING = """updates, opt_state = tx.update(
+        jax.vmap(jax.grad(lambda q: jnp.mean((jax.vmap(q)(batch.obs, batch.action) - y) ** 2)))(critic.members),
+        opt_state,
+    )
+    members = eqx.apply_updates(critic.members, updates)
+    _, _, loss, norm = jax.vmap(step)(critic.members, start_critic(tx, critic))"""
+
+MUTANTS = (
+    Mutant(
+        "tanh Jacobian dropped",
+        "rl/energy.py",
+        "+ base * jnp.sum(log_sech2(u))",
+        "+ 0.0 * jnp.sum(log_sech2(u))",
+        ("rl/test_rl_energy.py",),
+    ),
+    Mutant(
+        "sign of the posterior score",
+        "flow/posterior.py",
+        "a / b * x0 + grad,",
+        "a / b * x0 - grad,",
+        (RFM + "test_paper_estimator_is_the_official_rule",),
+    ),
+    Mutant(
+        "time reversed in the path",
+        "flow/path.py",
+        "    def alpha(self, t):\n        return t\n\n    def beta(self, t):\n        return 1.0 - t\n",
+        "    def alpha(self, t):\n        return 1.0 - t\n\n    def beta(self, t):\n        return t\n",
+        ("flow/test_flow_path.py",),
+    ),
+    Mutant(
+        "truncation masks the TD target",
+        "rl/td.py",
+        "jnp.where(batch.terminated, 0.0",
+        "jnp.where(batch.terminated | batch.truncated, 0.0",
+        ("rl/test_rl_td.py",),
+    ),
+    Mutant(
+        "Gymnasium adapter reports truncation as termination",
+        "envs/gymnasium.py",
+        "terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)",
+        "terminated, truncated = np.array(terminated, bool) | truncated, np.array(truncated, bool)",
+        ("envs/test_env_gymnasium.py",),
+    ),
+    Mutant(
+        "probe reports truncation as termination",
+        "envs/probe.py",
+        "step = Step(obs, next_obs, reward, terminated, truncated, valid)",
+        "step = Step(obs, next_obs, reward, terminated | truncated, truncated, valid)",
+        (ONLINE + "test_truncation_is_not_an_end",),
+    ),
+    Mutant(
+        "observation after the reset stored as successor",
+        "train/online.py",
+        "Transition(obs, action, step.reward, step.next_obs,",
+        "Transition(obs, action, step.reward, step.obs,",
+        (ONLINE + "test_counters_returns_and_buffer",),
+    ),
+    Mutant(
+        "one key for the candidates of a whole batch",
+        "agents/rfm.py",
+        "jax.vmap(posterior)(jr.split(k_posterior, n)",
+        "jax.vmap(posterior)(jr.split(k_posterior, n)[jnp.zeros(n, int)]",
+        (RFM + "test_update_against_an_independent_one",),
+    ),
+    Mutant(
+        "one key for the noise of a whole batch of actions",
+        "agents/sir.py",
+        "jax.vmap(next_value)(batch.next_obs, jr.split(key, batch.reward.shape[0]))",
+        "jax.vmap(lambda o: next_value(o, key))(batch.next_obs)",
+        (CONTRACT + "test_noise_is_drawn_for_every_sample_of_a_batch",),
+    ),
+    Mutant(
+        "one key for all environments",
+        "train/online.py",
+        "jax.vmap(lambda o, k: agent.act(state, o, k, True))(obs, jr.split(key, spec.num_envs))",
+        "jax.vmap(lambda o: agent.act(state, o, key, True))(obs)",
+        (ONLINE + "test_counters_returns_and_buffer",),
+    ),
+    Mutant(
+        "target network not updated",
+        "agents/rfm.py",
+        "target = polyak(critic, state.target, self.tau)",
+        "target = state.target",
+        (CONTRACT + "test_target_moves_by_tau_towards_the_new_critic",),
+    ),
+    Mutant(
+        "target network moves by 1 - tau",
+        "rl/td.py",
+        "incremental_update(online, target, tau)",
+        "incremental_update(online, target, 1 - tau)",
+        ("rl/test_rl_td.py",),
+    ),
+    Mutant(
+        "Polyak's arguments swapped in SAC",
+        "agents/sac.py",
+        "polyak(critic, state.target, self.tau)",
+        "polyak(state.target, critic, self.tau)",
+        (CONTRACT + "test_target_moves_by_tau_towards_the_new_critic",),
+    ),
+    Mutant(
+        "units c and eta of the clip swapped",
+        "flow/posterior.py",
+        'self.clip if self.unit == "c" else self.clip / eta_per_c',
+        'self.clip if self.unit == "eta" else self.clip / eta_per_c',
+        (POSTERIOR + "test_units_of_the_clip",),
+    ),
+    Mutant(
+        "eta taken for c in Fixed",
+        "flow/posterior.py",
+        "c = self.eta / eta_per_c",
+        "c = self.eta * jnp.ones_like(eta_per_c)",
+        (POSTERIOR + "test_gradient_expectation",),
+    ),
+    Mutant(
+        "sign of the tuned control weight",
+        "flow/posterior.py",
+        "c = -jnp.sum(w2 * dx * ds, 0)",
+        "c = jnp.sum(w2 * dx * ds, 0)",
+        (RFM + "test_paper_estimator_is_the_official_rule",),
+    ),
+    Mutant(
+        "importance ratio dropped for mixtures",
+        "flow/posterior.py",
+        "if not isinstance(self.proposal, Noise):",
+        "if False:",
+        (POSTERIOR + "test_consistent",),
+    ),
+    Mutant(
+        "maximum over the ensemble",
+        "nets/critic.py",
+        "return self(obs, action).min()",
+        "return self(obs, action).max()",
+        (RFM + "test_update_against_an_independent_one",),
+    ),
+    Mutant(
+        "stop-gradient removed from the target",
+        "flow/loss.py",
+        "jax.lax.stop_gradient(path.velocity(x1, x_t, t))",
+        "path.velocity(x1, x_t, t)",
+        ("flow/test_flow_loss.py",),
+    ),
+    Mutant(
+        "sign of the tanh term in SAC's log-density",
+        "agents/sac.py",
+        "log_normal(u, mean, std) - jnp.sum(log_sech2(u))",
+        "log_normal(u, mean, std) + jnp.sum(log_sech2(u))",
+        (SAC + "test_log_prob_is_the_density_of_the_action",),
+    ),
+    Mutant(
+        "SAC's alpha moves the wrong way",
+        "agents/sac.py",
+        "log_alpha * (entropy - wanted)",
+        "log_alpha * (wanted - entropy)",
+        (SAC + "test_default_target_entropy_is_minus_the_action_dimension",),
+    ),
+    Mutant(
+        "entropy cost left out of SAC's backup",
+        "agents/sac.py",
+        "return state.target.min(obs, action) - alpha * log_prob",
+        "return state.target.min(obs, action)",
+        (SAC + "test_backup_subtracts_the_entropy_cost",),
+    ),
+    Mutant(
+        "backup asks the online critic",
+        "agents/rfm.py",
+        "return state.target.min(obs, jnp.tanh(u[pick]))",
+        "return state.critic.min(obs, jnp.tanh(u[pick]))",
+        (RFM + "test_update_against_an_independent_one",),
+    ),
+    Mutant(
+        "replay ignores the validity mask",
+        "data/buffer.py",
+        "place = jnp.where(valid, place, capacity)",
+        "place = jnp.where(True, place, capacity)",
+        ("data/test_buffer.py",),
+    ),
+    Mutant(
+        "critics clipped by one joint norm",
+        "rl/td.py",
+        "members, opt_state, loss, norm = jax.vmap(step)(critic.members, opt_state)",
+        JOINT_CLIPPING,
+        ("rl/test_rl_td.py",),
+    ),
+    Mutant(
+        "time grid of the solvers off by one",
+        "flow/solve.py",
+        "return step(x, t0 + dt * i, dt), None",
+        "return step(x, t0 + dt * (i + 1.0), dt), None",
+        ("flow/test_flow_solve.py",),
+    ),
+    Mutant(
+        "sign of the divergence in the likelihood",
+        "flow/likelihood.py",
+        "jnp.asarray(source_scale)) + log_det, x0",
+        "jnp.asarray(source_scale)) - log_det, x0",
+        ("flow/test_flow_likelihood.py",),
+    ),
+    Mutant(
+        "iteration counter lost on resume",
+        "train/run.py",
+        "return checkpoint.load(folder, step, Carry(shapes, env_shapes, obs_shape))",
+        "found = checkpoint.load(folder, step, Carry(shapes, env_shapes, obs_shape))\n"
+        '        object.__setattr__(found.learner, "iteration", jnp.zeros((), jnp.int32))\n'
+        "        return found",
+        ("train/test_resume.py::test_a_stopped_half_continues_bitwise",),
+    ),
+)
+
+
+def copy_source(folder: Path) -> Path:
+    target = folder / "src"
+    shutil.copytree(ROOT / "src", target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def plant(mutant: Mutant, source: Path) -> None:
+    """Raises ValueError unless the text to replace is there exactly once."""
+    file = source / "contraflow" / mutant.file
+    text = file.read_text()
+    if (found := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.old!r} occurs {found} times in {mutant.file}; mend tests/mutants.py")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and output of pytest on the copy."""
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    paths = [str(Path("tests") / t) for t in tests]
+    try:
+        done = subprocess.run(
+            command + paths, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"no end within {TIMEOUT} s"
+    return done.returncode, done.stdout + done.stderr
+
+
+def judge(mutant: Mutant) -> tuple[Mutant, str | None, str, float]:
+    """(mutant, the test that caught it or None, pytest's output, seconds)."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        source = copy_source(Path(folder))
+        plant(mutant, source)
+        code, output = run(source, mutant.tests)
+    caught = re.search(r"^FAILED (\S+)", output, re.MULTILINE)
+    return mutant, caught[1] if code == 1 and caught else None, output, time.monotonic() - begin
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if options.only in m.name]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        source = copy_source(Path(folder))
+        for mutant in chosen:  # all replacements match before any time is spent
+            text = (source / "contraflow" / mutant.file).read_text()
+            if text.count(mutant.old) != 1:
+                plant(mutant, source)
+        where = [sys.executable, "-c", "import contraflow; print(contraflow.__file__)"]
+        imported = subprocess.run(where, env=os.environ | {"PYTHONPATH": str(source)}, capture_output=True, text=True)
+        if not imported.stdout.startswith(str(source)):
+            print(f"the copy is not what gets imported: {imported.stdout or imported.stderr}")
+            return 2
+        # The untouched tests in as many parts as there are jobs, each test once.
+        tests = list(dict.fromkeys(t for m in chosen for t in m.tests))
+        parts = [tuple(tests[i :: options.jobs]) for i in range(options.jobs) if tests[i :: options.jobs]]
+        for code, output in pool.map(lambda part: run(source, part), parts):
+            if code != 0:
+                print("the tests fail without any mutant:\n" + output)
+                return 2
+        print(f"{len(tests)} mapped files and tests pass untouched ({time.monotonic() - begin:.0f} s)", flush=True)
+        survivors = 0
+        for mutant, caught, output, seconds in pool.map(judge, chosen):
+            survivors += caught is None
+            print(
+                f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:52} {seconds:4.0f} s  {caught or ''}", flush=True
+            )
+            if caught is None:
+                print(output[-2000:], flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught in {time.monotonic() - begin:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
