@@ -10,7 +10,7 @@ DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,report,sample
 .PHONY: train test test-all lint types docs clean
 
 train: .venv/installed-train
-	.venv/bin/python -m contraflow train rfm-cartpole --seed $(SEED) --out $(OUT)
+	.venv/bin/python -m contraflow train rfm-cartpole --seed $(SEED) --out $(OUT) --require 750
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS)

@@ -68,10 +68,11 @@ def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
         tried = replace(trainer, bounded=bounded)
         state = train(tried, target.log_density, k_train, rates)
         for steps in SOLVER_STEPS:
-            solver = Euler(steps)
-            x = jax.jit(jax.vmap(lambda net, key: draw(net, tried.path, solver, key, POINTS)))(state.net, k_judge)  # noqa: B023
-            for (rate, seed), samples, key in zip(lanes, x, k_judge, strict=True):
-                score = float(sliced_wasserstein(key, samples, target.sample(jr.fold_in(key, 1), POINTS)))
+            for i, ((rate, seed), key) in enumerate(zip(lanes, k_judge, strict=True)):
+                net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
+                k_flow, k_exact, k_slices = jr.split(key, 3)
+                x = draw(net, tried.path, Euler(steps), k_flow, POINTS // 2)
+                score = float(sliced_wasserstein(k_slices, x, target.sample(k_exact, POINTS // 2), 64))
                 setting = {"phase": "tune", "learning_rate": rate, "bounded": bounded}
                 rows.append(setting | {"seed": seed, "solver_steps": steps, "sliced_wasserstein": score})
 

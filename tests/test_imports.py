@@ -67,7 +67,7 @@ def test_imports_point_one_way(module: str):
         ("agents.rfm", "def f():\n    import contraflow.envs.base", ["envs.base"]),
         ("agents.rfm", "from contraflow import RFM", ["__init__"]),
         ("agents.rfm", "from contraflow import rl\nfrom contraflow.flow.path import Linear", []),
-        ("sample.run", "from contraflow.train.log import Logger\nfrom contraflow.train import run", ["train.run"]),
+        ("sample.run", "from contraflow.config import suggest\nfrom contraflow.train import run", ["train.run"]),
         ("types", "import jax\nfrom contraflow_tools import x", []),
     ],
 )

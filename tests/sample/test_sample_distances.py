@@ -16,10 +16,10 @@ def normal(seed: int, n: int, mean=(0.0, 0.0), std: float = 1.0):
 
 def test_sliced_wasserstein_of_a_shift_and_of_a_scale():
     # W2^2 along e is (shift . e)^2 + (s - 1)^2, and E[(shift . e)^2] = |shift|^2 / 2 in the plane.
-    x, y = normal(0, 20_000), normal(1, 20_000, (0.6, -0.8), 1.5)
-    assert sliced_wasserstein(jr.key(2), x, y, 1024) == pytest.approx(np.sqrt(0.5 + 0.25), abs=0.03)
+    x, y = normal(0, 4000), normal(1, 4000, (0.6, -0.8), 1.5)
+    assert sliced_wasserstein(jr.key(2), x, y, 256) == pytest.approx(np.sqrt(0.5 + 0.25), abs=0.06)
     shift = jnp.broadcast_to(jnp.array([3.0, 4.0]), x.shape)
-    assert sliced_wasserstein(jr.key(2), x, x + shift, 4096) == pytest.approx(5 / np.sqrt(2), rel=0.03)
+    assert sliced_wasserstein(jr.key(2), x, x + shift, 256) == pytest.approx(5 / np.sqrt(2), rel=0.08)
 
 
 def test_sliced_wasserstein_against_explicit_sorting():
@@ -50,8 +50,8 @@ def test_mmd2_is_the_double_sum():
 
 
 def test_mmd2_is_unbiased():
-    values = [float(mmd2(normal(2 * i, 50), normal(2 * i + 1, 50))) for i in range(200)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(200)
+    values = [float(mmd2(normal(2 * i, 50), normal(2 * i + 1, 50))) for i in range(60)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(60)
     assert min(values) < 0  # an estimator without the diagonal taken off never is
 
 

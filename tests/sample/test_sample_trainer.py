@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from contraflow.flow.density import Gaussian, eight_gaussians, two_moons
-from contraflow.flow.path import VE, Linear, Path
+from contraflow.flow.path import Cosine, Linear, Path
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.sample import equal_calls, floor, interval, judge
 from contraflow.sample.targets import find_target, mixture_log_density
-from contraflow.sample.trainer import METHODS, Trainer, draw, start, train, train_round, with_samples
+from contraflow.sample.trainer import METHODS, Trainer, _endpoints, draw, start, train, train_round, with_samples
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
-SMALL = Trainer(steps=400, batch=16, width=32, endpoints=64, learning_rate=1e-2, bounded=True)
+SMALL = Trainer(steps=400, batch=16, width=32, endpoints=64, bounded=True)
 
 
 def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
@@ -24,12 +24,15 @@ def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
     return np.asarray(jax.jit(lambda k: draw(net, trainer.path, Euler(50), k, n))(jr.key(9)))
 
 
-@pytest.mark.parametrize(("method", "path"), [*((m, Linear()) for m in METHODS), ("rfm", VE(0.02, 6.0))])
-def test_every_method_learns_a_gaussian(method: str, path: Path):
+@pytest.mark.parametrize(
+    ("method", "path", "tolerance"),
+    [("rfm", Linear(), 0.12), ("qne", Linear(), 0.2), ("idem", Linear(), 0.25), ("mixture", Cosine(), 0.12)],
+)
+def test_every_method_learns_a_gaussian(method: str, path: Path, tolerance: float):
     trainer = replace(SMALL, estimator=with_samples(METHODS[method], 512), path=path)
     x = samples_of(trainer, train(trainer, GAUSSIAN, jr.split(jr.key(0), 1)))
-    assert x.mean(0) == pytest.approx([0.8, -0.5], abs=0.15)
-    assert x.std(0) == pytest.approx([0.7, 0.7], abs=0.15)
+    assert x.mean(0) == pytest.approx([0.8, -0.5], abs=tolerance)
+    assert x.std(0) == pytest.approx([0.7, 0.7], abs=tolerance)
 
 
 def test_methods_are_what_their_names_say():
@@ -40,17 +43,17 @@ def test_methods_are_what_their_names_say():
     assert with_k.samples == 7 and with_k.control == Fixed(1.0)
 
 
-@pytest.mark.parametrize("method", ["qne", "mixture"])
-def test_density_calls_are_counted_truly(method: str):
+def test_density_calls_are_counted_truly():
     calls = []
 
     def log_pi(x):
         jax.debug.callback(lambda x: calls.append(1), x)
         return GAUSSIAN(x)
 
-    trainer = Trainer(with_samples(METHODS[method], 5), steps=4, batch=3, every=2, width=8, endpoints=4, particles=2)
-    jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
+    trainer = Trainer(with_samples(METHODS["mixture"], 5), steps=4, every=3, batch=3, width=8, endpoints=4, particles=2)
+    state = jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
     jax.effects_barrier()
+    assert state.step.tolist() == [4]
     assert len(calls) == trainer.critic_calls == 4 * 3 * 5
 
 
@@ -61,37 +64,20 @@ def test_unequal_density_calls_are_refused():
         equal_calls(trainers | {"qne": replace(trainers["qne"], steps=3000)})
 
 
-def test_exactly_the_steps_asked_for():
-    steps, every = 7, 3
-    trainer = Trainer(with_samples(METHODS["qne"], 2), steps=steps, every=every, batch=2, width=8, endpoints=4)
+def test_lanes_are_independent():
+    """Three flows side by side, the last two with one seed but other learning rates; the middle one also alone."""
+    trainer = Trainer(with_samples(METHODS["qne"], 4), steps=6, every=3, batch=4, width=8, endpoints=8)
+    keys = jr.split(jr.key(3), 2)
     seen = []
-    state = train(trainer, GAUSSIAN, jr.split(jr.key(0), 2), progress=lambda step, loss: seen.append(step))
-    assert state.step.tolist() == [steps, steps]
-    assert seen[-1] == steps and len(seen) == -(-steps // every)
-
-
-def test_seeds_side_by_side_equal_seeds_alone():
-    trainer = Trainer(with_samples(METHODS["rfm"], 4), steps=20, every=10, batch=4, width=8, endpoints=8)
-    keys = jr.split(jr.key(3), 3)
-    together = train(trainer, GAUSSIAN, jr.clone(keys))
-    alone = train(trainer, GAUSSIAN, keys[1:2])
-    for a, b in zip(jax.tree.leaves(together.net), jax.tree.leaves(alone.net), strict=True):
+    lanes = jr.clone(keys)[jnp.array([0, 1, 1])]
+    together = train(trainer, GAUSSIAN, lanes, jnp.array([1e-2, 1e-2, 1e-9]), progress=lambda n, _: seen.append(n))
+    assert together.step.tolist() == [6, 6, 6] and seen == [3, 6]
+    alone = train(trainer, GAUSSIAN, keys[1:2], jnp.array([1e-2]))
+    weights, single = jax.tree.leaves(together.net), jax.tree.leaves(alone.net)
+    for a, b in zip(weights, single, strict=True):
         np.testing.assert_allclose(a[1], b[0], atol=1e-4)
-    first = jax.tree.leaves(together.net)[0]
-    assert not np.allclose(first[0], first[1])
-
-
-def test_learning_rates_can_differ_between_lanes():
-    trainer = Trainer(with_samples(METHODS["rfm"], 4), steps=5, batch=4, width=8, endpoints=8)
-    key = jr.key(3)
-    keys = jnp.stack([jr.clone(key), jr.clone(key)])
-    state = train(trainer, GAUSSIAN, keys, jnp.array([1e-8, 1e-2]))
-    fresh = start(trainer, jr.split(jr.clone(key), 2)[0]).net
-    moved = [
-        max(float(jnp.max(jnp.abs(leaf[i] - f))) for leaf, f in zip(jax.tree.leaves(state.net), jax.tree.leaves(fresh)))  # noqa: B905
-        for i in (0, 1)
-    ]
-    assert moved[0] < 1e-6 < 1e-3 < moved[1]
+    assert not any(np.allclose(a[0], a[1], atol=1e-3) for a in weights if a.size)
+    assert any(np.abs(a[1] - a[2]).max() > 1e-2 for a in weights if a.size)  # the last one has hardly moved
 
 
 def test_wild_estimates_are_projected_into_the_box():
@@ -109,13 +95,9 @@ def test_a_diverged_flow_still_gives_queries_in_the_box():
     trainer = Trainer(with_samples(METHODS["qne"], 4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
     state = start(trainer, jr.key(0))
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.net)
-    _, pool_loss = train_round(trainer, GAUSSIAN, 2, replace(state, net=broken), jr.key(1))
-    assert jnp.isnan(pool_loss)  # the net is broken, but
-    from contraflow.sample.trainer import _endpoints
-
     for net in (broken, state.net):
         pool = _endpoints(trainer, net, jr.key(2))
-        assert bool(jnp.all(jnp.abs(pool) <= trainer.box))
+        assert bool(jnp.all(jnp.abs(pool) <= trainer.box)) and pool.std() > 0.1
 
 
 @pytest.mark.parametrize(

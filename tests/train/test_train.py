@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from tests.cli_helpers import TINY, Guess
 
-from contraflow import Run, UserError, train
+from contraflow import EnvSpec, Run, Step, UserError, train
 from contraflow.envs.probe import Action, TwoStep
 from contraflow.train import checkpoint, console
 from contraflow.train import run as driver
@@ -132,6 +132,27 @@ def test_evaluation_counts_whole_episodes():
     for episodes in (1, 3, 4, 7):
         returns = evaluate(agent, state, TwoStep(num_envs=3), jr.key(1), episodes)
         assert returns.shape == (episodes,) and np.allclose(returns, 1.0)
+
+
+class Uneven:
+    """Copy j has episodes of j + 1 steps, each with reward 1: their return is their length. On the host."""
+
+    spec = EnvSpec(1, 1, 2, None, False)
+
+    def reset(self, key):
+        return np.zeros(2, int), np.zeros((2, 1), np.float32)
+
+    def step(self, state, action):
+        obs, true = np.zeros((2, 1), np.float32), np.ones(2, bool)
+        done = state + 1 == np.array([1, 2])
+        return np.where(done, 0, state + 1), Step(obs, obs, np.ones(2, np.float32), done, ~true, true)
+
+
+@pytest.mark.parametrize(("episodes", "returns"), [(1, [1]), (3, [1, 2, 1]), (4, [1, 2, 1, 2])])
+def test_short_episodes_do_not_count_more_than_long_ones(episodes: int, returns: list[int]):
+    agent = Guess()
+    state = agent.init(jr.key(0), Uneven.spec)
+    assert evaluate(agent, state, Uneven(), jr.key(1), episodes).tolist() == returns
 
 
 def test_evaluation_is_greedy_unless_told_otherwise():

@@ -4,7 +4,6 @@ import collections.abc
 import dataclasses
 import functools
 import re
-import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,15 @@ def find_target(name: str, box: float, trust: bool = False) -> Target:
     Raises UserError for an unknown name and for a function that is no log density on the box [-box, box]^2.
     """
     if ":" in name:
-        log_density: Any = import_path(name, trust)
+        log_density = import_path(name, trust)
         if not callable(log_density):
             raise UserError(f"{name} is not a function x [2] -> log density")
-        return from_function(name, log_density, box)
+        return from_function(name, cast(LogDensity, log_density), box)
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}; {suggest(name, TARGETS)} Your own: module:function with --trust")
     mixture = TARGETS[name]()
-    return Target(name, mixture_log_density(mixture), jax.jit(mixture.sample, static_argnums=1), mixture.posterior_mean)
+    sample = jax.jit(lambda key, n: mixture.sample(key, n), static_argnums=1)
+    return Target(name, mixture_log_density(mixture), sample, mixture.posterior_mean)
 
 
 def mixture_log_density(mixture: GaussianMixture) -> LogDensity:
