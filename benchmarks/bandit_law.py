@@ -30,7 +30,7 @@ from contraflow.flow.solve import Euler, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First
-from contraflow.rl.td import polyak, start_critic
+from contraflow.rl.td import start_critic
 from contraflow.types import EnvSpec, Transition
 
 SLOPES = (0.0, 2.0)
@@ -145,7 +145,8 @@ def learn(agent: RFM, dim: int, key: jax.Array, updates: int, batch_size: int) -
             state, average = carry
             key, weight = inputs
             state, _ = agent.update(state, batch, key)
-            return (state, polyak(state.actor, average, weight)), None
+            average = jax.tree.map(lambda new, old: old + weight * (new - old), state.actor, average)
+            return (state, average), None
 
         state = start(agent, dim, slope, k_start)
         # The mean of the last half: the noise of the last few batches would blur the comparison of estimators.
