@@ -23,9 +23,8 @@ import numpy as np
 import tyro
 
 from contraflow.agents.rfm import RFM, RFMState
-from contraflow.flow.density import log_normal
-from contraflow.flow.posterior import Control, Fixed, Posterior, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Proposal, UniformAction
+from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Euler, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
@@ -38,54 +37,6 @@ EDGE = 0.95
 TOLERANCE = 0.03
 
 
-@dataclass(frozen=True)
-class Refined(Reverse):
-    """Markov steps from the endpoint that was noised: exact at the fixed point, whatever the number of candidates.
-
-    (u1, x_t) is a joint draw of the policy and the path, so that u1 = support[0] is a draw of the posterior itself once
-    the policy is right, and any kernel that leaves the posterior invariant keeps it one. Here: one of `samples`
-    candidates, u1 among them, by its importance weight (iterated sampling importance resampling, Andrieu et al. 2018),
-    then `steps` of MALA on log pi(u) + log N(x_t; alpha u, beta^2); the target averages the second half of these.
-    Self-normalised importance sampling alone needs a number of candidates exponential in d.
-    """
-
-    samples: int = 16
-    proposal: Proposal = Mixture()
-    control: Control = Fixed(0.0)
-    steps: int = 4
-    size: float = 1.2
-
-    def __call__(self, key, path, log_pi, x_t, t, support=None):
-        k_candidates, k_pick, k_steps = jr.split(key, 3)
-        a, b, d = path.alpha(t), path.beta(t), x_t.shape[0]
-        joint = lambda u: log_pi(u) + log_normal(x_t, a * u, b)
-        assert support is not None
-        fresh = self.proposal.sample(k_candidates, path, x_t, t, self.samples - 1, support)
-        u = jnp.concatenate([support[:1], fresh])
-        log_q = jax.vmap(lambda u: self.proposal.log_prob(u, path, x_t, t, support))(u)
-        log_w = jax.vmap(joint)(u) - log_q
-        # The posterior is no wider than x0's share alone makes it, nor than the target, whose scale is about 1.
-        step_size = self.size * d ** (-1 / 3) / (1 + (a / b) ** 2)
-
-        def move(carry, key):
-            u, log_p, grad = carry
-            k_noise, k_accept = jr.split(key)
-            new = u + 0.5 * step_size * grad + jnp.sqrt(step_size) * jr.normal(k_noise, (d,))
-            new_log_p, new_grad = jax.value_and_grad(joint)(new)
-            there = jnp.sum((new - u - 0.5 * step_size * grad) ** 2)
-            back = jnp.sum((u - new - 0.5 * step_size * new_grad) ** 2)
-            accept = jnp.exp(jnp.minimum(new_log_p - log_p + (there - back) / (2 * step_size), 0.0))
-            mean = accept * new + (1 - accept) * u
-            taken = jr.uniform(k_accept) < accept
-            pick = lambda x, y: jnp.where(taken, x, y)
-            return (pick(new, u), pick(new_log_p, log_p), pick(new_grad, grad)), mean
-
-        start = u[jr.categorical(k_pick, log_w)]
-        _, means = jax.lax.scan(move, (start, *jax.value_and_grad(joint)(start)), jr.split(k_steps, self.steps))
-        ess = 1.0 / jnp.sum(jax.nn.softmax(log_w) ** 2)
-        return Posterior(means[self.steps // 2 :].mean(0), jnp.zeros_like(x_t), ess)
-
-
 def agents() -> dict[str, RFM]:
     """The agents compared; they differ in estimator and solver only, but for the temperature input of `rfm-paper`."""
     rfm = RFM()
@@ -96,7 +47,6 @@ def agents() -> dict[str, RFM]:
         "gradient 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(1.0))),
         "uniform 100": replace(rfm, estimator=Reverse(100, UniformAction(), Fixed(0.0))),
         "mixture 32": replace(rfm, estimator=Reverse(32, Mixture(), Fixed(0.0))),
-        "refined 16+4": replace(rfm, estimator=Refined()),
     }
 
 
@@ -121,7 +71,7 @@ def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
 
 def prepare(agent: RFM, width: int = 64) -> RFM:
     """The agent with one particle and a critic that stays where it is put."""
-    return replace(agent, width=width, num_q=1, critic_lr=1e-30, backup=First(), exploit=First())
+    return replace(agent, width=width, num_q=1, critic_lr=1e-30, backup=First(), query=First(), exploit=First())
 
 
 def start(agent: RFM, dim: int, slope: jax.Array, key: jax.Array) -> RFMState:

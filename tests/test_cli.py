@@ -17,8 +17,8 @@ from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
 from contraflow.config import members
 from contraflow.flow.path import Cosine
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise
+from contraflow.flow.posterior import Fixed, Markov, MinVariance, Reverse
+from contraflow.flow.proposal import Mixture, UniformAction
 from contraflow.flow.solve import Heun
 from contraflow.presets import PRESETS
 from contraflow.rl.select import Argmax, First
@@ -41,7 +41,7 @@ BASE = PRESETS["rfm"]
 AGENT = BASE.agent
 assert isinstance(AGENT, RFM)
 ESTIMATOR = AGENT.estimator
-assert isinstance(ESTIMATOR, Reverse)
+assert isinstance(ESTIMATOR, Markov)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,12 @@ assert isinstance(ESTIMATOR, Reverse)
         ("--agent.solver.steps 5 agent.solver:heun", replace(AGENT, solver=Heun(5))),
         ("agent.path:cosine agent.exploit:first", replace(AGENT, path=Cosine(), exploit=First())),
         (
-            "agent.estimator.control:min-variance --agent.gamma 0.5 --agent.estimator.control.clip 1",
-            replace(AGENT, gamma=0.5, estimator=replace(ESTIMATOR, control=MinVariance(clip=1.0))),
+            "agent.estimator:reverse agent.estimator.control:min-variance --agent.gamma 0.5 --agent.estimator.control.clip 1",
+            replace(AGENT, gamma=0.5, estimator=Reverse(control=MinVariance(clip=1.0))),
         ),
         (
-            "--agent.estimator.samples 9 agent.estimator.proposal:noise agent.estimator:reverse",
-            replace(AGENT, estimator=replace(ESTIMATOR, samples=9, proposal=Noise())),
+            "--agent.estimator.samples 9 agent.estimator.proposal:uniform-action agent.estimator:reverse",
+            replace(AGENT, estimator=Reverse(samples=9, proposal=UniformAction())),
         ),
         (
             "agent.estimator.proposal.shares:tuple-float-ellipsis .2 .8",

@@ -22,6 +22,7 @@ from contraflow.rl.select import Argmax, First
 from contraflow.train import checkpoint
 from contraflow.train.artifact import save_policy
 from contraflow.train.evaluate import evaluate
+from contraflow.train.log import read_evaluations
 from contraflow.train.run import read_config, write_config
 
 # a run from start to end
@@ -35,8 +36,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, out, err = cli(*SMALL, "--out", folder)
     assert code == 0 and err == "", err
     assert re.search(r"trained to step 40 in \d+ min \d+ s", out)
-    assert re.search(r"greedy policy, 10 episodes +mean +-?\d+\.\d +std", out)
-    assert f"policy  {folder / 'policy'}\ncurve   {folder / 'curve.png'}\n" in out
+    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std", out)
+    step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
+    best = f"best policy  {folder / 'best'}, from step {int(step)}"
+    assert f"{best}\nlast policy  {folder / 'policy'}\ncurve        {folder / 'curve.png'}\n" in out
     assert (folder / "curve.png").exists() and load(folder)(np.zeros(1)).shape == (1,)
     assert read_config(folder) == replace(TINY, agent=replace(TINY.agent, width=8, depth=1))
     return folder
@@ -104,7 +107,8 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
     agent = RFM(width=8, depth=1)
     env = make("probe:action")
     state = agent.init(jax.random.key(0), env.spec)
-    save_policy(tmp_path / "policy", agent, env.spec, "probe:action", state)
+    save_policy(tmp_path / "best", agent, env.spec, "probe:action", state)
+    save_policy(tmp_path / "policy", agent, env.spec, "probe:action", agent.init(jax.random.key(1), env.spec))
     seen = []
 
     def evaluated(agent, state, env, key, episodes):
@@ -114,13 +118,16 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(command, "evaluate", evaluated)
     table = command.final_returns(tmp_path, False)
     assert list(table) == [
-        "greedy policy, 10 episodes", "the same with one particle", "32 uniform actions in place of the actor",
+        "best policy, greedy, 10 episodes", "the same with one particle", "32 uniform actions in place of the actor",
+        "last policy, greedy",
     ]  # fmt: skip
     assert all(r.shape == (10,) for r in table.values())
     agents = [agent for agent, *_ in seen]
     assert agents[0] == agent and agents[1] == replace(agent, exploit=First())
     assert isinstance(agents[2], SIR) and agents[2].exploit == Argmax(32) and agents[2].base == 1
+    assert agents[3] == agent
     leaves = [jax.tree.leaves(state.critic) for _, state, *_ in seen]
+    assert not np.array_equal(leaves.pop()[0], leaves[0][0]), "the last policy is another one"
     assert all(np.array_equal(a, b) for other in leaves[1:] for a, b in zip(leaves[0], other, strict=True))
     assert len({(str(key), n) for *_, key, n in seen}) == 1, "the same episodes for all"
 
@@ -132,7 +139,8 @@ def test_a_flow_from_start_to_end(tmp_path: Path):
     )
     assert code == 0 and err == ""
     assert [line.split("mean")[0].strip() for line in out.splitlines() if " mean " in line] == [
-        "greedy policy, 10 episodes", "the same with one particle", "32 uniform actions in place of the actor",
+        "best policy, greedy, 10 episodes", "the same with one particle", "32 uniform actions in place of the actor",
+        "last policy, greedy",
     ]  # fmt: skip
 
 

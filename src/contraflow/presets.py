@@ -1,10 +1,10 @@
 """Named runs: `contraflow train NAME`. Every agent has a preset of its own name."""
 
 from contraflow.agents import RFM, SAC, SIR
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise
+from contraflow.flow.posterior import MinVariance, Reverse
+from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
-from contraflow.rl.select import Argmax, Softmax
+from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.run import Run
 
@@ -13,6 +13,7 @@ RFM_PAPER = RFM(
     solver=Euler(steps=10),
     explore=Softmax(32),
     backup=Softmax(32),
+    query=Softmax(32),
     exploit=Argmax(32),
     temperature=Constant(0.02),
     condition_on_temperature=True,
@@ -44,8 +45,8 @@ PRESETS: dict[str, Run] = {
     "rfm-cartpole": Run(
         env="envpool:CartpoleSwingup-v1",
         agent=RFM(
-            estimator=Reverse(16, Mixture(), Fixed(0.0)),
-            backup=Softmax(4),
+            explore=First(),
+            backup=First(),
             tau=0.02,
             embedding=32,
             decay_steps=68_000,
@@ -55,7 +56,7 @@ PRESETS: dict[str, Run] = {
         num_envs=8,
         updates=4,
         buffer_size=140_000,
-        eval_every=20_000,
+        eval_every=10_000,
         log_every=2_000,
     ),
 }

@@ -78,19 +78,10 @@ def test_default_agent_learns_the_law_quickly(bench, dim):
     assert np.abs(laws[0, 0] - laws[1, 0]) > 0.4  # the second Q is really seen
 
 
-HARD = pytest.mark.xfail(
-    reason="self-normalised importance sampling with 32 candidates is biased for d >= 6", strict=True
-)
-
-
 @pytest.mark.learn
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [("rfm", 1), ("rfm", 2), pytest.param("rfm", 6, marks=HARD), pytest.param("rfm", 20, marks=HARD)]
-    + [("refined 16+4", d) for d in (1, 2, 6, 20)],
-)
-def test_law_at_10_and_100_solver_steps(bench, name, dim):
+@pytest.mark.parametrize("dim", [1, 2, 6, 20])
+def test_law_at_10_and_100_solver_steps(bench, dim):
     """Mean, standard deviation and P(|a| > .95) within .03 for both Q's."""
-    rows = bench.compare(name, bench.agents()[name], dim, 4000, 256, 4000, 0)
+    rows = bench.compare("rfm", RFM(), dim, 4000, 256, 4000, 0)
     checked = [r for r in rows if r.solver in ("own", "10", "100")]
     assert len(checked) == 6 and max(r.error for r in checked) < bench.TOLERANCE, "\n".join(map(str, rows))

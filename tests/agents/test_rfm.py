@@ -26,7 +26,7 @@ SPEC = EnvSpec(3, 2, 4, 10, True)
 B, LAM = 3, 0.5
 BASE = RFM(
     width=8, depth=1, embedding=4, estimator=Reverse(8, Mixture(), Fixed(0.0)), solver=Euler(2), explore=Softmax(4),
-    backup=Softmax(4), exploit=Argmax(4), temperature=Constant(LAM), actor_lr=1e-2, critic_lr=1e-2, tau=0.1, base=0.7,
+    backup=Softmax(4), query=Softmax(4), exploit=Argmax(4), temperature=Constant(LAM), actor_lr=1e-2, critic_lr=1e-2, tau=0.1, base=0.7,
     max_grad_norm=0.5,
 )  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_paper_settings():
     """Every official default of the paper's code (2601.08136)."""
     p = RFM_PAPER
     assert (p.solver, p.t_min, p.base, p.endpoint, p.behaviour) == (Euler(10), 0.01, 1.0, "policy", None)
-    assert (p.explore, p.backup, p.exploit) == (Softmax(32), Softmax(32), Argmax(32))
+    assert (p.explore, p.backup, p.query, p.exploit) == (Softmax(32), Softmax(32), Softmax(32), Argmax(32))
     assert (p.temperature, p.condition_on_temperature) == (Constant(0.02), True)
     assert (p.gamma, p.tau, p.width, p.depth, p.embedding, p.num_q) == (0.99, 0.005, 256, 2, 128, 2)
     assert (p.actor_lr, p.critic_lr, p.max_grad_norm, p.decay_steps) == (3e-4, 1e-3, 10.0, None)

@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console
 from tests.cli_helpers import TINY, Guess
 
-from contraflow import EnvSpec, Run, Step, UserError, train
+from contraflow import EnvSpec, Run, Step, UserError, resume, train
 from contraflow.envs.probe import Action, TwoStep
 from contraflow.train import checkpoint, console
 from contraflow.train import run as driver
+from contraflow.train.artifact import load_policy
 from contraflow.train.evaluate import evaluate
 from contraflow.train.log import Log, read_evaluations
 from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
@@ -38,7 +39,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path):
     folder = result.folder
     assert result.steps == 40 and result.returns.shape == (2,) and not result.interrupted
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "config.json", "curve.png", "eval.csv", "metrics.jsonl", "policy",
+        "best", "checkpoints", "config.json", "curve.png", "eval.csv", "metrics.jsonl", "policy",
     ]  # fmt: skip
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["20", "40"]
@@ -63,6 +64,24 @@ def test_the_first_checkpoint_comes_before_the_first_step(tmp_path: Path, monkey
     with pytest.raises(RuntimeError):
         train(GUESS, tmp_path, quiet=True)
     assert checkpoint.latest(tmp_path) == 0 and (tmp_path / "policy/model.safetensors").exists()
+
+
+def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also across an interruption: what came before counts."""
+    seen, returns = [], iter((1.0, 5.0, 2.0, 4.0))
+
+    def scripted(agent, state, env, key, episodes):
+        seen.append(jax.tree.map(np.array, state))
+        return np.full(episodes, next(returns))
+
+    monkeypatch.setattr(driver, "evaluate", scripted)
+    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust=True)
+    resume(tmp_path / "run", steps=80, quiet=True, trust=True)
+    assert len(seen) == 4
+    for folder, state in (("best", seen[1]), ("policy", seen[3])):
+        *_, saved = load_policy(tmp_path / "run" / folder, trust=True)
+        for name in GUESS.agent.acting:
+            jax.tree.map(np.testing.assert_array_equal, getattr(saved, name), getattr(state, name))
 
 
 def test_tensorboard_is_the_default_tracker(tmp_path: Path):

@@ -17,15 +17,14 @@ from jaxtyping import Array, Float, Int, PyTree
 from contraflow.agents.base import check_common
 from contraflow.flow.loss import matching_loss
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Fixed, Reverse
-from contraflow.flow.proposal import Mixture
+from contraflow.flow.posterior import Estimator, Markov
 from contraflow.flow.solve import Midpoint, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.energy import boltzmann
 from contraflow.rl.optim import clipped_adam, descend, start
-from contraflow.rl.select import Argmax, Selector, Softmax
+from contraflow.rl.select import Argmax, First, Selector, Softmax
 from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
@@ -42,18 +41,20 @@ class RFMState(eqx.Module):
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update and sample: 2 n F actor calls (next and current action, n particles, F evaluations of the solver) and
-    K critic calls, with gradients unless the control is Fixed(0). Per action: n F actor calls and n critic calls."""
+    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, and n critic calls for every
+    selector with n > 1; then those of the estimator. Per action: n F actor calls and n critic calls."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step")
 
     path: Path = Linear()
-    estimator: Estimator = Reverse(samples=32, proposal=Mixture(), control=Fixed(0.0))
+    estimator: Estimator = Markov()
     solver: ODESolver = Midpoint(steps=3)
     explore: Selector = Softmax(particles=8)
     """Acting during training: how one of n particles is picked by Q / behaviour temperature."""
     backup: Selector = Softmax(particles=8)
-    """The action of the temporal-difference target, and of the endpoint that is noised to x_t."""
+    """The action of the temporal-difference target."""
+    query: Selector = First()
+    """The policy's endpoint that is noised to x_t; its particles are the `support` of the estimator, the one picked first."""
     exploit: Selector = Argmax(particles=32)
     """Acting in evaluation."""
     temperature: Schedule = Constant(0.02)
@@ -124,11 +125,10 @@ class RFM:
         # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any law with full support is valid.
         t = jr.uniform(k_t, (n,), minval=self.t_min, maxval=1 - self.t_min)
         if self.endpoint == "policy":
-            support, pick = self.candidates(state, batch.obs, k_now)
-            x1 = support[jnp.arange(n), pick]
+            support = self.endpoints(state, batch.obs, k_now)
         else:
-            x1 = jnp.arctanh(jnp.clip(batch.action, -1 + 1e-4, 1 - 1e-4))
-            support = None
+            support = jnp.arctanh(jnp.clip(batch.action, -1 + 1e-4, 1 - 1e-4))[:, None]
+        x1 = support[:, 0]
         x_t = jax.vmap(self.path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 
         # 3. The posterior mean of x1 under the critic just updated.
@@ -158,12 +158,15 @@ class RFM:
         }
         return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1), metrics
 
-    def candidates(
-        self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey
-    ) -> tuple[Float[Array, "B n a"], Int[Array, " B"]]:
-        """Latent particles of the policy and the index `backup` picks, for each observation."""
+    def endpoints(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, "B n a"]:
+        """Latent particles of the policy for each observation; the one that `query` picks comes first."""
         lam = self.temperature(state.step)
-        return jax.vmap(lambda o, k: self._particles(state, o, k, self.backup, lam))(obs, jr.split(key, obs.shape[0]))
+
+        def one(obs, key):
+            u, pick = self._particles(state, obs, key, self.query, lam)
+            return jnp.roll(u, -pick, axis=0)
+
+        return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
 
     def _condition(self, obs: Float[Array, " o"], lam: Float[Array, ""]) -> Float[Array, " c"]:
         return jnp.concatenate([obs, time_embedding(lam, self.embedding)]) if self.condition_on_temperature else obs

@@ -64,16 +64,19 @@ def eval_command(args: list[str]) -> int:
 
 
 def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
-    """Returns [episodes] of the policy of a run and, for RFM, what is left of them without its choice or its actor.
+    """Returns [episodes] of the policies of a run and, for RFM, what is left without its choice or its actor.
 
-    All on the same episodes: the greedy policy comes first, then one particle instead of the best of many, then uniform
-    actions ranked by the same critic in place of the actor's.
+    On episodes that training did not see, the same for all. The policy of the best evaluation comes first, then, in the
+    same critic and actor, one particle instead of the best of many, then uniform actions ranked by the critic in place of
+    the actor's; last the policy at the end of training.
     """
-    policy = load(folder, trust=trust)
-    candidates: dict[str, tuple[Any, Any]] = {f"greedy policy, {episodes} episodes": (policy.agent, policy.state)}
+    policy = load(folder / "best", trust=trust)
+    candidates: dict[str, tuple[Any, Any]] = {f"best policy, greedy, {episodes} episodes": (policy.agent, policy.state)}
     if isinstance(policy.agent, RFM):
         candidates["the same with one particle"] = (replace(policy.agent, exploit=First()), policy.state)
         candidates[f"{UNIFORM} uniform actions in place of the actor"] = without_actor(policy)
+    last = load(folder, trust=trust)
+    candidates["last policy, greedy"] = (last.agent, last.state)
     with environment(policy, policy.env, episodes, seed, trust) as env:
         return {name: evaluate(*candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 

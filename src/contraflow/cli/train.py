@@ -14,6 +14,7 @@ from contraflow.cli.settings import Switch, Train, as_run, parse_train
 from contraflow.config import suggest
 from contraflow.presets import PRESETS
 from contraflow.train import run as runs
+from contraflow.train.log import read_evaluations
 from contraflow.types import UserError
 
 HELP = """\
@@ -94,7 +95,9 @@ def _finish(result: runs.Result, seconds: float, require: float | None, trust: b
     table = final_returns(folder, trust)
     for name, returns in table.items():
         print(f"  {name:<42} {_summary(returns)}")
-    print(f"policy  {folder / 'policy'}\ncurve   {folder / 'curve.png'}")
+    step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
+    print(f"best policy  {folder / 'best'}, from step {int(step):,}\nlast policy  {folder / 'policy'}")
+    print(f"curve        {folder / 'curve.png'}")
     mean = float(next(iter(table.values())).mean())
     if require is not None and not mean >= require:
         print(f"the mean return {mean:.1f} is below the required {require:g}")

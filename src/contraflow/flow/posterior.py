@@ -1,7 +1,8 @@
 """Estimators of the posterior mean E[x1 | x_t], from which all regression targets of flow and diffusion models follow.
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
-(Reverse Flow Matching, 2601.08136). `FromData` needs samples of it (flow matching).
+(Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoint and moves it by Markov steps: no bias once the
+policy is right. `FromData` needs samples of pi (flow matching).
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -17,11 +18,12 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.flow.density import LogDensity, log_normal
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.proposal import Noise, Proposal, Support
+from contraflow.flow.proposal import Mixture, Noise, Proposal, Support
 from contraflow.types import PRNGKey
 
 Weights = Float[Array, " K"]
@@ -157,6 +159,84 @@ class Reverse:
 
 
 @dataclass(frozen=True)
+class Markov:
+    """One draw of the posterior by a Markov chain that starts where x_t came from; the mean of its second half.
+
+    `support[0]` must be the endpoint that was noised to x_t. If the policy's law is pi, (support[0], x_t) is a joint draw,
+    support[0] is a draw of the posterior, and a kernel that leaves the posterior invariant keeps it one: the estimate is
+    then unbiased for any number of candidates, where importance sampling needs a number exponential in d. Otherwise each
+    update moves the policy one kernel towards pi.
+
+    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`, support[0] among
+    them, by importance weight (iterated sampling importance resampling, Andrieu et al. 2018), then one Metropolis-adjusted
+    Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance of the step in units
+    of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability (Rao-Blackwell). With no
+    `sizes`, the importance-weighted mean of the candidates.
+
+    Critic calls: `samples`, and 1 + len(sizes) with gradients.
+    """
+
+    samples: int = 16
+    proposal: Proposal = Mixture()
+    sizes: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+
+    def __post_init__(self):
+        if self.samples < 1:
+            raise ValueError(f"Markov(samples={self.samples}): needs at least one candidate")
+        if any(size <= 0 for size in self.sizes):
+            raise ValueError(f"Markov(sizes={self.sizes}): step sizes must be positive")
+
+    def __call__(
+        self,
+        key: PRNGKey,
+        path: AbstractPath,
+        log_pi: LogDensity,
+        x_t: Vector,
+        t: Scalar,
+        support: Support = None,
+    ) -> Posterior:
+        """x_t: [d], t: [] with beta_t > 0; support: [P, d], of which the first is the endpoint noised to x_t."""
+        if support is None:
+            raise ValueError(
+                "Markov starts at the endpoint that was noised to x_t: pass support=[P, d], that one first"
+            )
+        k_candidates, k_pick, k_moves, k_accept = jr.split(key, 4)
+        a, b, d = path.alpha(t), path.beta(t), x_t.shape[0]
+
+        def log_p(u):
+            return log_pi(u) + log_normal(x_t, a * u, b)
+
+        # Global: x1 competes with fresh candidates.
+        fresh = self.proposal.sample(k_candidates, path, x_t, t, self.samples - 1, support)
+        u = jnp.concatenate([support[:1], fresh])
+        log_w = jax.vmap(lambda u: log_p(u) - self.proposal.log_prob(u, path, x_t, t, support))(u)
+        w = jax.nn.softmax(log_w)
+        ess = 1.0 / jnp.sum(w**2)
+        if not self.sizes:
+            return Posterior(w @ u, jnp.zeros_like(x_t), ess)
+
+        # Local: Metropolis-adjusted Langevin. The posterior is at most as wide as x0's part alone makes it.
+        scale = d ** (-1 / 3) / (1 + (a / b) ** 2)
+
+        def move(state, inputs):
+            u, p, grad = state
+            noise, place, size = inputs
+            h = size * scale
+            new = u + 0.5 * h * grad + jnp.sqrt(h) * noise
+            new_p, new_grad = jax.value_and_grad(log_p)(new)
+            back = u - new - 0.5 * h * new_grad
+            accept = jnp.exp(jnp.minimum(new_p - p + 0.5 * (jnp.sum(noise**2) - jnp.sum(back**2) / h), 0.0))
+            moved = jax.tree.map(lambda x, y: jnp.where(place < accept, x, y), (new, new_p, new_grad), state)
+            return moved, accept * new + (1 - accept) * u
+
+        n = len(self.sizes)
+        start = u[jr.categorical(k_pick, log_w)]
+        inputs = jr.normal(k_moves, (n, d)), jr.uniform(k_accept, (n,)), jnp.asarray(self.sizes)
+        _, means = jax.lax.scan(move, (start, *jax.value_and_grad(log_p)(start)), inputs)
+        return Posterior(means[n // 2 :].mean(0), jnp.zeros_like(x_t), ess)
+
+
+@dataclass(frozen=True)
 class FromData:
     """Posterior mean when x1 is uniform on the points `support` [P, d]; one point is conditional flow matching.
 
@@ -178,4 +258,4 @@ class FromData:
         return Posterior(w @ support, jnp.zeros_like(x_t), 1.0 / jnp.sum(w**2))
 
 
-Estimator = Reverse | FromData
+Estimator = Reverse | Markov | FromData

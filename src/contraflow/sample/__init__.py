@@ -195,21 +195,19 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
 
 
 def print_table(console: Console, settings: Settings, results: dict[str, Any]) -> None:
-    """One row per method and number of solver steps, and the floor; intervals where there are several seeds."""
+    """One row per method and number of solver steps, and the floor; ± is half a 95 % bootstrap interval."""
 
     def cells(rows: list[dict[str, Any]]) -> list[str]:
         out = []
         for name in DISTANCES:
             mean, low, high = interval([row[name] for row in rows])
             digits = 4 if name == "mmd2" else 3
-            spread = "" if len(rows) == 1 else f" [{low:.{digits}f}, {high:.{digits}f}]"
-            out.append(f"{mean:.{digits}f}{spread}".replace("[", r"\["))
+            spread = "" if len(rows) == 1 else f" ± {(high - low) / 2:.{digits}f}"
+            out.append(f"{mean:.{digits}f}{spread}")
         return out
 
-    console.print(
-        f"{settings.target}: distance to {settings.points} exact samples; {settings.seeds} seed(s), "
-        f"K = {settings.samples}, {results['density_calls']:,} density calls per flow"
-    )
+    console.print(f"\n{settings.target}: distance to {settings.points} exact samples, {settings.seeds} seed(s)")
+    console.print(f"K = {settings.samples}, {results['density_calls']:,} density calls per flow")
     table = Table("method", "steps", "sliced W", "MMD^2", "Sinkhorn", box=box.SIMPLE_HEAD, pad_edge=False)
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         for steps in settings.solver_steps:

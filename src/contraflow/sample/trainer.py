@@ -109,11 +109,20 @@ def flow_field(net: Velocity, path: Path) -> Callable[[Vector, Scalar], Vector]:
     return field
 
 
-def start(trainer: Trainer, key: PRNGKey, dim: int = 2, rate: float | Scalar | None = None) -> FlowState:
-    """A fresh flow; `rate` overrides `trainer.learning_rate` and may be traced."""
-    net = Velocity(dim, 0, trainer.width, trainer.depth, key=key)
-    rate = jnp.asarray(trainer.learning_rate if rate is None else rate, float)
-    return FlowState(net, start_optimiser(_optimizer(trainer, rate), net), rate, jnp.zeros((), int))
+@partial(jax.jit, static_argnames=("dim", "width", "depth"))
+def _networks(keys: PRNGKeys, dim: int, width: int, depth: int) -> Velocity:
+    return jax.vmap(lambda key: Velocity(dim, 0, width, depth, key=key))(keys)
+
+
+def start(trainer: Trainer, keys: PRNGKeys, rates: Float[Array, " s"] | None = None, dim: int = 2) -> FlowState:
+    """Fresh flows, one per key; `rates` take the place of `trainer.learning_rate`."""
+    nets = _networks(keys, dim, trainer.width, trainer.depth)
+    rates = jnp.full(keys.shape[0], trainer.learning_rate) if rates is None else rates
+
+    def one(net: Velocity, rate: Scalar) -> FlowState:
+        return FlowState(net, start_optimiser(_optimizer(trainer, rate), net), rate, jnp.zeros((), int))
+
+    return jax.vmap(one)(nets, rates)
 
 
 def _optimizer(trainer: Trainer, rate: Scalar) -> optax.GradientTransformation:
@@ -188,8 +197,7 @@ def train(
     if trainer.steps % trainer.every:
         rounds.append(trainer.steps % trainer.every)
     keys = jax.vmap(lambda k: jr.split(k, len(rounds) + 1))(keys)
-    rates = jnp.full(keys.shape[0], trainer.learning_rate) if rates is None else rates
-    state = jax.jit(jax.vmap(lambda k, r: start(trainer, k, dim, r)))(keys[:, 0], rates)
+    state = start(trainer, keys[:, 0], rates, dim)
     step = {n: jax.jit(jax.vmap(partial(train_round, trainer, log_pi, n)), donate_argnums=0) for n in set(rounds)}
     done = 0
     for i, updates in enumerate(rounds):

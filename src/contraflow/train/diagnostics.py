@@ -56,8 +56,8 @@ def _action_law(agent: Agent, state: Any, obs: Float[Array, "B o"], key: PRNGKey
 def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
     k_particles, k_x0, k_repeat, k_reference, k_uniform = jr.split(key, 5)
     lam = agent.temperature(state.step)
-    support, pick = agent.candidates(state, obs, k_particles)
-    x1 = support[jnp.arange(obs.shape[0]), pick]
+    support = agent.endpoints(state, obs, k_particles)
+    x1 = support[:, 0]
     x0 = jr.normal(k_x0, x1.shape)
 
     def at(t, obs, x0, x1, support, key_repeat, key_reference):

@@ -194,6 +194,7 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
     history = read_evaluations(folder)
     clock = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     returns = np.zeros(0)
+    best = max((row["return_mean"] for row in history), default=-np.inf)
 
     def save() -> None:
         checkpoint.save(folder, taken, carry if env.spec.jittable else carry.learner)
@@ -228,6 +229,9 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
                 save()
                 raise UserError(f"{error}; the run is saved: `contraflow resume {folder}` once it is mended")
             if due:
+                if returns.mean() > best:
+                    best = returns.mean()
+                    save_policy(folder / "best", run.agent, env.spec, run.env, state)
                 row = {
                     "seconds": time.monotonic() - clock,
                     "return_mean": returns.mean(),
