@@ -18,7 +18,7 @@ from contraflow.cli.train import default_folder
 from contraflow.config import members
 from contraflow.flow.path import Cosine
 from contraflow.flow.posterior import Fixed, Markov, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, UniformAction
+from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Heun
 from contraflow.presets import PRESETS
 from contraflow.rl.select import Argmax, First
@@ -60,7 +60,8 @@ assert isinstance(ESTIMATOR, Markov)
         ("--agent.solver.steps 5 agent.solver:heun", replace(AGENT, solver=Heun(5))),
         ("agent.path:cosine agent.exploit:first", replace(AGENT, path=Cosine(), exploit=First())),
         (
-            "agent.estimator:reverse agent.estimator.control:min-variance --agent.gamma 0.5 --agent.estimator.control.clip 1",
+            "agent.estimator:reverse agent.estimator.control:min-variance --agent.gamma 0.5 "
+            "--agent.estimator.control.clip 1",
             replace(AGENT, gamma=0.5, estimator=Reverse(control=MinVariance(clip=1.0))),
         ),
         (

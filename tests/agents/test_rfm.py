@@ -26,7 +26,8 @@ SPEC = EnvSpec(3, 2, 4, 10, True)
 B, LAM = 3, 0.5
 BASE = RFM(
     width=8, depth=1, embedding=4, estimator=Reverse(8, Mixture(), Fixed(0.0)), solver=Euler(2), explore=Softmax(4),
-    backup=Softmax(4), query=Softmax(4), exploit=Argmax(4), temperature=Constant(LAM), actor_lr=1e-2, critic_lr=1e-2, tau=0.1, base=0.7,
+    backup=Softmax(4), query=Softmax(4), exploit=Argmax(4),
+    temperature=Constant(LAM), actor_lr=1e-2, critic_lr=1e-2, tau=0.1, base=0.7,
     max_grad_norm=0.5,
 )  # fmt: skip
 

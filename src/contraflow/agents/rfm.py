@@ -41,8 +41,8 @@ class RFMState(eqx.Module):
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, and n critic calls for every
-    selector with n > 1; then those of the estimator. Per action: n F actor calls and n critic calls."""
+    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for every
+    selector with n > 1, and those of the estimator. Per action: n F actor calls and n critic calls."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step")
 
@@ -54,7 +54,7 @@ class RFM:
     backup: Selector = Softmax(particles=8)
     """The action of the temporal-difference target."""
     query: Selector = First()
-    """The policy's endpoint that is noised to x_t; its particles are the `support` of the estimator, the one picked first."""
+    """The policy's endpoint that is noised to x_t; its particles are the estimator's `support`, that one first."""
     exploit: Selector = Argmax(particles=32)
     """Acting in evaluation."""
     temperature: Schedule = Constant(0.02)

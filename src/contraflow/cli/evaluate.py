@@ -66,9 +66,9 @@ def eval_command(args: list[str]) -> int:
 def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
     """Returns [episodes] of the policies of a run and, for RFM, what is left without its choice or its actor.
 
-    On episodes that training did not see, the same for all. The policy of the best evaluation comes first, then, in the
-    same critic and actor, one particle instead of the best of many, then uniform actions ranked by the critic in place of
-    the actor's; last the policy at the end of training.
+    On episodes that training did not see, the same for all. The policy of the best evaluation comes first; then, with
+    its networks, one particle instead of the best of many, and uniform actions ranked by the critic in place of the
+    actor's; last the policy at the end of training.
     """
     policy = load(folder / "best", trust=trust)
     candidates: dict[str, tuple[Any, Any]] = {f"best policy, greedy, {episodes} episodes": (policy.agent, policy.state)}

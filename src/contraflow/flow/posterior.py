@@ -1,8 +1,8 @@
 """Estimators of the posterior mean E[x1 | x_t], from which all regression targets of flow and diffusion models follow.
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
-(Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoint and moves it by Markov steps: no bias once the
-policy is right. `FromData` needs samples of pi (flow matching).
+(Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoint and moves it by Markov steps: no bias
+once the policy is right. `FromData` needs samples of pi (flow matching).
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -162,16 +162,16 @@ class Reverse:
 class Markov:
     """One draw of the posterior by a Markov chain that starts where x_t came from; the mean of its second half.
 
-    `support[0]` must be the endpoint that was noised to x_t. If the policy's law is pi, (support[0], x_t) is a joint draw,
-    support[0] is a draw of the posterior, and a kernel that leaves the posterior invariant keeps it one: the estimate is
-    then unbiased for any number of candidates, where importance sampling needs a number exponential in d. Otherwise each
-    update moves the policy one kernel towards pi.
+    `support[0]` must be the endpoint that was noised to x_t. If the policy's law is pi, (support[0], x_t) is a joint
+    draw, support[0] is a draw of the posterior, and a kernel that leaves the posterior invariant keeps it one: the
+    estimate is then unbiased for any number of candidates, where importance sampling needs a number exponential in d.
+    Otherwise each update moves the policy one kernel towards pi.
 
-    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`, support[0] among
-    them, by importance weight (iterated sampling importance resampling, Andrieu et al. 2018), then one Metropolis-adjusted
-    Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance of the step in units
-    of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability (Rao-Blackwell). With no
-    `sizes`, the importance-weighted mean of the candidates.
+    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`, support[0]
+    among them, by importance weight (iterated sampling importance resampling, Andrieu et al. 2018), then one
+    Metropolis-adjusted Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance
+    of the step in units of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability
+    (Rao-Blackwell). With no `sizes`, the importance-weighted mean of the candidates.
 
     Critic calls: `samples`, and 1 + len(sizes) with gradients.
     """
