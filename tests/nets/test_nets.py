@@ -33,6 +33,13 @@ def test_linear_is_orthogonal_with_gain_root_two():
     np.testing.assert_allclose(layer(jnp.asarray(O)), O @ w, rtol=1e-5)
 
 
+def test_wide_layers_are_orthogonal_to_float_precision():
+    tall, square = (np.asarray(Linear(n, 256, key=jr.key(1)).weight, float) for n in (300, 256))
+    np.testing.assert_allclose(tall.T @ tall, 2 * np.eye(256), atol=5e-6)
+    np.testing.assert_allclose(square @ square.T, 2 * np.eye(256), atol=5e-6)
+    assert abs(np.trace(square)) < 6  # uniformly distributed: N(0, 2) in the limit
+
+
 def test_split_linear_is_linear_on_the_concatenation():
     split, whole = SplitLinear((2, 3), 7, key=jr.key(1)), Linear(5, 7, key=jr.key(1))
     np.testing.assert_array_equal(np.concatenate(split.weights), whole.weight)  # the same draw, hence the same law

@@ -6,6 +6,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.types import PRNGKey
@@ -18,7 +19,22 @@ def activation_function(name: Activation) -> Callable[[Float[Array, "*s"]], Floa
 
 
 def _orthogonal(key: PRNGKey, into: int, out: int) -> Float[Array, "into out"]:
-    return jax.nn.initializers.orthogonal(2.0**0.5)(key, (into, out))
+    """sqrt 2 times a uniformly distributed matrix with orthonormal columns (rows, if there are fewer).
+
+    By Gram-Schmidt, because jax's own initialiser can hang on a CPU: a batch of QR decompositions waits for threads of the
+    pool that it runs on, and as many of them at once as there are cores wait for each other.
+    """
+    n = min(into, out)
+    q = jr.normal(key, (max(into, out), n))
+
+    def column(j, q):
+        x = q[:, j]
+        for _ in range(2):  # once is not orthogonal to float precision
+            x = x - q @ jnp.where(jnp.arange(n) < j, x @ q, 0.0)
+        return q.at[:, j].set(x / jnp.linalg.norm(x))
+
+    q = 2.0**0.5 * jax.lax.fori_loop(0, n, column, q)
+    return q if into >= out else q.T
 
 
 class Linear(eqx.Module):
