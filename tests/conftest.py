@@ -9,7 +9,8 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread each, or they wait for one another. Read when the backend starts.
-    threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    # Most of the time goes into compiling: half of it without optimisation.
+    threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {threads}"
 
 import jax

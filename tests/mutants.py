@@ -49,6 +49,41 @@ JOINT_CLIPPING = """updates, opt_state = tx.update(
 
 MUTANTS = (
     Mutant(
+        "Langevin moves accepted without the way back",
+        "flow/posterior.py",
+        "jnp.sum(noise**2) - jnp.sum(back**2) / h",
+        "jnp.sum(noise**2) - jnp.sum(noise**2)",
+        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+    ),
+    Mutant(
+        "resampling ignores the proposal's density",
+        "flow/posterior.py",
+        "lambda u: log_p(u) - self.proposal.log_prob(u, path, x_t, t, support))(u)\n        w = ",
+        "lambda u: log_p(u))(u)\n        w = ",
+        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+    ),
+    Mutant(
+        "chain starts elsewhere than at the endpoint",
+        "flow/posterior.py",
+        "u = jnp.concatenate([support[:1], fresh])",
+        "u = jnp.concatenate([0.0 * support[:1], fresh])",
+        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+    ),
+    Mutant(
+        "endpoint that was picked is not the one noised",
+        "agents/rfm.py",
+        "jnp.roll(u, -pick, axis=0)",
+        "jnp.roll(u, pick, axis=0)",
+        (RFM + "test_update_against_an_independent_one[policy]",),
+    ),
+    Mutant(
+        "worst policy kept for the best",
+        "train/run.py",
+        "if returns.mean() > best:",
+        "if returns.mean() < best or best == -np.inf:",
+        ("train/test_train.py::test_the_best_policy_is_that_of_the_best_evaluation",),
+    ),
+    Mutant(
         "tanh Jacobian dropped",
         "rl/energy.py",
         "+ base * jnp.sum(log_sech2(u))",

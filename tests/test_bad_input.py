@@ -27,7 +27,7 @@ from contraflow.train.run import read_config
         ("train rfm --stepz 9", ["Unrecognized options: --stepz", "--steps"]),
         ("train rfm agent.solver:huen", ["no kind huen", "did you mean 'heun'"]),
         ("train rfm agent.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
-        ("train rfm agent.estimator.control:fixd", ["no kind fixd", "did you mean 'fixed'"]),
+        ("train rfm agent.estimator:markv", ["no kind markv", "did you mean 'markov'"]),
         ("train rfm --env probe:acton", ["unknown environment probe:acton", "did you mean probe:action"]),
         ("train rfm --env gym:HalfCheeta-v5", ["unknown environment", "HalfCheetah-v5"]),
         ("train rfm --trackers wandbb", ["invalid choice", "wandb"]),

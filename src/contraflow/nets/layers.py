@@ -21,8 +21,8 @@ def activation_function(name: Activation) -> Callable[[Float[Array, "*s"]], Floa
 def _orthogonal(key: PRNGKey, into: int, out: int) -> Float[Array, "into out"]:
     """sqrt 2 times a uniformly distributed matrix with orthonormal columns (rows, if there are fewer).
 
-    By Gram-Schmidt, because jax's own initialiser can hang on a CPU: a batch of QR decompositions waits for threads of the
-    pool that it runs on, and as many of them at once as there are cores wait for each other.
+    By Gram-Schmidt, because jax's own initialiser can hang on a CPU: a batch of QR decompositions waits for threads of
+    the pool that it runs on, and as many of them at once as there are cores wait for each other.
     """
     n = min(into, out)
     q = jr.normal(key, (max(into, out), n))

@@ -232,7 +232,7 @@ def main(args: list[str]) -> None:
 
         results = compare(settings, report)
     print_table(console, settings, results)
-    console.print(f"written: {settings.folder}/results.json, {settings.folder}/samples.png")
+    console.print(f"written: {settings.folder}/results.json, {settings.folder}/samples.png", soft_wrap=True)
 
 
 __all__ = ["METHODS", "TARGETS", "Settings", "Trainer", "compare", "main"]
