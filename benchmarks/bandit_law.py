@@ -86,7 +86,9 @@ def learn(agent: RFM, dim: int, key: jax.Array, updates: int, batch_size: int) -
     """One actor for each of the two Q's, after `updates` updates."""
     zeros = jnp.zeros((batch_size, 1))
     ended = jnp.ones(batch_size, bool)
-    batch = Transition(zeros, jnp.zeros((batch_size, dim)), zeros[:, 0], zeros, ended, ~ended)
+    batch = Transition(
+        zeros, jnp.zeros((batch_size, dim)), zeros[:, 0], zeros, ended, ~ended, jnp.ones(batch_size, int)
+    )
 
     def one(slope, key):
         k_start, k_learn = jr.split(key)

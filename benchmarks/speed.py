@@ -34,7 +34,7 @@ def batch(key: jax.Array) -> Transition:
     false = jnp.zeros(BATCH, bool)
     return Transition(
         jr.normal(k[0], (BATCH, OBS)), jr.uniform(k[1], (BATCH, ACT), minval=-1.0), jr.uniform(k[2], (BATCH,)),
-        jr.normal(k[3], (BATCH, OBS)), false, false,
+        jr.normal(k[3], (BATCH, OBS)), false, false, jnp.ones(BATCH, int),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class Mutant:
 
 
 POSTERIOR = "flow/test_flow_posterior.py::"
+MARKOV = "flow/test_flow_markov.py::"
 RFM = "agents/test_rfm.py::"
 SAC = "agents/test_sac.py::"
 ONLINE = "train/test_online.py::"
@@ -53,21 +54,35 @@ MUTANTS = (
         "flow/posterior.py",
         "jnp.sum(noise**2) - jnp.sum(back**2) / h",
         "jnp.sum(noise**2) - jnp.sum(noise**2)",
-        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+        (MARKOV + "test_unbiased_where_the_policy_is_right",),
     ),
     Mutant(
         "resampling ignores the proposal's density",
         "flow/posterior.py",
         "lambda u: log_p(u) - self.proposal.log_prob(u, path, x_t, t, support))(u)\n        w = ",
         "lambda u: log_p(u))(u)\n        w = ",
-        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+        (MARKOV + "test_unbiased_where_the_policy_is_right",),
     ),
     Mutant(
         "chain starts elsewhere than at the endpoint",
         "flow/posterior.py",
         "u = jnp.concatenate([support[:1], fresh])",
         "u = jnp.concatenate([0.0 * support[:1], fresh])",
-        (POSTERIOR + "test_markov_is_unbiased_where_the_policy_is_right",),
+        (MARKOV + "test_unbiased_where_the_policy_is_right",),
+    ),
+    Mutant(
+        "step size not halved in the Langevin drift",
+        "flow/posterior.py",
+        "new = u + 0.5 * h * grad",
+        "new = u + h * grad",
+        (MARKOV.removesuffix("::"),),
+    ),
+    Mutant(
+        "a chain that stands still",
+        "flow/posterior.py",
+        "jnp.where(place < accept, x, y)",
+        "jnp.where(place < 0, x, y)",
+        (MARKOV + "test_forgets_a_wrong_endpoint",),
     ),
     Mutant(
         "endpoint that was picked is not the one noised",
@@ -252,6 +267,20 @@ MUTANTS = (
         ("data/test_buffer.py",),
     ),
     Mutant(
+        "n-step rows run on across episodes",
+        "data/buffer.py",
+        "jnp.where(rows.terminated | rows.truncated, -1, place)",
+        "place",
+        ("data/test_buffer.py",),
+    ),
+    Mutant(
+        "n-step target discounts the value once",
+        "rl/td.py",
+        "gamma**batch.span",
+        "gamma",
+        ("rl/test_rl_td.py",),
+    ),
+    Mutant(
         "critics clipped by one joint norm",
         "rl/td.py",
         "members, opt_state, loss, norm = jax.vmap(step)(critic.members, opt_state)",
@@ -301,7 +330,7 @@ def plant(mutant: Mutant, source: Path) -> None:
 
 def run(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """Exit code and output of pytest on the copy."""
-    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
     paths = [str(Path("tests") / t) for t in tests]

@@ -46,6 +46,8 @@ from contraflow.train.run import read_config
         ("train rfm --agent.explore.particles 0", ["at least one particle"]),
         ("train rfm --steps 100 --collect 200", ["collect must lie between 0 and steps=100, got 200"]),
         ("train rfm --num-envs 8 --buffer-size 4", ["buffer_size=4 is smaller than num_envs=8"]),
+        ("train rfm --n-step 0", ["n_step must be at least 1, got 0"]),
+        ("train tests.cli_helpers:Guess --trust --n-step 3", ["n_step=3 needs an agent with a discount"]),
         ("train rfm --seed -1", ["must not be negative"]),
         ("eval runs/none --episodes 0", ["must be at least 1"]),
         # code without trust, or not an agent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
@@ -19,6 +19,8 @@ class Transition(eqx.Module):
 
     `next_obs` is always the true successor of `obs`, never the observation after an autoreset.
     Bootstrapping is masked by `terminated` only; `truncated` ends an episode without ending the return.
+    `span` counts environment steps: 1, or up to n for the n-step rows of `Buffer.sample`, whose `reward` is discounted
+    and summed over them, and whose `next_obs`, `terminated` and `truncated` belong to the last.
     """
 
     obs: Float[Array, "*batch o"]
@@ -27,6 +29,7 @@ class Transition(eqx.Module):
     next_obs: Float[Array, "*batch o"]
     terminated: Bool[Array, "*batch"]
     truncated: Bool[Array, "*batch"]
+    span: Int[Array, "*batch"]
 
 
 class Step(eqx.Module):

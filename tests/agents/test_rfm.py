@@ -37,6 +37,7 @@ def batch(seed=0):
     return Transition(
         jr.normal(k[0], (B, 3)), jr.uniform(k[1], (B, 2), minval=-1.0, maxval=1.0), jr.normal(k[2], (B,)),
         jr.normal(k[3], (B, 3)), jr.bernoulli(k[4], 0.5, (B,)), jr.bernoulli(k[5], 0.5, (B,)),
+        jnp.ones(B, int),
     )  # fmt: skip
 
 

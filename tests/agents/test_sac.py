@@ -64,7 +64,7 @@ def test_acting():
 
 def bandit(n):
     zeros, ended = jnp.zeros((n, 1)), jnp.ones(n, bool)
-    return Transition(zeros, zeros, zeros[:, 0], zeros, ended, ~ended)
+    return Transition(zeros, zeros, zeros[:, 0], zeros, ended, ~ended, jnp.ones(n, int))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

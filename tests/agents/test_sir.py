@@ -87,7 +87,7 @@ def test_backup_takes_the_minimum_of_the_target_under_the_backup_rule():
     state = eqx.tree_at(lambda s: s.critic, state, Slope(2, 1, 1, 1, 1, key=jr.key(5)))
     obs = jnp.zeros((4, 1))
     terminated, truncated = jnp.array([False, True, False, True]), jnp.array([False, False, True, True])
-    batch = Transition(obs, obs, jnp.arange(4.0), obs, terminated, truncated)
+    batch = Transition(obs, obs, jnp.arange(4.0), obs, terminated, truncated, jnp.ones(4, int))
     _, metrics = jax.jit(agent.update)(state, batch, jr.key(6))
     # The best of 200 uniform actions is .99, so the rows are worth 0 + .98, 1, 2 + .98, 3.
     np.testing.assert_allclose(metrics["q"], (0.98 + 1 + 2.98 + 3) / 4, atol=0.01)

@@ -60,6 +60,7 @@ def batch(key: jax.Array, n: int = B, reward: Any = None) -> Transition:
         jr.normal(k[3], (n, 3)),
         jr.bernoulli(k[4], 0.3, (n,)),
         jr.bernoulli(k[5], 0.3, (n,)),
+        jnp.ones(n, int),
     )
 
 

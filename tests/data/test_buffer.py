@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -19,7 +20,8 @@ SPEC = EnvSpec(2, 1, N, None, True)
 def rows(first):
     """N transitions labelled first, first + 1, ...: every field tells which one it belongs to."""
     x = jnp.arange(first, first + N, dtype=jnp.float32)
-    return Transition(jnp.stack([x, -x], -1), 0.5 * x[:, None], x, jnp.stack([x + 1, -x], -1), x % 2 == 0, x % 3 == 0)
+    state, after = jnp.stack([x, -x], -1), jnp.stack([x + 1, -x], -1)
+    return Transition(state, 0.5 * x[:, None], x, after, x % 2 == 0, x % 3 == 0, jnp.ones(N, int))
 
 
 ALL = jnp.ones(N, bool)
@@ -73,6 +75,38 @@ def test_sampling_is_uniform_over_what_is_filled():
     again, other = sample(buffer, jr.key(0), 6000), sample(buffer, jr.key(1), 6000)
     np.testing.assert_array_equal(batch.reward, again.reward)
     assert not np.array_equal(batch.reward, other.reward)
+
+
+@pytest.mark.parametrize("capacity", [7, 20, 100])
+def test_several_steps_join_rows_of_one_episode(capacity):
+    """Against a list: environments that skip rows, ends of both kinds, a cut, the ring full or not."""
+    rng, buffer, episodes, follows, last = np.random.default_rng(0), Buffer.empty(capacity, SPEC), {}, {}, [None] * N
+    order = []
+    for i in range(12):
+        if i == 6:
+            buffer, last = buffer.cut(), [None] * N
+        valid, ends = rng.random(N) < 0.8, rng.integers(0, 12, N)
+        new = eqx.tree_at(lambda r: (r.terminated, r.truncated), rows(N * i + 1), (ends == 0, ends == 1))
+        buffer = add(buffer, jax.tree.map(jnp.asarray, new), jnp.asarray(valid))
+        for j in np.flatnonzero(valid):
+            label = N * i + 1 + j
+            order.append(label)
+            episodes[label] = (ends[j] == 0, ends[j] == 1)
+            if last[j] is not None:
+                follows[last[j]] = label
+            last[j] = None if ends[j] < 2 else label
+    batch = jax.jit(lambda b: b.sample(jr.key(0), 400, 4, 0.5))(buffer)
+    batch = jax.tree.map(np.asarray, batch)
+    assert set(batch.obs[:, 0]) == set(order[-capacity:])
+    for i, first in enumerate(batch.obs[:, 0].astype(int)):
+        chain = [first]
+        while chain[-1] in follows and len(chain) < 4:
+            chain.append(follows[chain[-1]])
+        assert batch.span[i] == len(chain)
+        assert batch.reward[i] == pytest.approx(sum(0.5**k * label for k, label in enumerate(chain)))
+        assert batch.next_obs[i, 0] == chain[-1] + 1 and batch.action[i, 0] == 0.5 * first
+        assert (batch.terminated[i], batch.truncated[i]) == episodes[chain[-1]]
+    assert set(batch.span) == ({1, 2} if capacity == 7 else {1, 2, 3, 4})
 
 
 def test_add_inside_a_donated_scan_happens_in_place():

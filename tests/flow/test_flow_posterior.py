@@ -10,7 +10,7 @@ import pytest
 
 from contraflow.flow.density import Gaussian, GaussianMixture, Separable
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior import Fixed, FromData, Markov, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, FromData, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 
 PATHS = {"linear": Linear(), "cosine": Cosine()}
@@ -354,41 +354,3 @@ def test_noise_differs_across_a_batch():
     """The key-reuse check cannot see one key closed over by vmap: candidates must differ for the same x_t."""
     out = repeat(Reverse(8, Noise(), Fixed(0)), Linear(), jr.split(jr.key(0), 16), BIMODAL, X_T, T)
     assert len(np.unique(np.asarray(out.mean[:, 0]))) == 16
-
-
-# --- Markov steps from the endpoint -----------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def residuals(estimator, target, key, n, t):
-    """(m - x1) times the features 1, x_t, tanh 3 x_t of n joint draws (x1, x_t), in standard errors.
-
-    x1 is a draw of the posterior given x_t, so that an unbiased m has E[(m - x1) f(x_t)] = 0 for every f.
-    """
-    k_x1, k_x0, k_m = jr.split(key, 3)
-    x1 = target.sample(k_x1, n)
-    x_t = jax.vmap(Linear().perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
-    mean = jax.vmap(lambda k, x, u: estimator(k, Linear(), target, x, t, u[None]).mean)(jr.split(k_m, n), x_t, x1)
-    products = (mean - x1)[None] * jnp.stack([jnp.ones_like(x_t), x_t, jnp.tanh(3 * x_t)])
-    return jnp.abs(products.mean(1) / (products.std(1) / jnp.sqrt(n)))
-
-
-MARKOV = {
-    "weights": Markov(2, sizes=()),
-    "resampling": Markov(4, sizes=(1e-9,)),
-    "langevin": Markov(1, sizes=(0.5, 2.0, 4.0)),
-    "both": Markov(4, sizes=(1.0, 3.0)),
-}
-SIX = Separable.two_modes(6, 0.5)
-
-
-@pytest.mark.parametrize("t", [0.15, 0.5, 0.85])
-@pytest.mark.parametrize("estimator", MARKOV.values(), ids=MARKOV)
-def test_markov_is_unbiased_where_the_policy_is_right(estimator, t):
-    """With one to four candidates, in six dimensions of two modes each."""
-    assert residuals(estimator, SIX, jr.key(3), 20_000, jnp.asarray(t)).max() < 4.0
-
-
-def test_the_test_of_bias_sees_the_bias_of_importance_sampling():
-    """With four times the candidates."""
-    assert residuals(Reverse(16, Mixture(), Fixed(0)), SIX, jr.key(3), 20_000, jnp.asarray(0.5)).max() > 6.0

@@ -16,12 +16,12 @@ from contraflow.types import Transition
 B = 6
 
 
-def batch(key=0, terminated=None, truncated=None):
+def batch(key=0, terminated=None, truncated=None, span=1):
     k = jr.split(jr.key(key), 4)
     none = jnp.zeros(B, bool)
     return Transition(
         jr.normal(k[0], (B, 3)), jr.uniform(k[1], (B, 2), minval=-1.0), jr.normal(k[2], (B,)), jr.normal(k[3], (B, 3)),
-        none if terminated is None else terminated, none if truncated is None else truncated,
+        none if terminated is None else terminated, none if truncated is None else truncated, jnp.full(B, span),
     )  # fmt: skip
 
 
@@ -31,6 +31,8 @@ def test_td_target_is_masked_by_termination_only():
     data, value = batch(0, terminated, truncated), jnp.arange(1.0, 7.0)
     want = np.asarray(data.reward) + 0.9 * np.array([0, 2, 0, 4, 5, 0])
     np.testing.assert_allclose(td_target(data, value, 0.9), want, rtol=1e-6)
+    longer = td_target(batch(0, terminated, truncated, 3), value, 0.9)
+    np.testing.assert_allclose(longer - data.reward, 0.81 * (want - data.reward), atol=1e-5)
     # The value of what follows the end may be anything, even infinite: it must not count.
     assert np.isfinite(td_target(data, jnp.where(terminated, jnp.inf, value), 0.9)).all()
 

@@ -76,6 +76,22 @@ class Host:
         return id(self)
 
 
+def test_n_step_rows_reach_the_agent():
+    """TwoStep's episodes are two steps long, worth 0 and then 1: half of the rows join both."""
+
+    class Spy(SIR):
+        def update(self, state, batch, key):
+            first = batch.span == 2
+            return state, {"joined": jnp.mean(first), "reward": jnp.sum(jnp.where(first, batch.reward, 0)) / first.sum()}
+
+    env, agent = TwoStep(2), Spy(width=8, depth=1, gamma=0.9)
+    carry, _, _ = epoch(WARM, agent, env, begin(agent, env, jr.key(0)), jr.key(1), 30)
+    for n, want in ((1, 0.0), (3, 0.5)):
+        carry, metrics, _ = epoch(replace(LEARN, batch_size=512, n_step=n), agent, env, carry, jr.key(1), 1)
+        assert metrics["joined"] == pytest.approx(want, abs=0.06)
+    assert metrics["reward"] == pytest.approx(0.9)
+
+
 def test_counters_returns_and_buffer():
     env = TwoStep(3)  # rewards 0, 1 and the end: every episode is worth 1
     carry = begin(QUICK, env, jr.key(0))

@@ -183,6 +183,7 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     assert not result.interrupted and result.steps == 40
     whole_learner = driver._start(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 40).learner
     assert int(whole_learner.buffer.size) == 40
+    assert np.all(whole_learner.buffer.next[:26] < 26), "n-step rows would join two episodes"
     assert np.array_equal(whole_learner.buffer.data.reward[:26], half.buffer.data.reward[:26])
     assert (folder / "policy/model.safetensors").read_bytes() != policy
     steps_seen = [(row["step"], "critic_loss" in row) for row in rows(folder)[0]]

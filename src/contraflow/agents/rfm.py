@@ -87,6 +87,7 @@ class RFM:
             raise ValueError(f"t_min must lie in (0, 0.5), got {self.t_min}")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
+        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         cond = spec.obs_dim + self.embedding * self.condition_on_temperature
         actor = Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=k_actor)
@@ -105,11 +106,13 @@ class RFM:
         return RFMState(actor, critic, target, start(self._actor_tx, actor), critic_opt, jnp.zeros((), jnp.int32))
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by min_i Q_i(s, a)."""
         lam = (self.behaviour or self.temperature)(state.step)
         u, pick = self._particles(state, obs, key, self.explore if explore else self.exploit, lam)
         return jnp.tanh(u[pick])
 
     def update(self, state: RFMState, batch: Transition, key: PRNGKey) -> tuple[RFMState, Metrics]:
+        """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior = jr.split(key, 5)
         n = batch.reward.shape[0]
         lam = self.temperature(state.step)

@@ -60,6 +60,7 @@ class SAC:
         )  # fmt: skip
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SACState:
+        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         actor = MLP(spec.obs_dim, 2 * spec.action_dim, self.width, self.depth, key=k_actor)
         critic = QEnsemble(
@@ -78,10 +79,12 @@ class SAC:
         )  # fmt: skip
 
     def act(self, state: SACState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """A draw of the squashed Gaussian, or tanh of its mean in evaluation."""
         mean, _ = self._gaussian(state.actor, obs)
         return self._sample(state.actor, obs, key)[0] if explore else jnp.tanh(mean)
 
     def update(self, state: SACState, batch: Transition, key: PRNGKey) -> tuple[SACState, Metrics]:
+        """One step of the critics, the actor, the temperature and the targets on a batch [B] (1812.05905)."""
         k_next, k_now = jr.split(key)
         n = batch.reward.shape[0]
         alpha = jnp.exp(state.log_alpha)

@@ -56,6 +56,7 @@ class SIR:
         check_common(self.gamma, self.tau, width=self.width, critic_lr=self.critic_lr, base=self.base)
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SIRState:
+        """Fresh critics for `spec`'s sizes; the target is a copy."""
         critic = QEnsemble(
             self.num_q, spec.obs_dim, spec.action_dim, self.width, self.depth, normalise=self.normalise_critic, key=key
         )
@@ -64,9 +65,12 @@ class SIR:
         return SIRState(critic, target, opt, jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32))
 
     def act(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """One of n actions of the base law, picked by min_i Q_i(s, a)."""
         return self._pick(state, obs, key, self.explore if explore else self.exploit)
 
     def update(self, state: SIRState, batch: Transition, key: PRNGKey) -> tuple[SIRState, Metrics]:
+        """One step of the critics and targets on a batch [B]: y = r + gamma (1 - terminated) min_i Q'_i(s', a')."""
+
         def next_value(obs, key):
             return state.target.min(obs, self._pick(state, obs, key, self.backup))
 

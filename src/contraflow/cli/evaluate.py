@@ -50,6 +50,7 @@ class Eval:
 
 
 def eval_command(args: list[str]) -> int:
+    """`contraflow eval FOLDER`: print the returns of a policy, and film it if asked; the exit code."""
     options = tyro.cli(Eval, prog="contraflow eval", args=args)
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env

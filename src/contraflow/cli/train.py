@@ -46,6 +46,7 @@ class Resume:
 
 
 def train_command(args: list[str]) -> int:
+    """`contraflow train PRESET`: train and report; 0, 1 below `--require`, 130 after Ctrl-C."""
     if not args or args[0] in ("-h", "--help"):
         rows = [
             f"  {name:<14} {type(run.agent).__name__:<4} on {run.env}, {run.steps:,} steps"
@@ -65,6 +66,7 @@ def train_command(args: list[str]) -> int:
 
 
 def resume_command(args: list[str]) -> int:
+    """`contraflow resume FOLDER`: as `train_command`, from the newest checkpoint."""
     options = tyro.cli(Resume, prog="contraflow resume", args=args)
     folder = options.folder
     start = time.monotonic()

@@ -167,13 +167,14 @@ class Markov:
     estimate is then unbiased for any number of candidates, where importance sampling needs a number exponential in d.
     Otherwise each update moves the policy one kernel towards pi.
 
-    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`, support[0]
-    among them, by importance weight (iterated sampling importance resampling, Andrieu et al. 2018), then one
-    Metropolis-adjusted Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance
-    of the step in units of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability
-    (Rao-Blackwell). With no `sizes`, the importance-weighted mean of the candidates.
+    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`,
+    support[0] among them, by importance weight (iterated sampling importance resampling), then one Metropolis-adjusted
+    Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance of the step in
+    units of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability (Rao-Blackwell).
+    Without `sizes`, the importance-weighted mean of the candidates.
 
-    Critic calls: `samples`, and 1 + len(sizes) with gradients.
+    `eta` of the result is zero and `ess` that of the candidates, in [1, samples]. Critic calls: `samples`, and
+    1 + len(sizes) with gradients. Raises ValueError for samples < 1, a size <= 0, or a call without `support`.
     """
 
     samples: int = 16
@@ -195,7 +196,8 @@ class Markov:
         t: Scalar,
         support: Support = None,
     ) -> Posterior:
-        """x_t: [d], t: [] with beta_t > 0; support: [P, d], of which the first is the endpoint noised to x_t."""
+        """x_t: [d], t: [] with beta_t > 0 (and alpha_t > 0 for proposals that invert the noise); support: [P, d], of
+        which the first is the endpoint noised to x_t."""
         if support is None:
             raise ValueError(
                 "Markov starts at the endpoint that was noised to x_t: pass support=[P, d], that one first"

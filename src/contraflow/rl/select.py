@@ -1,6 +1,7 @@
 """Pick one of n candidate actions by score (Q / lambda)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -44,10 +45,7 @@ class Argmax:
 class First:
     """One particle, no choice: the policy itself."""
 
-    particles: int = 1
-
-    def __post_init__(self):
-        _check(self.particles)
+    particles: ClassVar[int] = 1
 
     def __call__(self, key: PRNGKey, score: Float[Array, " n"]) -> Int[Array, ""]:
         return jnp.zeros((), jnp.int32)

@@ -12,8 +12,8 @@ from contraflow.types import Transition
 
 
 def td_target(batch: Transition, next_value: Float[Array, " B"], gamma: float) -> Float[Array, " B"]:
-    """y = r + gamma (1 - terminated) V(s'). A truncated episode is bootstrapped like any other step."""
-    return batch.reward + gamma * jnp.where(batch.terminated, 0.0, next_value)
+    """y = r + gamma^span (1 - terminated) V(s'). A truncated episode is bootstrapped like any other step."""
+    return batch.reward + gamma**batch.span * jnp.where(batch.terminated, 0.0, next_value)
 
 
 def start_critic(tx: optax.GradientTransformation, critic: QEnsemble) -> PyTree:

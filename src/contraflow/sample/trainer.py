@@ -109,20 +109,15 @@ def flow_field(net: Velocity, path: Path) -> Callable[[Vector, Scalar], Vector]:
     return field
 
 
-@partial(jax.jit, static_argnames=("dim", "width", "depth"))
-def _networks(keys: PRNGKeys, dim: int, width: int, depth: int) -> Velocity:
-    return jax.vmap(lambda key: Velocity(dim, 0, width, depth, key=key))(keys)
-
-
+@partial(jax.jit, static_argnames=("trainer", "dim"))
 def start(trainer: Trainer, keys: PRNGKeys, rates: Float[Array, " s"] | None = None, dim: int = 2) -> FlowState:
-    """Fresh flows, one per key; `rates` take the place of `trainer.learning_rate`."""
-    nets = _networks(keys, dim, trainer.width, trainer.depth)
-    rates = jnp.full(keys.shape[0], trainer.learning_rate) if rates is None else rates
+    """Fresh flows on R^dim, one per key; `rates` take the place of `trainer.learning_rate`."""
 
-    def one(net: Velocity, rate: Scalar) -> FlowState:
+    def one(key: PRNGKey, rate: Scalar) -> FlowState:
+        net = Velocity(dim, 0, trainer.width, trainer.depth, key=key)
         return FlowState(net, start_optimiser(_optimizer(trainer, rate), net), rate, jnp.zeros((), int))
 
-    return jax.vmap(one)(nets, rates)
+    return jax.vmap(one)(keys, jnp.full(keys.shape[0], trainer.learning_rate) if rates is None else rates)
 
 
 def _optimizer(trainer: Trainer, rate: Scalar) -> optax.GradientTransformation:

@@ -40,12 +40,13 @@ class Carry(eqx.Module):
 
 @dataclass(frozen=True)
 class Phase:
-    """`updates` gradient steps on `batch_size` transitions after each step of all environments; 0 with random actions
-    is the warm-up."""
+    """`updates` gradient steps on `batch_size` rows of `n_step` transitions after each step of all environments; 0 with
+    random actions is the warm-up."""
 
     random: bool
     updates: int
     batch_size: int
+    n_step: int = 1
 
 
 def first_learner(agent: Agent, spec: EnvSpec, buffer_size: int, key: PRNGKey) -> Learner:
@@ -72,7 +73,8 @@ def learn(
     phase: Phase, agent: Agent, learner: Learner, obs: Any, action: Any, step: Step, key: PRNGKey
 ) -> tuple[Learner, Metrics]:
     """Store one step of all environments and take `phase.updates` gradient steps."""
-    rows = Transition(obs, action, step.reward, step.next_obs, step.terminated, step.truncated)
+    one = jnp.ones_like(step.valid, jnp.int32)
+    rows = Transition(obs, action, step.reward, step.next_obs, step.terminated, step.truncated, one)
     buffer = learner.buffer.add(rows, step.valid)
     returns = learner.returns + step.reward
     done = (step.terminated | step.truncated) & step.valid
@@ -83,7 +85,8 @@ def learn(
 
         def update(state, key):
             k_sample, k_update = jr.split(key)
-            return agent.update(state, buffer.sample(k_sample, phase.batch_size), k_update)
+            gamma = getattr(agent, "gamma") if phase.n_step > 1 else 1.0  # noqa: B009 - only n-step returns need it
+            return agent.update(state, buffer.sample(k_sample, phase.batch_size, phase.n_step, gamma), k_update)
 
         state, info = jax.lax.scan(update, state, keys)
         metrics |= jax.tree.map(jnp.mean, info)

@@ -45,6 +45,9 @@ class Run:
     updates: int = 1
     """Gradient steps after each step of all environments; updates / num_envs is the update-to-data ratio."""
     batch_size: int = 256
+    n_step: int = 1
+    """Rewards summed before the value is asked: y = sum_{k<n} gamma^k r_k + gamma^n V(s_n), without correction for the
+    actions in between being those of older policies."""
     buffer_size: int = 250_000
     eval_every: int = 10_000
     eval_episodes: int = 10
@@ -53,7 +56,8 @@ class Run:
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
 
     def __post_init__(self):
-        for name in ("steps", "num_envs", "batch_size", "buffer_size", "eval_every", "eval_episodes", "log_every"):
+        counts = "steps", "num_envs", "batch_size", "n_step", "buffer_size", "eval_every", "eval_episodes", "log_every"
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.updates < 0 or self.seed < 0:
@@ -62,6 +66,8 @@ class Run:
             raise ValueError(f"collect must lie between 0 and steps={self.steps}, got {self.collect}")
         if self.buffer_size < self.num_envs:
             raise ValueError(f"buffer_size={self.buffer_size} is smaller than num_envs={self.num_envs}")
+        if self.n_step > 1 and not hasattr(self.agent, "gamma"):
+            raise ValueError(f"n_step={self.n_step} needs an agent with a discount `gamma`; use n_step=1")
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def _start(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carr
         return checkpoint.load(folder, step, Carry(shapes, env_shapes, obs_shape))
     learner: Learner = checkpoint.load(folder, step, shapes)
     env_state, obs = env.reset(jr.fold_in(k_env, step))
-    fresh = Learner(learner.agent, learner.buffer, learner.returns * 0, learner.steps, learner.iteration)
+    fresh = Learner(learner.agent, learner.buffer.cut(), learner.returns * 0, learner.steps, learner.iteration)
     return Carry(fresh, env_state, obs)
 
 
@@ -203,7 +209,7 @@ def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, 
     save()  # the first checkpoint; after a restart only the policy, which a killed process may not have written
     with closing(log), _interruptible() as signals, Progress(run, folder, taken, quiet) as progress:
         while taken < run.steps and not signals:
-            phase = Phase(taken < run.collect, 0 if taken < run.collect else run.updates, run.batch_size)
+            phase = Phase(taken < run.collect, 0 if taken < run.collect else run.updates, run.batch_size, run.n_step)
             milestone = min(
                 run.collect if phase.random else run.steps,
                 (taken // run.eval_every + 1) * run.eval_every,

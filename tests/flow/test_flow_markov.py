@@ -1,0 +1,73 @@
+"""`Markov`: unbiased in many dimensions with few candidates, where the endpoint is a draw of the target."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from contraflow.flow.density import Gaussian, Separable
+from contraflow.flow.path import Linear
+from contraflow.flow.posterior import Fixed, Markov, Reverse
+from contraflow.flow.proposal import Mixture, Noise
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def residuals(estimator, target, key, n, t):
+    """(m - x1) times the features 1, x_t, tanh 3 x_t of n joint draws (x1, x_t), in standard errors.
+
+    x1 is a draw of the posterior given x_t, so that an unbiased m has E[(m - x1) f(x_t)] = 0 for every f.
+    """
+    k_x1, k_x0, k_m = jr.split(key, 3)
+    x1 = target.sample(k_x1, n)
+    x_t = jax.vmap(Linear().perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
+    mean = jax.vmap(lambda k, x, u: estimator(k, Linear(), target, x, t, u[None]).mean)(jr.split(k_m, n), x_t, x1)
+    products = (mean - x1)[None] * jnp.stack([jnp.ones_like(x_t), x_t, jnp.tanh(3 * x_t)])
+    return jnp.abs(products.mean(1) / (products.std(1) / jnp.sqrt(n)))
+
+
+MARKOV = {
+    "weights": Markov(2, sizes=()),
+    "resampling": Markov(4, sizes=(1e-9,)),
+    "langevin": Markov(1, sizes=(0.5, 2.0, 4.0)),
+    "both": Markov(4, sizes=(1.0, 3.0)),
+}
+SIX = Separable.two_modes(6, 0.5)
+
+
+@pytest.mark.parametrize("t", [0.15, 0.5, 0.85])
+@pytest.mark.parametrize("estimator", MARKOV.values(), ids=MARKOV)
+def test_unbiased_where_the_policy_is_right(estimator, t):
+    """With one to four candidates, in six dimensions of two modes each."""
+    assert residuals(estimator, SIX, jr.key(3), 20_000, jnp.asarray(t)).max() < 4.0
+
+
+def test_forgets_a_wrong_endpoint():
+    """Away from the fixed point each step moves the estimate towards the posterior mean: 60 of them arrive."""
+    target, x_t, t = Gaussian(jnp.array([0.5, -1.0]), 0.7), jnp.array([0.3, -0.4]), jnp.asarray(0.6)
+    exact = target.posterior_mean(Linear(), x_t, t)
+    wrong = exact + 3.0
+
+    @partial(jax.jit, static_argnums=0)
+    def error(estimator):
+        out = jax.vmap(lambda k: estimator(k, Linear(), target, x_t, t, wrong[None]).mean)(jr.split(jr.key(0), 2000))
+        return jnp.abs(out.mean(0) - exact).max()
+
+    few, many = error(Markov(1, sizes=(1.0,) * 2)), error(Markov(1, sizes=(1.0,) * 60))
+    assert few > 0.3 and many < 0.02
+    assert error(Markov(32, Noise(), sizes=())) < 0.05  # importance weights alone leave only their bias
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="support"):
+        Markov()(jr.key(0), Linear(), SIX, jnp.zeros(6), jnp.asarray(0.5))
+    with pytest.raises(ValueError, match="at least one candidate"):
+        Markov(samples=0)
+    with pytest.raises(ValueError, match="positive"):
+        Markov(sizes=(1.0, 0.0))
+
+
+def test_the_test_of_bias_sees_the_bias_of_importance_sampling():
+    """With four times the candidates."""
+    assert residuals(Reverse(16, Mixture(), Fixed(0)), SIX, jr.key(3), 20_000, jnp.asarray(0.5)).max() > 6.0
