@@ -81,8 +81,8 @@ def test_n_step_rows_reach_the_agent():
 
     class Spy(SIR):
         def update(self, state, batch, key):
-            first = batch.span == 2
-            return state, {"joined": jnp.mean(first), "reward": jnp.sum(jnp.where(first, batch.reward, 0)) / first.sum()}
+            two = batch.span == 2
+            return state, {"joined": jnp.mean(two), "reward": jnp.sum(jnp.where(two, batch.reward, 0)) / two.sum()}
 
     env, agent = TwoStep(2), Spy(width=8, depth=1, gamma=0.9)
     carry, _, _ = epoch(WARM, agent, env, begin(agent, env, jr.key(0)), jr.key(1), 30)
