@@ -5,7 +5,7 @@ from contraflow.flow.posterior import MinVariance, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.rl.select import Argmax, First, Softmax
-from contraflow.rl.temperature import Constant
+from contraflow.rl.temperature import Anneal, Constant
 from contraflow.train.run import Run
 
 RFM_PAPER = RFM(
@@ -47,6 +47,7 @@ PRESETS: dict[str, Run] = {
         agent=RFM(
             explore=First(),
             backup=First(),
+            temperature=Anneal(0.1, 0.02, steps=25_000),
             tau=0.02,
             embedding=32,
             decay_steps=58_000,
