@@ -30,7 +30,7 @@ def residuals(estimator, target, key, n, t):
 MARKOV = {
     "weights": Markov(2, sizes=()),
     "resampling": Markov(4, sizes=(1e-9,)),
-    "langevin": Markov(1, sizes=(0.5, 2.0, 4.0)),
+    "langevin": Markov(1, sizes=(2.5,) * 6),
     "both": Markov(4, sizes=(1.0, 3.0)),
 }
 SIX = Separable.two_modes(6, 0.5)
@@ -40,7 +40,7 @@ SIX = Separable.two_modes(6, 0.5)
 @pytest.mark.parametrize("estimator", MARKOV.values(), ids=MARKOV)
 def test_unbiased_where_the_policy_is_right(estimator, t):
     """With one to four candidates, in six dimensions of two modes each."""
-    assert residuals(estimator, SIX, jr.key(3), 20_000, jnp.asarray(t)).max() < 4.0
+    assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t)).max() < 4.0
 
 
 def test_forgets_a_wrong_endpoint():
