@@ -1,9 +1,10 @@
 """Speed of one update, one action and the whole host loop, each against a peer in the same run.
 
-    python benchmarks/speed.py [update act network loop] [--peer module:function]
+    python benchmarks/speed.py [update act network loop sac] [--peer module:function]
 
-`--peer` names a function `(obs_dim, act_dim) -> {"update": callable, "act": callable}` of a module on PYTHONPATH: an
-implementation at the same settings, kept outside this repository. Medians of paired rounds; one line per case.
+`--peer` names a function `(obs_dim, act_dim) -> {"update": callable, "act": callable, "sac": callable}` (any of them)
+of a module on PYTHONPATH: an implementation at the same settings, kept outside this repository. `sac` takes SAC_STEPS
+steps of the whole loop. Medians of paired rounds; one line per case.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from contraflow.rl.select import First, Softmax
 from contraflow.train.evaluate import act_batch
 
 OBS, ACT, BATCH = 17, 6, 256
+SAC_STEPS = 500
 SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
 
 
@@ -128,6 +130,26 @@ def loop_cases() -> None:
         )
 
 
+def sac_cases(peer: dict[str, Callable[[], object]]) -> None:
+    """The whole loop of SAC: one environment, one update per step, width 256, batch 256."""
+    from contraflow.envs import make
+    from contraflow.train.online import Carry, Phase, epoch, first_learner
+
+    print(f"\n{SAC_STEPS} steps of SAC's loop on gym:HalfCheetah-v5, one update each, width 256, batch 256")
+    env, agent, key = make("gym:HalfCheetah-v5", 1, 0), AGENTS["sac"](), jr.key(0)
+    learner = jax.jit(lambda k: first_learner(agent, env.spec, 100_000, k))(key)
+    state = [epoch(Phase(True, 0, BATCH), agent, env, Carry(learner, *env.reset(key)), key, 400)[0]]
+
+    def call() -> None:
+        state[0], _, _ = epoch(Phase(False, 1, BATCH), agent, env, state[0], key, SAC_STEPS)
+
+    cases: dict[str, Callable[[], object]] = {"ours": call}
+    if "sac" in peer:
+        cases["peer"] = peer["sac"]
+    for name, median, _ in report(paired(cases, rounds=9), "peer" if "sac" in peer else "ours", "s"):
+        print(f"{name:20s} {SAC_STEPS / median:.0f} steps/s")
+
+
 def network_cases() -> None:
     """Equinox against Flax Linen: the same field, one regression step on 25600 samples and one jitted call."""
     import equinox as eqx
@@ -184,8 +206,8 @@ def network_cases() -> None:
     report(paired(calls, rounds=41, inner=50), "linen dispatch", "us")
 
 
-def main(what: tuple[str, ...] = ("update", "act", "network", "loop"), /, peer: str | None = None) -> None:
-    """Print the tables of `what`: update, act, network, loop."""
+def main(what: tuple[str, ...] = ("update", "act", "network", "loop", "sac"), /, peer: str | None = None) -> None:
+    """Print the tables of `what`: update, act, network, loop, sac."""
     print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {sys.version.split()[0]}")
     cases: dict[str, Callable[[], object]] = {}
     if peer is not None:
@@ -199,6 +221,8 @@ def main(what: tuple[str, ...] = ("update", "act", "network", "loop"), /, peer: 
         network_cases()
     if "loop" in what:
         loop_cases()
+    if "sac" in what:
+        sac_cases(cases)
 
 
 if __name__ == "__main__":

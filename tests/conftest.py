@@ -1,11 +1,12 @@
 """Every test runs with the strictest settings: shapes and types checked at run time, no silent broadcasting, no key
 used twice, warnings are errors (pyproject.toml).
 
-Most of the time goes into compiling. JAX_COMPILATION_CACHE_DIR=<folder> keeps what was compiled for the next run
-(a third of the time); annotations, shapes and keys are checked before that, so nothing is hidden.
+Most of the time goes into compiling, so a program is compiled once for all tests of a worker, and with
+JAX_COMPILATION_CACHE_DIR=<folder> also for the next run. Annotations, shapes and keys are checked before that.
 """
 
 import os
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: one thread each, or they wait for one another. Read when the backend starts.
@@ -22,12 +23,14 @@ from jaxtyping import install_import_hook
 # An int may stand for a float, as everywhere in Python: Fixed(0).
 install_import_hook("contraflow", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-if folder := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    # One folder per worker: entries are not written atomically.
-    folder = os.path.join(folder, os.environ.get("PYTEST_XDIST_WORKER", "main"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+# One folder per worker: entries are not written atomically.
+temporary = tempfile.TemporaryDirectory(prefix="contraflow-compiled-")
+folder = os.path.join(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR") or temporary.name, os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
+jax.config.update("jax_compilation_cache_dir", folder)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)  # a key that is meant to be used twice: jax.random.clone

@@ -47,7 +47,7 @@ PRESETS: dict[str, Run] = {
         agent=RFM(
             explore=First(),
             backup=First(),
-            temperature=Anneal(0.1, 0.02, steps=25_000),
+            temperature=Anneal(0.2, 0.02, steps=50_000),
             tau=0.02,
             embedding=32,
             decay_steps=58_000,
