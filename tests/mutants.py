@@ -93,9 +93,9 @@ MUTANTS = (
     ),
     Mutant(
         "worst policy kept for the best",
-        "train/run.py",
-        "if returns.mean() > best:",
-        "if returns.mean() < best or best == -np.inf:",
+        "train/record.py",
+        "if returns.mean() > self._best:",
+        "if returns.mean() < self._best or self._best == -np.inf:",
         ("train/test_train.py::test_the_best_policy_is_that_of_the_best_evaluation",),
     ),
     Mutant(
