@@ -122,11 +122,12 @@ def _environments(run: Run, trust: bool) -> tuple[Env, Env]:
 
 @jax.jit
 def _take(tree: Any, i: Any) -> Any:
-    """What seed number i of a stacked tree has."""
+    """What seed number i of a stacked tree has; for several numbers, a smaller stack."""
     return jax.tree.map(lambda x: x[i], tree)
 
 
-def _stack(trees: Sequence[Any]) -> Any:
+@jax.jit
+def _stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
@@ -174,7 +175,7 @@ def _drive(
                 live = [live[s] for s in sound]
                 if not live:
                     break
-                carry, k_run, k_eval = jax.tree.map(lambda x, at=jnp.array(sound): x[at], (carry, k_run, k_eval))
+                carry, k_run, k_eval = _take((carry, k_run, k_eval), jnp.array(sound))
             if evaluation_due(run, before, taken):
                 try:
                     states, keys = carry.learner.agent, jr.clone(k_eval)
