@@ -7,16 +7,21 @@ from collections.abc import Callable
 import jax
 
 
-def paired(cases: dict[str, Callable[[], object]], rounds: int = 15, inner: int = 1) -> dict[str, list[float]]:
+def paired(
+    cases: dict[str, Callable[[], object]],
+    rounds: int = 15,
+    inner: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds per call of every case, one entry per round; each case is run once first, to compile."""
     for call in cases.values():
         jax.block_until_ready(call())
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, call in cases.items():
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready([call() for _ in range(inner)])
-            times[name].append((time.perf_counter() - start) / inner)
+            times[name].append((clock() - start) / inner)
     return times
 
 

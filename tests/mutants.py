@@ -39,6 +39,8 @@ MARKOV = "flow/test_flow_markov.py::"
 RFM = "agents/test_rfm.py::"
 SAC = "agents/test_sac.py::"
 ONLINE = "train/test_online.py::"
+CONTROL = "envs/test_env_control.py::"
+SEEDS = "train/test_seeds.py::"
 CONTRACT = "contract/test_contract_agents.py::"
 
 JOINT_CLIPPING = """updates, opt_state = tx.update(
@@ -93,9 +95,9 @@ MUTANTS = (
     ),
     Mutant(
         "worst policy kept for the best",
-        "train/run.py",
-        "if returns.mean() > best:",
-        "if returns.mean() < best or best == -np.inf:",
+        "train/record.py",
+        "if returns.mean() > self._best:",
+        "if returns.mean() < self._best or self._best == -np.inf:",
         ("train/test_train.py::test_the_best_policy_is_that_of_the_best_evaluation",),
     ),
     Mutant(
@@ -309,6 +311,104 @@ MUTANTS = (
         '        object.__setattr__(found.learner, "iteration", jnp.zeros((), jnp.int32))\n'
         "        return found",
         ("train/test_resume.py::test_a_stopped_half_continues_bitwise",),
+    ),
+    Mutant(
+        "pendulum moves with the speed before the step",
+        "envs/control.py",
+        "return jnp.stack([_wrap(angle + 0.05 * speed), speed]), reward",
+        "return jnp.stack([_wrap(angle + 0.05 * body[1]), speed]), reward",
+        (CONTROL + "test_pendulum_equals_gymnasium_from_any_state",),
+    ),
+    Mutant(
+        "centrifugal force of the pole pushes the other way",
+        "envs/control.py",
+        "on_cart = force + POLE",
+        "on_cart = force - POLE",
+        (CONTROL + "test_cartpole_keeps_the_books_of_energy_and_momentum",),
+    ),
+    Mutant(
+        "cartpole rewarded for the state before the step",
+        "envs/control.py",
+        "        body = jnp.stack([x, _wrap(angle), dx, dangle])\n        return body, cartpole",
+        "        return jnp.stack([x, _wrap(angle), dx, dangle]), cartpole",
+        (CONTROL + "test_cartpole_follows_dm_control",),
+    ),
+    Mutant(
+        "rail without ends",
+        "envs/control.py",
+        "jnp.where(depth > 0, side",
+        "jnp.where(depth > 9, side",
+        (CONTROL + "test_cartpole_follows_dm_control",),
+    ),
+    Mutant(
+        "Euler instead of RK4",
+        "envs/control.py",
+        "h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)",
+        "h * k1",
+        (CONTROL + "test_cartpole_conserves_energy_without_friction_and_force",),
+    ),
+    Mutant(
+        "control task ends for good at its time limit",
+        "envs/control.py",
+        "reward, ~valid, truncated, valid)",
+        "reward, truncated, truncated, valid)",
+        (CONTROL + "test_ends_are_truncations_and_the_last_observation_is_true",),
+    ),
+    Mutant(
+        "control task hands out the new episode as successor",
+        "envs/control.py",
+        "Step(observe(body), observe(moved),",
+        "Step(observe(body), observe(body),",
+        (CONTROL + "test_ends_are_truncations_and_the_last_observation_is_true",),
+    ),
+    Mutant(
+        "seeds trained at once share a key",
+        "train/seeds.py",
+        "env, carry, k_run, n)",
+        "env, carry, jnp.stack([k_run[0]] * len(live)), n)",
+        (SEEDS + "test_each_seed_is_the_run_that_it_would_be_alone",),
+    ),
+    Mutant(
+        "a seed's folder gets the data of another",
+        "train/seeds.py",
+        "one = _take(carry, s)\n",
+        "one = _take(carry, 0)\n",
+        (SEEDS + "test_each_seed_is_the_run_that_it_would_be_alone",),
+    ),
+    Mutant(
+        "a seed's folder gets the returns of another",
+        "train/seeds.py",
+        "returns[s], k_eval[s]",
+        "returns[-1 - s], k_eval[s]",
+        (SEEDS + "test_each_seed_is_the_run_that_it_would_be_alone",),
+    ),
+    Mutant(
+        "seeds evaluated at once share a key",
+        "train/seeds.py",
+        "jr.clone(k_eval)\n",
+        "jnp.stack([k_eval[0]] * len(live))\n",
+        (SEEDS + "test_each_seed_is_the_run_that_it_would_be_alone",),
+    ),
+    Mutant(
+        "seeds move up when one fails",
+        "train/seeds.py",
+        "live = [live[s] for s in sound]",
+        "live = list(range(len(sound)))",
+        (SEEDS + "test_a_failing_seed_does_not_stop_the_others",),
+    ),
+    Mutant(
+        "seeds resumed from a step that some have not saved",
+        "train/seeds.py",
+        "min(step for step in newest",
+        "max(step for step in newest",
+        (SEEDS + "test_killed_between_two_checkpoints",),
+    ),
+    Mutant(
+        "every chunk of an evaluation draws the same noise",
+        "train/evaluate.py",
+        "i + jnp.arange(n)",
+        "0 * i + jnp.arange(n)",
+        (SEEDS + "test_evaluation_of_many_is_that_of_each",),
     ),
 )
 

@@ -4,6 +4,7 @@ from contraflow.agents import AGENTS, RFM, SAC, SIR
 from contraflow.config import VERSION as __version__
 from contraflow.runtime.policy import Policy, load
 from contraflow.train.run import Result, Run, resume, train
+from contraflow.train.seeds import resume_seeds, train_seeds
 from contraflow.types import EnvSpec, Step, Transition, UserError
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "__version__",
     "load",
     "resume",
+    "resume_seeds",
     "train",
+    "train_seeds",
 ]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
+PRNGKeys = Key[Array, " S"]  # one for each of S seeds
 
 
 class Transition(eqx.Module):
@@ -62,4 +63,4 @@ class UserError(Exception):
     """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
 
 
-__all__ = ["EnvSpec", "Metrics", "PRNGKey", "Step", "Transition", "UserError"]
+__all__ = ["EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Step", "Transition", "UserError"]

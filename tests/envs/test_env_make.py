@@ -30,6 +30,8 @@ class Mine:
         ("envpool:CartpoleSwingup-v1", "envpool", (5, 1)),
         ("gym:Pendulum-v1", "gymnasium", (3, 1)),
         ("Pendulum-v1", "gymnasium", (3, 1)),
+        ("jax:pendulum", "jax", (3, 1)),
+        ("jax:cartpole-swingup", "jax", (5, 1)),
         ("probe:two-step", "jax", (1, 1)),
         ("bandit:linear", "jax", (1, 2)),
         ("bandit:two-peak/8", "jax", (1, 8)),
@@ -50,6 +52,8 @@ def test_make(id, package, dims):
         ("HalfCheeta-v5", "did you mean gym:HalfCheetah-v5"),
         ("envpool:cheetah-run", "did you mean envpool:CheetahRun-v1"),
         ("probe:twostep", "did you mean probe:two-step"),
+        ("jax:cartpole", "did you mean jax:cartpole-swingup"),
+        ("jax:x", "there are pendulum, cartpole-swingup"),
         ("bandit:x", "there are constant, linear, two-peak"),
         ("bandit:linear/0", "did you mean bandit:linear"),
         ("bandit:linear/-1", "did you mean bandit:linear"),
@@ -104,7 +108,7 @@ def test_numbers_and_pictures_are_checked():
 def test_available():
     pytest.importorskip("envpool")
     ids = available()
-    assert set(ids) == {"envpool", "gym", "probe", "bandit"}
+    assert set(ids) == {"envpool", "gym", "jax", "probe", "bandit"}
     assert {"CheetahRun-v1", "HalfCheetah-v5", "MetaWorld/Reach-v3", "AdroitHandDoor-v1"} < set(ids["envpool"])
     assert {"FrankaKitchen-v1", "PandaPickCube-v1"} < set(ids["envpool"])
     assert {"HalfCheetah-v5", "Pendulum-v1", "dm_control/cheetah-run-v0"} < set(ids["gym"])

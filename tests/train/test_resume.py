@@ -41,7 +41,7 @@ def final_carry(folder: Path, run: Run):
     env, _ = driver._environments(run, True)
     step = checkpoint.latest(folder)
     assert step is not None and step >= run.steps
-    return driver._start(run, folder, env, jax.random.split(jax.random.key(run.seed), 3)[0], step)
+    return driver.first_carry(run, folder, env, jax.random.split(jax.random.key(run.seed), 3)[0], step)
 
 
 def same(one, two) -> bool:
@@ -177,11 +177,11 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     policy = (folder / "policy/model.safetensors").read_bytes()
 
     env, _ = whole(HOST, True)
-    half = driver._start(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 26).learner
+    half = driver.first_carry(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 26).learner
     assert int(half.buffer.size) == 26 and int(half.iteration) == 13 and not half.returns.any()
     result = resume(folder, trust=True, quiet=True)
     assert not result.interrupted and result.steps == 40
-    whole_learner = driver._start(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 40).learner
+    whole_learner = driver.first_carry(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 40).learner
     assert int(whole_learner.buffer.size) == 40
     assert np.all(whole_learner.buffer.next[:26] < 26), "n-step rows would join two episodes"
     assert np.array_equal(whole_learner.buffer.data.reward[:26], half.buffer.data.reward[:26])

@@ -19,7 +19,7 @@ from tests.cli_helpers import TINY, Guess
 
 from contraflow import EnvSpec, Run, Step, UserError, resume, train
 from contraflow.envs.probe import Action, TwoStep
-from contraflow.train import checkpoint, console
+from contraflow.train import checkpoint, console, record
 from contraflow.train import run as driver
 from contraflow.train.artifact import load_policy
 from contraflow.train.evaluate import evaluate
@@ -116,15 +116,15 @@ def test_a_signal_saves_and_stops(number: signal.Signals, tmp_path: Path, monkey
 
 def test_a_signal_right_after_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The step is on disk already: nothing is written twice, nothing fails."""
-    real = driver.save_policy
+    real = record.save_policy
 
     def interrupted(folder, *args):
         real(folder, *args)
         if checkpoint.latest(tmp_path) == 20:
             os.kill(os.getpid(), signal.SIGINT)
-            monkeypatch.setattr(driver, "save_policy", real)
+            monkeypatch.setattr(record, "save_policy", real)
 
-    monkeypatch.setattr(driver, "save_policy", interrupted)
+    monkeypatch.setattr(record, "save_policy", interrupted)
     result = train(GUESS, tmp_path, quiet=True)
     assert result.interrupted and result.steps == 20
 

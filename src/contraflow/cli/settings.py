@@ -24,10 +24,13 @@ Switch = tyro.conf.FlagCreatePairsOff
 class Train(Run):
     """What `contraflow train` takes beside the run itself."""
 
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = ()
+    """In place of --seed: train these at once in one program, each into a run folder OUT/seedN. For environments
+    written in JAX (`contraflow list envs jax:`)."""
     out: Path | None = None
     """New folder for the run; None is runs/PRESET-ENV-seedN."""
     require: float | None = None
-    """Exit with code 1 when the final mean return is below this."""
+    """Exit with code 1 when the final mean return, with --seeds of any of them, is below this."""
     quiet: Annotated[bool, Switch] = False
     """No progress bar."""
     trust: Annotated[bool, Switch] = False

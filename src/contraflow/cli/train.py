@@ -15,10 +15,12 @@ from contraflow.config import suggest
 from contraflow.presets import PRESETS
 from contraflow.train import run as runs
 from contraflow.train.log import read_evaluations
+from contraflow.train.seeds import resume_seeds, seed_folders, train_seeds
 from contraflow.types import UserError
 
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.gamma 0.98] ...
+       contraflow train PRESET --env jax:pendulum --seeds 0 1 2 3 ...    many seeds in one compiled program
 
 PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with
 --trust):
@@ -34,7 +36,7 @@ class Resume:
     """Continue a run from its newest checkpoint."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the run."""
+    """Folder of the run, or of the seeds that were trained at once."""
     steps: int | None = None
     """Extend the run to this many environment steps in all."""
     require: float | None = None
@@ -60,7 +62,13 @@ def train_command(args: list[str]) -> int:
     options = parse_train(preset, flags)
     run = as_run(options)
     folder = options.out or default_folder(preset, options)
+    given = {flag.partition("=")[0] for flag in flags}
+    if {"--seed", "--seeds"} <= given:
+        raise UserError("--seed trains one seed, --seeds several at once: give one of the two")
     start = time.monotonic()
+    if "--seeds" in given:
+        results = train_seeds(run, options.seeds, folder, trust=options.trust, quiet=options.quiet)
+        return _finish_seeds(results, folder, time.monotonic() - start, options.require, options.trust)
     result = runs.train(run, folder, trust=options.trust, quiet=options.quiet)
     return _finish(result, time.monotonic() - start, options.require, options.trust)
 
@@ -70,30 +78,68 @@ def resume_command(args: list[str]) -> int:
     options = tyro.cli(Resume, prog="contraflow resume", args=args)
     folder = options.folder
     start = time.monotonic()
+    if members := seed_folders(folder):
+        before = [runs.progress(member, options.trust) for member in members]
+        results = resume_seeds(folder, steps=options.steps, trust=options.trust, quiet=options.quiet)
+        if [result.steps for result in results] == before and not results[0].interrupted:
+            print(_finished(folder, before[0]))
+            return 0
+        return _finish_seeds(results, folder, time.monotonic() - start, options.require, options.trust)
     before = runs.progress(folder, options.trust)
     result = runs.resume(folder, steps=options.steps, trust=options.trust, quiet=options.quiet)
     if result.steps == before and not result.interrupted:
-        print(f"{folder} is finished: {before:,} steps. Extend it with `contraflow resume {folder} --steps N`")
+        print(_finished(folder, before))
         return 0
     return _finish(result, time.monotonic() - start, options.require, options.trust)
 
 
 def default_folder(preset: str, options: Train) -> Path:
-    """runs/PRESET-ENV-seedN, in letters that a path may hold."""
+    """runs/PRESET-ENV-seedN, or -seedsN-M-..., in letters that a path may hold."""
     path = Path(preset)
     name = path.resolve().parent.name if path.name == "config.json" else path.name
     env = options.env.rpartition(":")[2]
-    return Path("runs") / "-".join([name.rpartition(":")[2], env.replace("/", "-"), f"seed{options.seed}"])
+    seeds = "-".join(map(str, options.seeds))
+    last = f"seeds{seeds}" if seeds else f"seed{options.seed}"
+    return Path("runs") / "-".join([name.rpartition(":")[2], env.replace("/", "-"), last])
+
+
+def _finished(folder: Path, steps: int) -> str:
+    return f"{folder} is finished: {steps:,} steps. Extend it with `contraflow resume {folder} --steps N`"
+
+
+def _interrupted(folder: Path, steps: int, what: str) -> int:
+    print(f"interrupted at step {steps:,}; {what} saved: contraflow resume {shlex.quote(str(folder))}")
+    return 130
+
+
+def _trained(steps: int, seconds: float, seeds: int = 1) -> None:
+    minutes, rest = divmod(round(seconds), 60)
+    what = f"trained {seeds} seeds" if seeds > 1 else "trained"
+    print(f"{what} to step {steps:,} in {minutes} min {rest} s; evaluating ...", flush=True)
 
 
 def _finish(result: runs.Result, seconds: float, require: float | None, trust: bool) -> int:
     """The closing report; the exit code."""
-    folder = result.folder
     if result.interrupted:
-        print(f"interrupted at step {result.steps:,}; the run is saved: contraflow resume {shlex.quote(str(folder))}")
-        return 130
-    minutes, rest = divmod(round(seconds), 60)
-    print(f"trained to step {result.steps:,} in {minutes} min {rest} s; evaluating ...", flush=True)
+        return _interrupted(result.folder, result.steps, "the run is")
+    _trained(result.steps, seconds)
+    return _report(result.folder, require, trust)
+
+
+def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, require: float | None, trust: bool) -> int:
+    """The closing report of each seed in turn; the exit code is 1 if one of them misses `require`."""
+    if results[0].interrupted:
+        return _interrupted(folder, results[0].steps, "the runs are")
+    _trained(results[0].steps, seconds, len(results))
+    codes = []
+    for result in results:
+        print(f"\n{result.folder.name}")
+        codes.append(_report(result.folder, require, trust))
+    return max(codes)
+
+
+def _report(folder: Path, require: float | None, trust: bool) -> int:
+    """Returns of the policies of a run on fresh episodes, and where they are; 1 below `require`."""
     table = final_returns(folder, trust)
     for name, returns in table.items():
         print(f"  {name:<42} {_summary(returns)}")

@@ -9,17 +9,18 @@ from collections.abc import Callable
 
 from contraflow.envs.bandit import BANDITS, Bandit
 from contraflow.envs.base import Env, check_num_envs, unknown_id
+from contraflow.envs.control import CONTROL
 from contraflow.envs.probe import PROBES
 from contraflow.types import UserError
 
-PREFIXES = ("envpool", "gym", "probe", "bandit")
+PREFIXES = ("envpool", "gym", "jax", "probe", "bandit")
 
 
 def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
-    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `probe:two-step`, `bandit:linear/8` (8
-      dimensions; 2 unless said).
+    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `jax:pendulum`, `probe:two-step`,
+      `bandit:linear/8` (8 dimensions; 2 unless said).
     - `package.module:Class` imports the user's own class and calls it with num_envs and seed, when `trust` is True.
     - `render` makes `frame()` return pictures of copy 0, for `envpool:` and `gym:`.
 
@@ -46,6 +47,8 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, rend
         from contraflow.envs.gymnasium import Gymnasium
 
         return Gymnasium(rest, num_envs, seed, render=render)
+    if prefix == "jax" and rest in CONTROL:
+        return CONTROL[rest](num_envs)
     if prefix == "probe" and rest in PROBES:
         return PROBES[rest](num_envs)
     if prefix == "bandit":
@@ -62,7 +65,8 @@ def available() -> dict[str, list[str]]:
 
     Gymnasium and EnvPool make more than is listed; nothing is built to draw up the list.
     """
-    return {"envpool": _envpool_ids(), "gym": _gym_ids(), "probe": list(PROBES), "bandit": list(BANDITS)}
+    own = {"jax": list(CONTROL), "probe": list(PROBES), "bandit": list(BANDITS)}
+    return {"envpool": _envpool_ids(), "gym": _gym_ids()} | own
 
 
 def _envpool_ids() -> list[str]:

@@ -61,7 +61,7 @@ def unknown_id(name: str) -> UserError:
     close = difflib.get_close_matches(tail.lower(), known, n=3, cutoff=0.5)
     names = [full for id in close for full in sorted(known[id], key=lambda full: not full.startswith(prefix + ":"))]
     hint = f"did you mean {', '.join(names)}?" if names else "contraflow.envs.available() lists the known ones"
-    if not names and prefix in ("probe", "bandit"):
+    if not names and prefix in ("jax", "probe", "bandit"):
         hint = f"there are {', '.join(everything[prefix])}"
     return UserError(f"unknown environment {name}; {hint}")
 

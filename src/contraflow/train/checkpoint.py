@@ -149,10 +149,15 @@ def _full(folder: Path, reason: str) -> UserError:
 
 def latest(folder: Path) -> int | None:
     """The step of the newest complete checkpoint, or None."""
+    return max(steps(folder), default=None)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints that are kept."""
     if not (folder / "checkpoints").is_dir():
-        return None
+        return []
     with _manager(folder) as manager:
-        return manager.latest_step()
+        return list(manager.all_steps())
 
 
 def load(folder: Path, step: int, like: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ QUIET_SECONDS = 20.0  # between two plain lines
 class Progress:
     """Steps, return, steps per second, time left; one line per evaluation above it."""
 
-    def __init__(self, run: Any, folder: Path, taken: int, quiet: bool):
+    def __init__(self, run: Any, folder: Path, taken: int, quiet: bool, seeds: Sequence[int] = ()):
+        """`seeds` are those trained at once, of which `run` is one; step counts are those of each."""
         self._run, self._folder = run, folder
+        self._seeds = f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {run.seed}"
         self._taken = self._first = taken
         self._console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
         self._live = self._console.is_terminal and not quiet
@@ -37,9 +40,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         run = self._run
         at = f", from step {self._first:,}" if self._first else ""
-        self.note(
-            f"{type(run.agent).__name__} on {run.env}, {run.steps:,} steps{at}, seed {run.seed}, in {self._folder}"
-        )
+        self.note(f"{type(run.agent).__name__} on {run.env}, {run.steps:,} steps{at}, {self._seeds}, in {self._folder}")
         self._started = self._spoke = time.monotonic()
         self._bar.start()
         self._task = self._bar.add_task(self._state, total=run.steps, completed=self._first, speed="compiling")

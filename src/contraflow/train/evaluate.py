@@ -1,16 +1,19 @@
-"""Returns of whole episodes, on environments of their own."""
+"""Returns of whole episodes, on environments of their own; of one policy, or of those of many seeds at once."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 from contraflow.agents.base import Agent
 from contraflow.envs.base import Env
-from contraflow.types import PRNGKey, UserError
+from contraflow.types import PRNGKey, PRNGKeys, UserError
+
+CHUNK = 100  # steps of a jittable environment between two looks at what has ended
 
 
 @partial(jax.jit, static_argnames=("agent", "explore"))
@@ -20,6 +23,29 @@ def act_batch(agent: Agent, state: Any, obs: Any, key: PRNGKey, i: Any, explore:
     return jax.vmap(lambda o, k: agent.act(state, o, k, explore))(obs, keys)
 
 
+def _advance(agent: Agent, state: Any, env: Env, explore: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
+    """Step i: (environment state, observations), and what counts of it: (reward, end, valid), [N] each."""
+    env_state, obs = carry
+    env_state, step = env.step(env_state, act_batch(agent, state, obs, key, i, explore))
+    return (env_state, step.obs), (step.reward, step.terminated | step.truncated, step.valid)
+
+
+@partial(jax.jit, static_argnames=("agent", "env", "explore", "n"))
+def _roll(
+    agent: Agent, state: Any, env: Env, explore: bool, carry: Any, key: PRNGKey, i: Any, n: int
+) -> tuple[Any, Any]:
+    """n steps from step i on in one compiled scan; what counts is [n, N]."""
+    return jax.lax.scan(lambda c, j: _advance(agent, state, env, explore, c, key, j), carry, i + jnp.arange(n))
+
+
+@partial(jax.jit, static_argnames=("agent", "env", "explore", "n"))
+def _roll_seeds(
+    agent: Agent, states: Any, env: Env, explore: bool, carry: Any, keys: PRNGKeys, i: Any, n: int
+) -> tuple[Any, Any]:
+    """`_roll` for S seeds: states, carry and keys have a leading [S], so has what counts."""
+    return jax.vmap(lambda s, c, k: _roll(agent, s, env, explore, c, k, i, n))(states, carry, keys)
+
+
 def evaluate(
     agent: Agent,
     state: Any,
@@ -27,7 +53,6 @@ def evaluate(
     key: PRNGKey,
     episodes: int,
     explore: bool = False,
-    each_step: Callable[[], None] = lambda: None,
     max_steps: int = 100_000,
 ) -> np.ndarray:
     """Undiscounted returns [episodes] of the evaluation policy; the first episodes started are the ones counted.
@@ -35,24 +60,56 @@ def evaluate(
     Each of the N environments contributes the same number of episodes (rounded up), so that short episodes are not
     favoured. Raises UserError if an episode does not end within `max_steps`.
     """
-    n = env.spec.num_envs
-    quota = -(-episodes // n)
     k_reset, k_act = jr.split(key)
-    env_state, obs = env.reset(k_reset)
-    running = np.zeros(n)
-    finished: list[list[float]] = [[] for _ in range(n)]
-    step_fn = jax.jit(env.step) if env.spec.jittable else env.step
-    for i in range(max_steps * quota):
-        action = act_batch(agent, state, obs, k_act, i, explore)
-        env_state, step = step_fn(env_state, action)
-        obs = step.obs
-        running += np.where(step.valid, step.reward, 0.0)
-        done = np.asarray((step.terminated | step.truncated) & step.valid)
-        for j in np.flatnonzero(done):
-            finished[j].append(float(running[j]))
-            running[j] = 0.0
-        each_step()
-        if min(map(len, finished)) >= quota:
-            # Episode by episode over the environments, so that `episodes` not a multiple of n drops late ones.
-            return np.array([f[e] for e in range(quota) for f in finished])[:episodes]
+    carry = env.reset(k_reset)
+    n = _chunk(env)
+
+    def advance(i: int) -> Any:
+        nonlocal carry
+        if env.spec.jittable:
+            carry, outcome = _roll(agent, state, env, explore, carry, k_act, i, n)
+            return [x[None] for x in outcome]
+        carry, outcome = _advance(agent, state, env, explore, carry, k_act, i)
+        return [x[None, None] for x in outcome]
+
+    return _count(advance, env.spec.num_envs, 1, episodes, n, max_steps)[0]
+
+
+def evaluate_seeds(
+    agent: Agent, states: Any, env: Env, keys: PRNGKeys, episodes: int, max_steps: int = 100_000
+) -> np.ndarray:
+    """`evaluate` for S seeds in one program: `states` with a leading [S] and `keys` [S] give returns [S, episodes]."""
+    seeds = keys.shape[0]
+    k_reset, k_act = jax.vmap(jr.split, out_axes=1)(keys)
+    carry, n = jax.vmap(env.reset)(k_reset), _chunk(env)
+
+    def advance(i: int) -> Any:
+        nonlocal carry
+        carry, outcome = _roll_seeds(agent, states, env, False, carry, k_act, i, n)
+        return outcome
+
+    return _count(advance, env.spec.num_envs, seeds, episodes, n, max_steps)
+
+
+def _chunk(env: Env) -> int:
+    return min(env.spec.episode_length or CHUNK, CHUNK) if env.spec.jittable else 1
+
+
+def _count(
+    advance: Callable[[int], Any], num_envs: int, seeds: int, episodes: int, n: int, max_steps: int
+) -> np.ndarray:
+    """Returns [S, episodes] from `advance(i)`: (reward, end, valid), [S, n, N] each, of the n steps from step i on."""
+    quota = -(-episodes // num_envs)
+    running = np.zeros((seeds, num_envs))
+    finished: list[list[list[float]]] = [[[] for _ in range(num_envs)] for _ in range(seeds)]
+    for i in range(0, max_steps * quota, n):
+        reward, done, valid = (np.asarray(x) for x in advance(i))
+        for j in range(n):
+            running += np.where(valid[:, j], reward[:, j], 0.0)
+            for s, e in np.argwhere(done[:, j] & valid[:, j]):
+                finished[s][e].append(float(running[s, e]))
+                running[s, e] = 0.0
+        if min(len(f) for seed in finished for f in seed) >= quota:
+            # Episode by episode over the environments, so that `episodes` not a multiple of N drops late ones.
+            return np.array([[f[e] for e in range(quota) for f in seed][:episodes] for seed in finished])
     raise UserError(f"no episode ended within {max_steps} steps: give the environment a time limit")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from contraflow.agents.base import Agent
 from contraflow.data.buffer import Buffer
 from contraflow.envs.base import Env
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Step, Transition, UserError
+from contraflow.types import EnvSpec, Metrics, PRNGKey, PRNGKeys, Step, Transition, UserError
 
 
 class Learner(eqx.Module):
@@ -49,6 +49,7 @@ class Phase:
     n_step: int = 1
 
 
+@partial(jax.jit, static_argnames=("agent", "spec", "buffer_size"))
 def first_learner(agent: Agent, spec: EnvSpec, buffer_size: int, key: PRNGKey) -> Learner:
     return Learner(
         agent.init(key, spec),
@@ -106,6 +107,20 @@ def iterate(phase: Phase, agent: Agent, env: Env, carry: Carry, key: PRNGKey) ->
 @partial(jax.jit, static_argnames=("phase", "agent", "env", "n"), donate_argnames=("carry",))
 def _scan(phase: Phase, agent: Agent, env: Env, carry: Carry, key: PRNGKey, n: int) -> tuple[Carry, Metrics]:
     return jax.lax.scan(lambda c, _: iterate(phase, agent, env, c, key), carry, None, length=n)
+
+
+@partial(jax.jit, static_argnames=("phase", "agent", "env", "n"), donate_argnames=("carry",))
+def _scan_seeds(phase: Phase, agent: Agent, env: Env, carry: Carry, keys: PRNGKeys, n: int) -> tuple[Carry, Metrics]:
+    return jax.vmap(lambda c, k: _scan(phase, agent, env, c, k, n))(carry, keys)
+
+
+def epoch_seeds(
+    phase: Phase, agent: Agent, env: Env, carry: Carry, keys: PRNGKeys, n: int
+) -> tuple[Carry, list[dict[str, float]]]:
+    """`epoch` of a jittable environment for S seeds in one program: `carry` with a leading [S], `keys` [S]."""
+    carry, stacked = _scan_seeds(phase, agent, env, carry, keys, n)
+    metrics = jax.device_get(stacked)
+    return carry, [summarise({name: x[s] for name, x in metrics.items()}) for s in range(keys.shape[0])]
 
 
 def epoch(

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,14 +19,13 @@ from contraflow.agents.base import Agent
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.train import checkpoint
-from contraflow.train.artifact import check_schema, save_policy
+from contraflow.train.artifact import check_schema
 from contraflow.train.console import Progress
-from contraflow.train.diagnostics import diagnose
 from contraflow.train.evaluate import evaluate
-from contraflow.train.log import Log, TrackerName, check_trackers, read_evaluations
+from contraflow.train.log import TrackerName, check_trackers
 from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
-from contraflow.train.plot import plot_curve
-from contraflow.types import UserError
+from contraflow.train.record import Record, check_finite
+from contraflow.types import PRNGKey, UserError
 
 
 @dataclass(frozen=True)
@@ -149,13 +147,13 @@ def _environments(run: Run, trust: bool) -> tuple[Env, Env]:
     )
 
 
-def _start(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carry:
+def first_carry(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carry:
     """The first carry, or the one of checkpoint `step`."""
     k_init, k_env = jr.split(key)
     agent: Agent = run.agent
     spec = env.spec
     if step is None:
-        learner = jax.jit(lambda k: first_learner(agent, spec, run.buffer_size, k))(k_init)
+        learner = first_learner(agent, spec, run.buffer_size, k_init)
         env_state, obs = env.reset(k_env)
         # Copied, because a donated carry must not hold one buffer twice, and `obs` may be part of the state.
         return Carry(learner, env_state, jnp.copy(obs) if spec.jittable else obs)
@@ -170,7 +168,7 @@ def _start(run: Run, folder: Path, env: Env, key: Any, step: int | None) -> Carr
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """The list fills at the first SIGINT or SIGTERM; a second one acts as usual."""
     received: list[int] = []
 
@@ -191,81 +189,59 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def stretch(run: Run, taken: int) -> tuple[Phase, int]:
+    """The phase at step `taken`, and its iterations until something is due."""
+    warm_up = taken < run.collect
+    milestone = min(
+        run.collect if warm_up else run.steps,
+        (taken // run.eval_every + 1) * run.eval_every,
+        (taken // run.log_every + 1) * run.log_every,
+    )
+    phase = Phase(warm_up, 0 if warm_up else run.updates, run.batch_size, run.n_step)
+    return phase, max(1, -(-(milestone - taken) // run.num_envs))
+
+
+def evaluation_due(run: Run, before: int, taken: int) -> bool:
+    return taken // run.eval_every > before // run.eval_every or taken >= run.steps
+
+
+def root_keys(run: Run) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
+    """Keys of the start, of the loop and of the evaluations."""
+    k_start, k_run, k_eval = jr.split(jr.key(run.seed), 3)
+    return k_start, k_run, k_eval
+
+
 def _drive(run: Run, folder: Path, envs: tuple[Env, Env], restored: int | None, quiet: bool) -> Result:
     env, eval_env = envs
-    k_start, k_run, k_eval = jr.split(jr.key(run.seed), 3)
-    carry = _start(run, folder, env, k_start, restored)
+    k_start, k_run, k_eval = root_keys(run)
+    carry = first_carry(run, folder, env, k_start, restored)
     taken = int(carry.learner.steps)
-    log = Log(folder, run.trackers, settings.to_json(run), taken)
-    history = read_evaluations(folder)
-    clock = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-    returns = np.zeros(0)
-    best = max((row["return_mean"] for row in history), default=-np.inf)
-
-    def save() -> None:
-        checkpoint.save(folder, taken, carry if env.spec.jittable else carry.learner)
-        save_policy(folder / "policy", run.agent, env.spec, run.env, carry.learner.agent)
-
-    save()  # the first checkpoint; after a restart only the policy, which a killed process may not have written
-    with closing(log), _interruptible() as signals, Progress(run, folder, taken, quiet) as progress:
+    record = Record(run, folder, env, taken)
+    record.save(taken, carry)  # the first; after a restart only the policy, which a killed process may not have written
+    with closing(record), interruptible() as signals, Progress(run, folder, taken, quiet) as progress:
         while taken < run.steps and not signals:
-            phase = Phase(taken < run.collect, 0 if taken < run.collect else run.updates, run.batch_size, run.n_step)
-            milestone = min(
-                run.collect if phase.random else run.steps,
-                (taken // run.eval_every + 1) * run.eval_every,
-                (taken // run.log_every + 1) * run.log_every,
-            )
-            n = max(1, -(-(milestone - taken) // run.num_envs))
+            phase, n = stretch(run, taken)
             before = taken
             carry, metrics, error = epoch(phase, run.agent, env, carry, k_run, n, lambda: bool(signals))
             taken = int(carry.learner.steps)
             if error is None:
-                _check_finite(metrics, before, taken, folder)
-            if metrics:
-                log.metrics(taken, metrics | {"seconds": time.monotonic() - clock})
+                check_finite(metrics, before, taken, folder)
+            record.metrics(taken, metrics)
             progress.update(taken, metrics)
-            due = taken // run.eval_every > before // run.eval_every or taken >= run.steps
-            state = carry.learner.agent
+            due = evaluation_due(run, before, taken)
+            returns = np.zeros(0)
             if due and error is None:
                 try:
-                    returns = evaluate(run.agent, state, eval_env, jr.clone(k_eval), run.eval_episodes)
+                    returns = evaluate(run.agent, carry.learner.agent, eval_env, jr.clone(k_eval), run.eval_episodes)
                 except UserError as problem:
                     error = problem
             if error is not None:
-                save()
+                record.save(taken, carry)
                 raise UserError(f"{error}; the run is saved: `contraflow resume {folder}` once it is mended")
             if due:
-                if returns.mean() > best:
-                    best = returns.mean()
-                    save_policy(folder / "best", run.agent, env.spec, run.env, state)
-                row = {
-                    "seconds": time.monotonic() - clock,
-                    "return_mean": returns.mean(),
-                    "return_std": returns.std(),
-                    "return_min": returns.min(),
-                    "return_max": returns.max(),
-                }
-                log.evaluation(taken, row)
-                if not phase.random:
-                    batch = carry.learner.buffer.sample(jr.fold_in(k_eval, 1), run.batch_size)
-                    log.metrics(taken, diagnose(run.agent, state, batch, jr.fold_in(k_eval, 2)))
+                record.evaluation(taken, carry, returns, k_eval, diagnostics=not phase.random)
                 progress.evaluated(taken, returns)
-                save()
+                record.save(taken, carry)
         if signals:
-            save()
-    plot_curve(folder)
-    if not signals and not returns.size and history:
-        returns = np.array([history[-1]["return_mean"]])
-    return Result(folder, taken, returns, bool(signals))
-
-
-def _check_finite(metrics: dict[str, float], before: int, after: int, folder: Path) -> None:
-    """Raise UserError naming every metric that is not finite, those of the critic first: what it spoils comes later."""
-    bad = sorted(
-        (name for name, value in metrics.items() if not np.isfinite(value)), key=lambda n: ("critic" not in n, n)
-    )
-    if bad:
-        raise UserError(
-            f"{', '.join(bad)} became {metrics[bad[0]]} between steps {before} and {after}; the last good checkpoint "
-            f"in {folder} is kept: lower the learning rate or scale the reward, then start a new run"
-        )
+            record.save(taken, carry)
+    return Result(folder, taken, record.finish(bool(signals)), bool(signals))

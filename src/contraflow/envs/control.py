@@ -1,0 +1,201 @@
+"""Two swing-up tasks in pure JAX, so that training is one compiled program, and many seeds of it are one as well.
+
+Both end by their time limit only: every end is a truncation. All randomness comes from the key of `reset`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int
+
+from contraflow.types import EnvSpec, PRNGKey, Step
+
+
+class ControlState(eqx.Module):
+    """What a task carries between steps; the key draws the states in which coming episodes start."""
+
+    body: Float[Array, "N s"]
+    age: Int[Array, " N"]  # steps since the episode began
+    key: PRNGKey
+
+
+@dataclass(frozen=True)
+class Pendulum:
+    """Gymnasium's Pendulum-v1: a rod of 1 kg and 1 m hangs from a motor too weak to lift it at once.
+
+    - Body [angle, speed], angle 0 upright and kept in [-pi, pi), speed within 8 rad/s; observation [cos, sin, speed].
+    - Action 1 is a torque of 2 Nm. One step is .05 s of semi-implicit Euler, as there.
+    - Reward -(angle^2 + .1 speed^2 + .001 torque^2) of the state before the step; 200 steps, truncated.
+    """
+
+    num_envs: int = 1
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec(3, 1, self.num_envs, 200, jittable=True)
+
+    def start(self, key: PRNGKey) -> Float[Array, " s"]:
+        """Any angle, a speed within 1 rad/s."""
+        high = jnp.array([math.pi, 1.0])
+        return jr.uniform(key, (2,), minval=-high, maxval=high)
+
+    def observe(self, body: Float[Array, " s"]) -> Float[Array, " o"]:
+        angle, speed = body
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle), speed])
+
+    def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
+        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        angle, speed = body
+        torque = 2.0 * action[0]
+        reward = -(angle**2 + 0.1 * speed**2 + 0.001 * torque**2)
+        speed = jnp.clip(speed + 0.05 * (15.0 * jnp.sin(angle) + 3.0 * torque), -8.0, 8.0)
+        return jnp.stack([_wrap(angle + 0.05 * speed), speed]), reward
+
+    def reset(self, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
+        return _reset(self, key)
+
+    def step(self, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
+        return _step(self, state, action)
+
+
+@dataclass(frozen=True)
+class CartpoleSwingup:
+    """dm_control's cartpole swingup: a cart on a rail of 3.6 m swings a pole up and balances it at the centre.
+
+    - Body [x, angle, dx, dangle], angle 0 upright and kept in [-pi, pi); observation [x, cos, sin, dx, dangle]. Both
+      as there, so that a policy of one is a policy of the other.
+    - Action 1 is a force of 10 N. One step is .01 s, one step of RK4, as there; so are the soft ends of the rail.
+    - Reward in [0, 1] of the state after the step and the action; 1000 steps, truncated.
+    """
+
+    num_envs: int = 1
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec(5, 1, self.num_envs, 1000, jittable=True)
+
+    def start(self, key: PRNGKey) -> Float[Array, " s"]:
+        """At rest in the middle, the pole hanging, but for noise of standard deviation .01."""
+        x, angle, dx, dangle = 0.01 * jr.normal(key, (4,))
+        return jnp.stack([x, _wrap(math.pi + angle), dx, dangle])
+
+    def observe(self, body: Float[Array, " s"]) -> Float[Array, " o"]:
+        x, angle, dx, dangle = body
+        return jnp.stack([x, jnp.cos(angle), jnp.sin(angle), dx, dangle])
+
+    def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
+        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        force, h = 10.0 * action[0], 0.01
+        k1 = cartpole_rates(body, force)
+        k2 = cartpole_rates(body + 0.5 * h * k1, force)
+        k3 = cartpole_rates(body + 0.5 * h * k2, force)
+        k4 = cartpole_rates(body + h * k3, force)
+        x, angle, dx, dangle = body + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        body = jnp.stack([x, _wrap(angle), dx, dangle])
+        return body, cartpole_reward(body, action)
+
+    def reset(self, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
+        return _reset(self, key)
+
+    def step(self, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
+        return _step(self, state, action)
+
+
+# dm_control's cartpole.xml, in kg, m, s.
+CART, POLE, CENTRE = 1.0, 0.1, 0.5  # masses; from the hinge to the middle of the pole
+GRAVITY = 9.81
+SLIDER_DAMPING, HINGE_DAMPING = 5e-4, 2e-6
+RAIL = 1.8  # the soft ends are at +- this
+
+
+def _capsule_inertia(mass: float, length: float, radius: float) -> float:
+    """About an axis through the middle, across; `length` without the two half spheres."""
+    cylinder = mass * length / (length + 4 / 3 * radius)
+    sides = cylinder * (radius**2 / 4 + length**2 / 12)
+    return sides + (mass - cylinder) * (0.4 * radius**2 + length**2 / 4 + 3 / 8 * length * radius)
+
+
+INERTIA = _capsule_inertia(POLE, 2 * CENTRE, 0.045) + POLE * CENTRE**2  # about the hinge
+
+
+def cartpole_rates(body: Float[Array, " s"], force: Float[Array, ""]) -> Float[Array, " s"]:
+    """Time derivative of [x, angle, dx, dangle] under a force on the cart.
+
+    Lagrange's equations with s, c = sin, cos(angle), masses M, m, centre l, inertia J about the hinge, dampings d, e:
+        (M + m) ddx + m l c ddangle = force + m l s dangle^2 - d dx
+        m l c ddx + J ddangle = m g l s - e dangle
+    """
+    x, angle, dx, dangle = body
+    s, c = jnp.sin(angle), jnp.cos(angle)
+    coupling = POLE * CENTRE * c
+    det = (CART + POLE) * INERTIA - coupling**2
+    on_cart = force + POLE * CENTRE * s * dangle**2 - SLIDER_DAMPING * dx
+    on_pole = POLE * GRAVITY * CENTRE * s - HINGE_DAMPING * dangle
+    free = (INERTIA * on_cart - coupling * on_pole) / det
+    on_cart = on_cart + _end_of_rail(x, dx, free, INERTIA / det)
+    ddx = (INERTIA * on_cart - coupling * on_pole) / det
+    ddangle = ((CART + POLE) * on_pole - coupling * on_cart) / det
+    return jnp.stack([dx, dangle, ddx, ddangle])
+
+
+def _end_of_rail(
+    x: Float[Array, ""], dx: Float[Array, ""], free: Float[Array, ""], mobility: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Force of MuJoCo's soft joint limit (its documentation, "Constraint model"); 0 inside the rail.
+
+    `free` is the acceleration of the cart without it, `mobility` the acceleration per unit of force. The limit pulls
+    towards a critically damped return with time constant .08 (solreflimit), its share of the motion growing from .9 to
+    .95 over the first millimetre (solimp); the regularisation is scaled by the mobility of the upright pole.
+    """
+    side = jnp.sign(x)
+    depth = jnp.abs(x) - RAIL
+    w = jnp.clip(depth / 0.001, 0.0, 1.0)
+    share = 0.9 + 0.05 * jnp.where(w < 0.5, 2 * w**2, 1 - 2 * (1 - w) ** 2)
+    wanted = -2 / (0.95 * 0.08) * side * dx - share * depth / (0.95 * 0.08) ** 2
+    upright = INERTIA / ((CART + POLE) * INERTIA - (POLE * CENTRE) ** 2)
+    push = (wanted - side * free) / (mobility + (1 - share) / share * upright)
+    return jnp.where(depth > 0, side * jnp.minimum(push, 0.0), 0.0)
+
+
+def cartpole_reward(body: Float[Array, " s"], action: Float[Array, " a"]) -> Float[Array, ""]:
+    """dm_control's product of four: upright, centred, slow, and little force."""
+    x, angle, _, dangle = body
+    upright = (1 + jnp.cos(angle)) / 2
+    centred = (1 + 0.1 ** ((x / 2) ** 2)) / 2
+    slow = (1 + 0.1 ** ((dangle / 5) ** 2)) / 2
+    gentle = (4 + jnp.maximum(1 - action[0] ** 2, 0.0)) / 5
+    return upright * centred * slow * gentle
+
+
+def _wrap(angle: Float[Array, ""]) -> Float[Array, ""]:
+    """The same angle in [-pi, pi): float32 keeps its precision however often the pole turns."""
+    return jnp.mod(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def _reset(env: Any, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
+    """Start N episodes; the key is all the randomness there is."""
+    k_now, k_later = jr.split(key)
+    body = jax.vmap(env.start)(jr.split(k_now, env.num_envs))
+    return ControlState(body, jnp.zeros(env.num_envs, jnp.int32), k_later), jax.vmap(env.observe)(body)
+
+
+def _step(env: Any, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
+    """Advance all copies by actions clipped to [-1, 1]; a truncated one starts anew within the step."""
+    moved, reward = jax.vmap(env.move)(state.body, jnp.clip(action, -1.0, 1.0))
+    age = state.age + 1
+    truncated = age >= env.spec.episode_length
+    k_now, k_later = jr.split(state.key)
+    fresh = jax.vmap(env.start)(jr.split(k_now, env.num_envs))
+    body = jnp.where(truncated[:, None], fresh, moved)
+    observe = jax.vmap(env.observe)
+    valid = jnp.ones(env.num_envs, dtype=bool)
+    step = Step(observe(body), observe(moved), reward, ~valid, truncated, valid)
+    return ControlState(body, jnp.where(truncated, 0, age), k_later), step
+
+
+CONTROL = {"pendulum": Pendulum, "cartpole-swingup": CartpoleSwingup}
