@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "train": TRAIN,
     "runtime": TRAIN | {"train"},
     "compare": TRAIN | {"train", "runtime"},
-    "report": TRAIN | {"train", "compare"},
+    "report": TRAIN | {"train", "runtime", "compare"},
     "sample": AGENTS | {"config"},
     "presets": TOP,
     "__init__": TOP | {"presets"},
