@@ -1,7 +1,7 @@
 """The cells of a comparison, the settings that they share, and what is done of them.
 
-`OUT/matrix.json` holds the settings. The state of a cell is read off its folder `OUT/AGENT/ENV/seedK`, which is the folder
-of an ordinary run, so nothing is lost with the process that looks after the matrix.
+`OUT/matrix.json` holds the settings. The state of a cell is read off its folder `OUT/AGENT/ENV/seedK`, which is the
+folder of an ordinary run, so nothing is lost with the process that looks after the matrix.
 """
 
 import dataclasses
@@ -120,8 +120,8 @@ def record(
 ) -> None:
     """Write `out`/matrix.json, or check the one that is there.
 
-    A later call may add agents, environments and seeds, and may name fewer. Raises UserError when the settings, or those
-    of an agent of the same name, are others than recorded, or when `out` is something else.
+    A later call may add agents, environments and seeds, and may name fewer. Raises UserError when the settings, or
+    those of an agent of the same name, are others than recorded, or when `out` is something else.
     """
     file = out / "matrix.json"
     have = read_record(out) if file.exists() else None
@@ -140,7 +140,8 @@ def record(
             if difference := first_difference(old, json.loads(json.dumps(new))):
                 name, was, now = difference
                 raise UserError(
-                    f"{out} holds a matrix with {where}{name} = {was}, not {now}: use the same settings, or another --out"
+                    f"{out} holds a matrix with {where}{name} = {was}, not {now}: "
+                    "use the same settings, or another --out"
                 )
     data = {
         "schema": SCHEMA,
@@ -161,7 +162,7 @@ def read_record(out: Path) -> dict[str, Any]:
         data = json.loads(file.read_text())
         schema = data["schema"]
         if schema <= SCHEMA:
-            data["agents"].keys(), data["settings"]["steps"], list(data["envs"]), range(data["seeds"])
+            _ = data["agents"].keys(), data["settings"]["steps"], list(data["envs"]), range(data["seeds"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: restore it, or compare anew with another --out") from None
     if schema > SCHEMA:
@@ -196,7 +197,7 @@ def state(folder: Path) -> State:
 
 
 def prepare(cell: Cell) -> State:
-    """Make the folder of a cell ready for a worker; its state. Raises UserError when it is another run's, or no run's."""
+    """Make the folder of a cell ready for a worker; its state. Raises UserError when it is not this cell's."""
     folder = cell.folder
     now = state(folder)
     if (folder / "config.json").exists():

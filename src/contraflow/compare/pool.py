@@ -1,7 +1,7 @@
 """Workers for the cells of a matrix: at most `jobs` at a time, each a fresh process.
 
-Processes share nothing but the folders: what is done is read off them, so killing any of them, or this one, loses only the
-steps since the last checkpoint.
+Processes share nothing but the folders: what is done is read off them, so killing any of them, or this one, loses only
+the steps since the last checkpoint.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ from contraflow.compare.matrix import FAILED, LOG, SCHEMA, Cell, failure, prepar
 from contraflow.types import UserError
 
 WAIT = 0.2  # seconds between two looks at the workers
+WORKER = (sys.executable, "-m", "contraflow.compare.worker")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
@@ -75,7 +76,7 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust:
 def start(cell: Cell, episodes: int, jobs: int, trust: bool) -> subprocess.Popen[bytes]:
     """A worker for the cell. Its standard input ends with this process, and a session of its own keeps Ctrl-C from it:
     both are ours to pass on."""
-    command = [sys.executable, "-m", "contraflow.compare.worker", str(cell.folder.absolute()), str(episodes)]
+    command = [*WORKER, str(cell.folder.absolute()), str(episodes)]
     environ = dict(os.environ)
     if jobs > 1:
         # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.

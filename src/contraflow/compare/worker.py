@@ -1,7 +1,7 @@
 """One cell in a process of its own: `python -m contraflow.compare.worker FOLDER EPISODES [--trust]`.
 
-The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with the
-reason. It stops, and saves first, on SIGTERM and when its standard input ends, which is what happens when the process
+The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
+the reason. It stops, and saves first, on SIGTERM and when its standard input ends, which is what happens when the process
 that started it dies. Whoever trains several cells in one process (seeds batched by `vmap`) writes the same files.
 """
 
@@ -65,7 +65,7 @@ def work(folder: Path, episodes: int, trust: bool) -> int:
 
 
 def final_evaluations(folder: Path, episodes: int, trust: bool) -> list[dict[str, Any]]:
-    """Returns of the last policy by each of its rules, of the best policy of the run, and of uniformly random actions."""
+    """Returns of the last policy by each of its rules, of the best policy, and of uniformly random actions."""
     last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
     rows = [("last", rule, agent, state) for rule, (agent, state) in variants(last).items()]
     rows.append(("best", OWN, best.agent, best.state))

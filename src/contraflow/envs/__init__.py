@@ -1,5 +1,4 @@
-"""Environments: `make(id, num_envs, seed)` builds one from its id, `check(id)` only looks it up, `available()` lists the
-ids.
+"""Environments: `make(id, num_envs, seed)` builds one, `check(id)` only looks it up, `available()` lists the ids.
 
 The simulators are optional packages; each is imported when an environment of its kind is made, not before.
 """

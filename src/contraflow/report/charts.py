@@ -18,7 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X"
 RULES = {OWN: "o", ONE: "s", UNIFORM: "X"}
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 WIDTH = 9.0  # inches; every chart is as wide
 Styles = Mapping[str, dict[str, Any]]
 
@@ -42,8 +42,8 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels, three in a row."""
-    columns = min(count, 3)
+    """A figure with `count` panels, two or three in a row."""
+    columns = 2 if count == 4 else min(count, 3)
     rows = -(-count // columns)
     figure, axes = _figure(rows, columns, 0.8 + 2.5 * rows)
     flat = list(axes.ravel())
@@ -128,12 +128,12 @@ def against(data: Matrix, table: Table, reference: str, look: Styles) -> Figure:
 
 
 def _curve(axis: Any, runs: Sequence[tuple[np.ndarray, np.ndarray]], style: Mapping[str, Any], label: str) -> None:
-    """Mean over runs with a pointwise bootstrap band, where all runs have values; interpolated linearly between them."""
-    first, last = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
+    """Mean over runs with a pointwise bootstrap band, from where all have a value; linear between evaluations.
+
+    A run that is finished keeps its last value: a fast one may end before a slow one is evaluated for the first time.
+    """
     grid = np.unique(np.concatenate([x for x, _ in runs]))
-    grid = grid[(grid >= first) & (grid <= last)]
-    if not grid.size:
-        return
+    grid = grid[grid >= max(x[0] for x, _ in runs)]
     values = np.stack([np.interp(grid, x, y) for x, y in runs])
     band = estimate(lambda s: s.mean(-2), values, reps=1_000)
     axis.fill_between(grid, band.low, band.high, color=style["color"], alpha=0.15, lw=0)
@@ -157,7 +157,10 @@ def curves(records: Sequence[Record], by: str, look: Styles) -> Figure:
         for agent in look:
             runs = [r for r in records if r.env == env and r.agent == agent]
             lines = [
-                (np.array([place(r, row) for row in r.evaluations]), np.array([row["return_mean"] for row in r.evaluations]))
+                (
+                    np.array([place(r, row) for row in r.evaluations]),
+                    np.array([row["return_mean"] for row in r.evaluations]),
+                )
                 for r in runs
             ]
             if lines:
@@ -166,8 +169,8 @@ def curves(records: Sequence[Record], by: str, look: Styles) -> Figure:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
-    figure.supxlabel(name, fontsize=10)
-    figure.supylabel("evaluation return", fontsize=10)
+        axis.set_xlabel(name)
+        axis.set_ylabel("evaluation return")
     _legend(figure, axes)
     return figure
 
@@ -186,20 +189,24 @@ def efficiency(records: Sequence[Record], data: Matrix, scale: Mapping[str, Scal
         grid = grid[(grid >= low) & (grid <= high)]
         if not grid.size:
             continue
-        values = [
-            [scale[r.env](v) for v in np.interp(grid, *zip(*((e["step"], e["return_mean"]) for e in r.evaluations), strict=True))]  # pyright: ignore[reportOptionalCall] # fmt: skip # noqa: E501
-            for r in used
-        ]
+        values = [_scored(r, grid, scale[r.env]) for r in used]
         scores = np.array(values).reshape(len(seeds), len(data.tasks), grid.size)
         at = [estimate(iqm, scores[..., i], reps=1_000) for i in range(grid.size)]
-        style = look[agent]
-        axis.fill_between(grid, [float(a.low) for a in at], [float(a.high) for a in at], color=style["color"], alpha=0.15, lw=0)  # fmt: skip # noqa: E501
-        axis.plot(grid, [float(a.value) for a in at], label=agent, ms=4, lw=1.6, **style)
+        low, value, high = np.array([[a.low, a.value, a.high] for a in at], float).T
+        axis.fill_between(grid, low, high, color=look[agent]["color"], alpha=0.15, lw=0)
+        axis.plot(grid, value, label=agent, ms=4, lw=1.6, **look[agent])
     axis.set_xlabel("environment steps")
     axis.set_ylabel("interquartile mean of the scores")
     axis.grid(alpha=0.3)
     _legend(figure, [axis])
     return figure
+
+
+def _scored(record: Record, grid: np.ndarray, scale: Scale | None) -> np.ndarray:
+    """Scores of the evaluations of a run, at the steps of `grid`."""
+    assert scale is not None, "tasks of the matrix have a scale"
+    steps, returns = ([row[name] for row in record.evaluations] for name in ("step", "return_mean"))
+    return scale(np.interp(grid, steps, returns))
 
 
 TIMED = {"ess": "effective sample size", "eta": "control weight η", "target_bias": "error of the mean target"}
@@ -257,9 +264,9 @@ def by_step(records: Sequence[Record], look: Styles) -> Figure | None:
         for agent in look:
             by_env: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
             for record, rows in histories:
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                if record.agent == agent and points:
-                    by_env.setdefault(record.env, []).append(tuple(map(np.array, zip(*points, strict=True))))  # pyright: ignore[reportArgumentType] # noqa: E501
+                points = np.array([(row["step"], row[name]) for row in rows if name in row])
+                if record.agent == agent and len(points):
+                    by_env.setdefault(record.env, []).append((points[:, 0], points[:, 1]))
             flat = [run for runs in by_env.values() for run in runs]
             if not flat:
                 continue

@@ -23,13 +23,29 @@ from contraflow.types import UserError
 
 FAIR = (
     "steps", "collect", "num_envs", "updates", "batch_size", "n_step", "eval_every", "eval_episodes", "agent.width",
-    "agent.depth", "agent.num_q", "agent.normalise_critic", "agent.critic_lr", "agent.decay_steps", "agent.max_grad_norm",
-    "agent.gamma", "agent.tau",
+    "agent.depth", "agent.num_q", "agent.normalise_critic", "agent.critic_lr", "agent.decay_steps",
+    "agent.max_grad_norm", "agent.gamma", "agent.tau",
 )  # fmt: skip
+_CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
+CAPTIONS = {
+    "iqm": "Interquartile mean of the scores, over runs and tasks. Below each name, for one action: particles x "
+    "evaluations of the actor for each (NFE), and critic calls (Q).",
+    "profiles": "Performance profiles: share of runs above a score.",
+    "against": "Against the reference: probability of improvement, averaged over tasks, and difference of the IQMs.",
+    "efficiency": "Scores of the evaluations during training, over environment steps; pointwise 95 % intervals.",
+    "curves-steps": f"Evaluation return against environment steps: {_CURVE}",
+    "curves-updates": f"Evaluation return against gradient steps: {_CURVE}",
+    "curves-time": f"Evaluation return against wall time: {_CURVE}",
+    "by-time": "The regression target by flow time, at the last evaluation: mean, and range over environments.",
+    "by-step": "The action law during training: mean, and range over environments.",
+    "actions": "Exploratory actions at the end of training, all dimensions together; the grey line is uniform.",
+}
+ENOUGH = 5  # seeds, for a verdict
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 64rem; margin: 2rem auto;
   padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #bbb; }
+h1 { font-size: 1.7rem; margin-bottom: 0; }
+h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #bbb; }
 figure { margin: 1rem 0; } img { width: 100%; height: auto; } figcaption { color: #444; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
@@ -66,49 +82,33 @@ def write_report(
     data = matrix(table, scaled)
     figures = draw(records, table, data, scaled, reference)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files, pictures = [], {}
-    for name, (figure, caption) in figures.items():
-        png = _png(figure)
-        path = out.with_name(f"{out.stem}-{name}.png")
-        _write(path, png)
-        files.append(path)
-        pictures[name] = (png, caption)
+    pictures = {name: _png(figure) for name, figure in figures.items()}
+    files = [out.with_name(f"{out.stem}-{name}.png") for name in pictures]
+    for file, png in zip(files, pictures.values(), strict=True):
+        _write(file, png)
     _write(out, _page(folder, records, left, table, data, scaled, reference, pictures).encode())
     return [out, *files], left
 
 
 def draw(
     records: Sequence[Record], table: Table, data: Matrix, scaled: Mapping[str, Scale | None], reference: str
-) -> dict[str, tuple[Figure, str]]:
-    """All charts that the runs have data for, with their captions."""
+) -> dict[str, Figure]:
+    """All charts that the runs have data for, by the names in `CAPTIONS`."""
     look = charts.styles(sorted({record.agent for record in records}))
-    out: dict[str, tuple[Figure | None, str]] = {}
+    out: dict[str, Figure | None] = {}
     with matplotlib.rc_context(charts.STYLE):
         if data.scores:
-            out["iqm"] = charts.aggregate(data, table, look), (
-                "Interquartile mean of the scores, over runs and tasks. Below each name: particles × evaluations of the "
-                "actor for each, and critic calls, of one action."
-            )
-            out["profiles"] = charts.profiles(data, table, look), "Performance profiles: share of runs above a score."
-            if reference in data.scores and len(data.scores) > 1:
-                out["against"] = charts.against(data, table, reference, look), (
-                    f"Against {reference}: probability of improvement, averaged over tasks, and difference of the IQMs."
-                )
-            out["efficiency"] = charts.efficiency(records, data, scaled, look), (
-                "Scores of the evaluations during training, over environment steps; pointwise 95 % intervals."
-            )
-        for by, (name, _) in charts.AXES.items():
-            out[f"curves-{by}"] = charts.curves(records, by, look), (
-                f"Evaluation return against {name}: mean over seeds, pointwise 95 % bootstrap interval of that mean."
-            )
-        out["by-time"] = charts.by_time(records, look), (
-            "Quality of the regression target by flow time, at the last evaluation: mean, and range over environments."
-        )
-        out["by-step"] = charts.by_step(records, look), "The action law during training: mean, and range over environments."
-        out["actions"] = charts.histograms(records, look), (
-            "Exploratory actions at the end of training, all dimensions together; the grey line is uniform."
-        )
-    return {name: (figure, caption) for name, (figure, caption) in out.items() if figure is not None}
+            out["iqm"] = charts.aggregate(data, table, look)
+            out["profiles"] = charts.profiles(data, table, look)
+            out["efficiency"] = charts.efficiency(records, data, scaled, look)
+        if reference in data.scores and len(data.scores) > 1:
+            out["against"] = charts.against(data, table, reference, look)
+        for by in charts.AXES:
+            out[f"curves-{by}"] = charts.curves(records, by, look)
+        out["by-time"] = charts.by_time(records, look)
+        out["by-step"] = charts.by_step(records, look)
+        out["actions"] = charts.histograms(records, look)
+    return {name: figure for name, figure in out.items() if figure is not None}
 
 
 def _png(figure: Figure) -> bytes:
@@ -125,47 +125,45 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _page(
-    folder: Path, records: Sequence[Record], left: Sequence[LeftOut], table: Table, data: Matrix,
-    scaled: Mapping[str, Scale | None], reference: str, pictures: Mapping[str, tuple[bytes, str]],
-) -> str:  # fmt: skip
+    folder: Path,
+    records: Sequence[Record],
+    left: Sequence[LeftOut],
+    table: Table,
+    data: Matrix,
+    scaled: Mapping[str, Scale | None],
+    reference: str,
+    pictures: Mapping[str, bytes],
+) -> str:
     agents, envs = sorted({r.agent for r in records}), sorted({r.env for r in records})
-    seeds = sorted({r.seed for r in records})
-
-    def chart(name: str) -> str:
-        if name not in pictures:
-            return ""
-        png, caption = pictures[name]
-        code = base64.b64encode(png).decode()
-        alt = escape(caption, quote=True)
-        return f'<figure id="{name}"><img alt="{alt}" src="data:image/png;base64,{code}"><figcaption>{escape(caption)}</figcaption></figure>'  # noqa: E501
-
+    seeds = {r.seed for r in records}
+    diagnostics = "".join(_chart(name, pictures) for name in ("by-time", "by-step", "actions"))
+    title = escape(folder.resolve().name)
     parts = [
-        f"<h1>{escape(folder.resolve().name)}</h1>",
+        f"<h1>{title}</h1>",
         f'<p class="note">{len(records)} runs: {len(agents)} agents, {len(envs)} environments, {len(seeds)} seeds. '
         f"contraflow {escape(VERSION)}, {date.today().isoformat()}.</p>",
         _left_out(left, data),
         "<h2>Scores</h2>",
         f"<p>Returns: {escape(table.source)}. A step is one decision of the agent: environment steps are counted after "
-        f"any action repeat inside the environment. Intervals: stratified bootstrap, {REPS:,} resamples of the seeds of "
-        f"each task. {_few(data)}</p>",
+        f"any action repeat inside the environment. Intervals: 95 %, stratified bootstrap, {REPS:,} resamples of the "
+        f"seeds of each task. {_few(data)}</p>",
         _actor_free(records),
-        chart("iqm"),
+        _chart("iqm", pictures),
         _aggregates(table, data, reference),
-        chart("profiles"),
-        chart("against"),
+        _chart("profiles", pictures),
+        _chart("against", pictures),
         _verdict(table, data, reference),
         "<h2>Returns by task</h2>",
         "<p>Mean ± standard deviation over seeds, in brackets their number.</p>",
-        _tasks(table, table.returns, envs),
-        *([f"<p>The best policy of each run by its own evaluations, on the same fresh episodes:</p>{_best(table, envs)}"] if table.best else []),  # noqa: E501
+        _tasks(table, envs),
+        _best(table, envs),
         "<h3>From returns to scores</h3>",
-        _html(["task", "0 is", "1 is", "why"], [[e, _n(s.low), _n(s.high), s.reason] if s else [e, "", "", "all returns are the same"] for e, s in scaled.items()], (1, 2)),  # noqa: E501
+        _scales(scaled),
         "<h2>Learning curves</h2>",
-        chart("efficiency"),
-        *(chart(f"curves-{by}") for by in charts.AXES),
+        _chart("efficiency", pictures),
+        *(_chart(f"curves-{by}", pictures) for by in charts.AXES),
         '<p class="note">Wall time is that of the machine as it was: runs at the same time slow each other down.</p>',
-        "<h2>Diagnostics</h2>" if any(n in pictures for n in ("by-time", "by-step", "actions")) else "",
-        *(chart(name) for name in ("by-time", "by-step", "actions")),
+        f"<h2>Diagnostics</h2>{diagnostics}" if diagnostics else "",
         "<h2>Settings</h2>",
         _settings(records, agents),
         "<h2>Runs</h2>",
@@ -174,8 +172,18 @@ def _page(
         _machines(records),
     ]
     body = "\n".join(part for part in parts if part)
-    title = escape(folder.resolve().name)
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n<body>\n{body}\n</body></html>\n'  # noqa: E501
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<head><meta charset="utf-8"><title>{title}</title>{view}<style>{CSS}</style></head>'
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
+
+
+def _chart(name: str, pictures: Mapping[str, bytes]) -> str:
+    if name not in pictures:
+        return ""
+    caption = escape(CAPTIONS[name], quote=True)
+    code = base64.b64encode(pictures[name]).decode()
+    image = f'<img alt="{caption}" src="data:image/png;base64,{code}">'
+    return f'<figure id="{name}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _html(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
@@ -205,8 +213,8 @@ def _left_out(left: Sequence[LeftOut], data: Matrix) -> str:
 
 def _few(data: Matrix) -> str:
     counts = {len(scores) for scores in data.scores.values()}
-    if counts and min(counts) < 5:
-        return f"Some agents have {min(counts)} complete seeds only: intervals of fewer than five are too narrow."
+    if counts and min(counts) < ENOUGH:
+        return f"Some agents have only {min(counts)} complete seeds: intervals of fewer than {ENOUGH} are too narrow."
     return ""
 
 
@@ -247,7 +255,9 @@ def _verdict(table: Table, data: Matrix, reference: str) -> str:
             break
         gap = estimate(iqm_difference, data.scores[method.name], data.scores[reference])
         word = "has not been shown to differ from"
-        if gap.low > 0 or gap.high < 0:
+        if min(len(data.scores[method.name]), len(data.scores[reference])) < ENOUGH:
+            word = f"has too few seeds (fewer than {ENOUGH}) for a verdict against"
+        elif gap.low > 0 or gap.high < 0:
             word = "is ahead of" if gap.low > 0 else "is behind"
         lines.append(f"<li>{escape(method.name)} {word} {escape(reference)}: {_interval(gap)} in IQM.</li>")
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
@@ -261,15 +271,25 @@ def _cell(values: Mapping[int, float] | None) -> str:
     return f"{_n(float(numbers.mean()))}{spread} ({len(numbers)})"
 
 
-def _tasks(table: Table, returns: Mapping[str, Any], envs: Sequence[str]) -> str:
-    rows = [[m.name, m.effort, *(_cell(returns[m.name].get(env)) for env in envs)] for m in table.methods]
+def _tasks(table: Table, envs: Sequence[str]) -> str:
+    rows = [[m.name, m.effort, *(_cell(table.returns[m.name].get(env)) for env in envs)] for m in table.methods]
     return _html(["agent and rule", "one action", *envs], rows)
 
 
 def _best(table: Table, envs: Sequence[str]) -> str:
+    """The same table for the best policy of each run, where that was evaluated."""
     own = {m.agent: m.effort for m in table.methods if m.rule == OWN}
-    rows = [[agent, own.get(agent, ""), *(_cell(by_env.get(env)) for env in envs)] for agent, by_env in sorted(table.best.items())]  # fmt: skip # noqa: E501
-    return _html(["agent", "one action", *envs], rows)
+    rows = [[a, own.get(a, ""), *(_cell(by_env.get(e)) for e in envs)] for a, by_env in sorted(table.best.items())]
+    text = "<p>The best policy of each run by its own evaluations, on the same fresh episodes:</p>"
+    return text + _html(["agent", "one action", *envs], rows) if rows else ""
+
+
+def _scales(scaled: Mapping[str, Scale | None]) -> str:
+    rows = [
+        [env, _n(s.low), _n(s.high), s.reason] if s else [env, "", "", "all returns are the same"]
+        for env, s in scaled.items()
+    ]
+    return _html(["task", "0 is", "1 is", "why"], rows, (1, 2))
 
 
 def _flat(value: Any, where: str = "") -> dict[str, str]:
@@ -307,7 +327,8 @@ def _settings(records: Sequence[Record], agents: Sequence[str]) -> str:
             others.append([name, *cells])
     out = ""
     if unfair:
-        out += f'<div class="warn"><p><b>Not the same for all</b>, though a fair comparison would want it:</p>{_html(head, unfair)}</div>'  # noqa: E501
+        text = "<p><b>Not the same for all</b>, though a fair comparison would want it:</p>"
+        out += f'<div class="warn">{text}{_html(head, unfair)}</div>'
     elif len(agents) > 1:
         out += "<p>Critic, widths, batch, updates per step, clipping and evaluation are the same for all agents.</p>"
     if shared:

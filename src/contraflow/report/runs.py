@@ -1,7 +1,6 @@
 """Finished runs below a folder, and what else lies there, with the reason why it is left out."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -41,7 +41,7 @@ class Method:
         if self.cost is None:
             return "not known"
         c = self.cost
-        return f"{c['particles']} × {c['nfe']} NFE, {c['critic_calls']} Q"
+        return f"{c['particles']} x {c['nfe']} NFE, {c['critic_calls']} Q"
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,17 @@ class Scale:
     high: float
     reason: str
 
-    def __call__(self, value: float) -> float:
-        return (value - self.low) / (self.high - self.low)
+    def __call__(self, value: Any) -> Any:
+        return (np.asarray(value) - self.low) / (self.high - self.low)
 
 
-def scales(records: Sequence[Record], table: Table, given: Mapping[str, tuple[float, float]]) -> dict[str, Scale | None]:
+def scales(
+    records: Sequence[Record], table: Table, given: Mapping[str, tuple[float, float]]
+) -> dict[str, Scale | None]:
     """The scale of every environment; None where all returns are the same, so that there is none.
 
-    In this order: the user's table; [0, 1000] for tasks of the DeepMind Control Suite; else from the return of uniformly
-    random actions (or the lowest evaluation of any run, where that was not measured) to the best run.
+    In this order: the user's table; [0, 1000] for tasks of the DeepMind Control Suite; else from the return of
+    uniformly random actions (or the lowest evaluation of any run, where that was not measured) to the best run.
     """
     out: dict[str, Scale | None] = {}
     for env in sorted({record.env for record in records}):
@@ -135,7 +137,7 @@ def _random(final: Mapping[str, Any]) -> list[float]:
 
 def is_dmc(env: str) -> bool:
     """Whether returns lie in [0, 1000] by the definition of the task (LQR is the exception in the suite)."""
-    if env.startswith("gym:dm_control/") or env.startswith("dm_control/"):
+    if env.startswith(("gym:dm_control/", "dm_control/")):
         return "/lqr" not in env
     return re.fullmatch(rf"envpool:(?:{DMC})[A-Z]\w*-v1", env) is not None
 
@@ -147,7 +149,9 @@ def read_scales(path: Path) -> dict[str, tuple[float, float]]:
             rows = list(csv.DictReader(file))
         out = {row["env"]: (float(row["low"]), float(row["high"])) for row in rows}
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a table of scales ({error}): give a CSV with the columns env,low,high") from None
+        raise UserError(
+            f"{path} is not a table of scales ({error}): give a CSV with the columns env,low,high"
+        ) from None
     for env, (low, high) in out.items():
         if not low < high:
             raise UserError(f"{path}: low must be less than high, got {low:g} and {high:g} for {env}")
@@ -184,6 +188,6 @@ def matrix(table: Table, scale: Mapping[str, Scale | None]) -> Matrix:
                 f"{method.name}: {extra} runs are left out of the aggregates: their seed is not finished on every task"
             )
         if seeds:
-            values = [[scale[env](by_env[env][seed]) for env in tasks] for seed in seeds]  # pyright: ignore[reportOptionalCall]
-            scores[method.name] = np.array(values)
+            columns = [s([by_env[env][seed] for seed in seeds]) for env in tasks if (s := scale[env])]
+            scores[method.name] = np.stack(columns, axis=1)
     return Matrix(tasks, scores, notes)
