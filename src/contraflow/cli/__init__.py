@@ -29,7 +29,7 @@ COMMANDS = ("train", "resume", "eval", "compare", "report", "sample", "list")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; the exit code is: 0, 1 (`--require` missed, cells of `compare` failed), 2 (the user's mistake), 130 (interrupted)."""
+    """Run one command; the exit code: 0, 1 (`--require` missed, cells failed), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         return _dispatch(args)

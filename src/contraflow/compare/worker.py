@@ -1,8 +1,8 @@
 """One cell in a process of its own: `python -m contraflow.compare.worker FOLDER EPISODES [--trust]`.
 
 The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
-the reason. It stops, and saves first, on SIGTERM and when its standard input ends, which is what happens when the process
-that started it dies. Whoever trains several cells in one process (seeds batched by `vmap`) writes the same files.
+the reason. It saves and stops on SIGTERM and when its standard input ends, which is what happens when the process that
+started it dies. Whoever trains several cells in one process (seeds batched by `vmap`) writes the same files.
 """
 
 import fcntl

@@ -60,7 +60,7 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, rend
 def check(id: str, *, trust: bool = False) -> None:
     """Refuse an id that `make` would not know, and a missing package, without building a simulator.
 
-    Code of the user's own is imported, not called. Raises UserError as `make` does.
+    Code of the user's own is imported, not called. Raises UserError as `make` does, but for what only building shows.
     """
     prefix, colon, rest = id.partition(":")
     if not colon:

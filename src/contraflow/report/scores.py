@@ -77,8 +77,8 @@ def collect(records: Sequence[Record]) -> Table:
         assert record.final is not None
         for row in record.final["evaluations"]:
             mean = float(np.mean(row["returns"]))
-            episodes.add(len(row["returns"]))
             if row["policy"] == "last":
+                episodes.add(len(row["returns"]))
                 method = Method(record.agent, row["rule"], row["cost"])
                 methods.setdefault(method.name, method)
                 put(returns, method.name, record, mean)

@@ -7,6 +7,7 @@ rliable, against which the tests hold them; its bootstrap draws from NumPy's glo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ def iqm(scores: Scores) -> NDArray[np.float64]:
     """Interquartile mean: that of the middle half of all runs and tasks. [..., runs, tasks] -> [...]."""
     flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
     cut = flat.shape[-1] // 4
-    return flat[..., cut : flat.shape[-1] - cut].mean(-1)
+    return np.asarray(flat[..., cut : flat.shape[-1] - cut].mean(-1))
 
 
 def profile(scores: Scores, levels: Scores) -> NDArray[np.float64]:
@@ -40,15 +41,15 @@ def profile(scores: Scores, levels: Scores) -> NDArray[np.float64]:
 def improvement(x: Scores, y: Scores) -> NDArray[np.float64]:
     """P(a run of X is better than one of Y), ties half, mean over tasks. [..., runs, tasks] each -> [...]."""
     a, b = x[..., :, None, :], y[..., None, :, :]
-    return ((a > b) + 0.5 * (a == b)).mean((-3, -2, -1))
+    return np.asarray(((a > b) + 0.5 * (a == b)).mean((-3, -2, -1)))
 
 
 def iqm_difference(x: Scores, y: Scores) -> NDArray[np.float64]:
     """IQM of X minus IQM of Y."""
-    return iqm(x) - iqm(y)
+    return np.asarray(iqm(x) - iqm(y))
 
 
-def estimate(statistic: Callable[..., NDArray[np.float64]], *samples: Scores, reps: int = REPS) -> Estimate:
+def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS) -> Estimate:
     """The statistic of the samples with its percentile interval; each sample is resampled on its own.
 
     The draws depend on the shapes only, so neither the order nor the company of the agents changes an interval.
@@ -66,5 +67,5 @@ def estimate(statistic: Callable[..., NDArray[np.float64]], *samples: Scores, re
         draws.append(statistic(*pieces))
     resampled = np.concatenate(draws)[:reps]
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    low, high = (np.asarray(np.quantile(resampled, q, axis=0)) for q in (tail, 1 - tail))
     return Estimate(value, low, high)
