@@ -76,6 +76,13 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, monkeypat
     assert cli(*flags(tmp_path / "m", agents="rfm,sir", seeds="3"))[0] == 0
 
 
+def test_help_shows_the_selection_before_the_settings():
+    for command in ("compare", "report"):
+        code, out, err = cli(command, "--help")
+        assert code == 0 and err == "" and max(map(len, out.splitlines()[4:])) <= 100
+    assert cli("compare", "--help")[1].index("--agents") < cli("compare", "--help")[1].index("--steps")
+
+
 def test_names_and_sources_of_agents():
     agents = named_agents("rfm,paper=rfm-paper,tests.cli_helpers:Guess", True)
     assert list(agents) == ["rfm", "paper", "Guess"] and agents["paper"] == PRESETS["rfm-paper"].agent

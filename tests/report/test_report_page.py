@@ -17,6 +17,7 @@ from tests.report.report_helpers import AGENTS, loose, write_matrix, write_run
 from contraflow.compare.matrix import FINAL, cell_folder
 from contraflow.presets import PRESETS
 from contraflow.report import page as writer
+from contraflow.report.charts import styles
 from contraflow.report.page import CAPTIONS
 from contraflow.report.runs import read
 
@@ -57,6 +58,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coloured(picture: np.ndarray) -> int:
     """Pixels of a line or a marker: bands are pale, text and axes are grey."""
     return int((picture.max(-1).astype(int) - picture.min(-1) > 60).sum())
+
+
+def test_lines_of_agents_can_be_told_apart():
+    look = styles([f"agent {i:02}" for i in range(28)])
+    assert len({(style["color"], style["ls"]) for style in look.values()}) == 28
 
 
 def test_every_chart_is_in_the_page_and_beside_it(page: Path):

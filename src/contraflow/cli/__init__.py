@@ -14,8 +14,8 @@ commands:
   train PRESET    train an agent: contraflow train rfm --env envpool:CartpoleSwingup-v1
   resume DIR      continue a run that was interrupted, or extend it with --steps
   eval DIR        returns of a trained policy, and a video with --video out.mp4
-  compare         train a matrix of agents, environments and seeds; continues where it stopped
-  report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics, settings
+  compare         train a matrix of agents, environments and seeds, or continue one
+  report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 

@@ -24,11 +24,11 @@ Styles = Mapping[str, dict[str, Any]]
 
 
 def styles(agents: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, dash and marker of each agent, the same in every chart."""
+    """Colour, dash and marker of each agent, the same in every chart; colour and dash together tell 28 agents apart."""
     return {
         agent: {
             "color": COLOURS[i % len(COLOURS)],
-            "ls": DASHES[(i // len(COLOURS) + i) % len(DASHES)],
+            "ls": DASHES[(i + 2 * (i // len(COLOURS))) % len(DASHES)],
             "marker": MARKERS[i % len(MARKERS)],
         }
         for i, agent in enumerate(sorted(agents))
@@ -78,8 +78,7 @@ def aggregate(data: Matrix, table: Table, look: Styles) -> Figure:
         style = {"color": look[method.agent]["color"], "marker": RULES.get(method.rule, "D")}
         _bar(axis, y, estimate(iqm, data.scores[method.name]), **style)
     axis.set_yticks(range(len(methods)), [f"{m.name}\n{m.effort}" for m in methods], fontsize=8.5)
-    axis.invert_yaxis()
-    axis.margins(y=0.08)
+    axis.set_ylim(len(methods) - 0.4, -0.6)
     axis.set_xlabel("interquartile mean of the scores, 95 % interval (stratified bootstrap)")
     axis.grid(axis="x", alpha=0.3)
     return figure
@@ -115,8 +114,7 @@ def against(data: Matrix, table: Table, reference: str, look: Styles) -> Figure:
         _bar(left, y, estimate(improvement, data.scores[method.name], base), **style)
         _bar(right, y, estimate(iqm_difference, data.scores[method.name], base), **style)
     left.set_yticks(range(len(methods)), [m.name for m in methods], fontsize=8.5)
-    left.invert_yaxis()
-    left.margins(y=0.1)
+    left.set_ylim(len(methods) - 0.4, -0.6)
     left.set_xlim(-0.03, 1.03)
     left.axvline(0.5, color="#777777", lw=1)
     right.axvline(0.0, color="#777777", lw=1)

@@ -49,7 +49,8 @@ h2 { font-size: 1.25rem; margin-top: 2.2rem; border-bottom: 1px solid #bbb; }
 figure { margin: 1rem 0; } img { width: 100%; height: auto; } figcaption { color: #444; font-size: .9rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } .note { color: #444; font-size: .9rem; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } .whole td { white-space: nowrap; }
+.note { color: #444; font-size: .9rem; }
 .warn { border-left: 4px solid #d55e00; padding-left: .8rem; }
 @media print { body { font-size: 10pt; margin: 0; max-width: none; } figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } .wide { overflow: visible; } table { font-size: 7.5pt; } }
@@ -186,12 +187,14 @@ def _chart(name: str, pictures: Mapping[str, bytes]) -> str:
     return f'<figure id="{name}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
-def _html(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def _html(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), whole: bool = False) -> str:
+    """A table; the columns in `numbers` are set to the right, with `whole` no cell is broken into lines."""
+
     def line(tag: str, cells: Sequence[str]) -> str:
         marks = [' class="n"' if i in numbers else "" for i in range(len(cells))]
         return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
 
-    return f'<div class="wide"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+    return f'<div class="wide{" whole" if whole else ""}"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
 
 
 def _n(value: float) -> str:
@@ -273,7 +276,12 @@ def _cell(values: Mapping[int, float] | None) -> str:
 
 def _tasks(table: Table, envs: Sequence[str]) -> str:
     rows = [[m.name, m.effort, *(_cell(table.returns[m.name].get(env)) for env in envs)] for m in table.methods]
-    return _html(["agent and rule", "one action", *envs], rows)
+    return _html(["agent and rule", "one action", *_breakable(envs)], rows, whole=True)
+
+
+def _breakable(envs: Sequence[str]) -> list[str]:
+    """Ids that a narrow column may break after their prefix."""
+    return [env.replace(":", ": ") for env in envs]
 
 
 def _best(table: Table, envs: Sequence[str]) -> str:
@@ -281,7 +289,7 @@ def _best(table: Table, envs: Sequence[str]) -> str:
     own = {m.agent: m.effort for m in table.methods if m.rule == OWN}
     rows = [[a, own.get(a, ""), *(_cell(by_env.get(e)) for e in envs)] for a, by_env in sorted(table.best.items())]
     text = "<p>The best policy of each run by its own evaluations, on the same fresh episodes:</p>"
-    return text + _html(["agent", "one action", *envs], rows) if rows else ""
+    return text + _html(["agent", "one action", *_breakable(envs)], rows, whole=True) if rows else ""
 
 
 def _scales(scaled: Mapping[str, Scale | None]) -> str:
