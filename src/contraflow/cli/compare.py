@@ -18,9 +18,9 @@ from contraflow.types import UserError
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 
-What is done is skipped: the same command again continues a matrix that was interrupted, and tries its failed cells
-again; with more agents, environments or seeds it adds them. From --steps on, settings hold for every agent, in place of
-those of its preset."""
+The same command again continues what was interrupted, and tries failed cells again.
+
+Settings from --steps on hold for every agent, in place of those of its preset."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ from contraflow.report.scores import read_scales
 
 @dataclass(frozen=True)
 class Report:
-    """One page over the finished runs of a comparison, or of any folder that holds runs: aggregate scores with
-    intervals, returns by task, learning curves, diagnostics, settings, versions. A PNG of each chart lies beside it."""
+    """One page over the finished runs of a comparison, or of any folder that holds runs.
+
+    A PNG of each chart lies beside it.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder of `contraflow compare`, or one that holds runs."""

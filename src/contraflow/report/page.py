@@ -194,7 +194,8 @@ def _html(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
         marks = [' class="n"' if i in numbers else "" for i in range(len(cells))]
         return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for m, c in zip(marks, cells, strict=True)) + "</tr>"
 
-    return f'<div class="wide{" whole" if whole else ""}"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+    body = line("th", head) + "".join(line("td", row) for row in rows)
+    return f'<div class="wide{" whole" if whole else ""}"><table>{body}</table></div>'
 
 
 def _n(value: float) -> str:
