@@ -400,7 +400,7 @@ MUTANTS = (
         "compare/worker.py",
         'load(folder / "best", trust=trust)',
         "load(folder, trust=trust)",
-        (COMPARE + "test_compare_worker.py" + "::test_what_a_worker_leaves",),
+        (COMPARE + "test_compare_worker.py" + "::test_a_flow_is_evaluated_with_one_particle_and_without_its_actor",),
     ),
     Mutant(
         "environments are not looked up",

@@ -80,7 +80,8 @@ def test_help_shows_the_selection_before_the_settings():
     for command in ("compare", "report"):
         code, out, err = cli(command, "--help")
         assert code == 0 and err == "" and max(map(len, out.splitlines()[4:])) <= 100
-    assert cli("compare", "--help")[1].index("--agents") < cli("compare", "--help")[1].index("--steps")
+    text = cli("compare", "--help")[1]
+    assert text.index("--agents A,B") < text.index("--steps INT")
 
 
 def test_names_and_sources_of_agents():

@@ -1,5 +1,6 @@
 """Workers that fail, are killed, are interrupted. They are scripts of a few lines; the real one has its own tests."""
 
+import io
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.cli_helpers import cli
 
 from contraflow import SIR, UserError
 from contraflow.compare import pool
+from contraflow.compare.board import Board
 from contraflow.compare.matrix import FINAL, Cell, Settings, plan, state
 from contraflow.compare.pool import run_cells
 
@@ -153,6 +156,20 @@ def test_the_command_says_which_failed_and_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(pool, "ended", lambda cell, code: None)
     code, out, err = cli("compare", *args, "--out", tmp_path / "m")
     assert code == 0 and "2 of 2 cells done" in out
+
+
+def test_the_table(tmp_path: Path):
+    """One row per agent and environment: counts, the steps of those at work, the last returns."""
+    cells = cells_in(tmp_path)
+    cells[1].folder.mkdir(parents=True)
+    (cells[1].folder / "metrics.jsonl").write_text('{"step": 1234}\n')
+    (cells[1].folder / "eval.csv").write_text("step,return_mean\n1000,5.5\n")
+    status = dict(zip(cells, ("done", "running", "waiting"), strict=True))
+    text = io.StringIO()
+    Console(file=text, width=120).print(Board(cells, status, True)._table())
+    assert "1 of 3 cells done" in text.getvalue()
+    row = next(line for line in text.getvalue().splitlines() if "probe:action" in line)
+    assert [word.strip() for word in row.split("│")[1:-1]] == ["sir", "probe:action", "1", "1", "1", "", "1,234", "5.5"]
 
 
 def test_only_one_process_per_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

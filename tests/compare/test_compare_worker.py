@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tests.cli_helpers import COMMAND, ENVIRON, TINY, Guess, cli
 
@@ -106,12 +107,14 @@ def test_the_cost_of_an_action():
 def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which agents are evaluated; their returns are the business of other tests."""
     agent, spec = RFM(width=8, depth=1), make(TINY.env).spec
-    for name in ("policy", "best"):
-        save_policy(tmp_path / name, agent, spec, TINY.env, agent.init(jax.random.key(0), spec))
-    seen = []
+    states = [agent.init(jax.random.key(seed), spec) for seed in (0, 1)]
+    for name, trained in zip(("policy", "best"), states, strict=True):
+        save_policy(tmp_path / name, agent, spec, TINY.env, trained)
+    seen, critics = [], []
 
     def evaluated(agent, state, env, key, episodes):
         seen.append(agent)
+        critics.append(jax.tree.leaves(state.critic))
         return [0.0] * episodes
 
     monkeypatch.setattr(worker, "evaluate", evaluated)
@@ -129,6 +132,8 @@ def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: P
     ]
     assert costs == [(32, 6, 32), (1, 6, 0), (32, 0, 32), (32, 6, 32), None]
     assert seen[1].exploit.particles == 1 and seen[2].exploit.particles == 32
+    for found, trained in zip(critics[:4], [states[0]] * 3 + [states[1]], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found, jax.tree.leaves(trained.critic), strict=True))
 
 
 ARGS = [
