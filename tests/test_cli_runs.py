@@ -181,7 +181,7 @@ def test_a_film_of_one_episode(trained: Path, tmp_path: Path, monkeypatch: pytes
         made.append((id, num_envs, seed, render))
         return screen if render else make("probe:obs-action", num_envs, seed)
 
-    monkeypatch.setattr(command, "make", fake)
+    monkeypatch.setattr("contraflow.runtime.variants.make", fake)
     video = tmp_path / "deep" / "film.mp4"
     code, out, err = cli("eval", trained, "--episodes", "2", "--video", video, "--seed", "3", "--fps", "20")
     assert code == 0, err

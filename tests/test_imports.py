@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "contraflow"
 AGENTS = {"types", "flow", "nets", "rl"}
 TRAIN = AGENTS | {"config", "agents", "envs", "data"}
-TOP = TRAIN | {"train", "runtime", "report", "sample"}
+TOP = TRAIN | {"train", "runtime", "compare", "report", "sample"}
 MAY_IMPORT = {
     "types": set(),
     "config": {"types"},
@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "data": {"types"},
     "train": TRAIN,
     "runtime": TRAIN | {"train"},
+    "compare": TRAIN | {"train", "runtime"},
+    "report": TRAIN | {"train", "runtime", "compare"},
     "sample": AGENTS | {"config"},
     "presets": TOP,
     "__init__": TOP | {"presets"},

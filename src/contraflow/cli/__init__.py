@@ -14,6 +14,8 @@ commands:
   train PRESET    train an agent: contraflow train rfm --env envpool:CartpoleSwingup-v1
   resume DIR      continue a run that was interrupted, or extend it with --steps
   eval DIR        returns of a trained policy, and a video with --video out.mp4
+  compare         train a matrix of agents, environments and seeds, or continue one
+  report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 
@@ -23,11 +25,11 @@ options:
 
 `contraflow train PRESET --help` lists every setting of a preset. Errors end with exit code 2."""
 
-COMMANDS = ("train", "resume", "eval", "sample", "list")
+COMMANDS = ("train", "resume", "eval", "compare", "report", "sample", "list")
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; the exit code is: 0, 1 (`--require` missed), 2 (a mistake of the user), 130 (interrupted)."""
+    """Run one command; the exit code: 0, 1 (`--require` missed, cells failed), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         return _dispatch(args)
@@ -65,6 +67,14 @@ def _dispatch(args: list[str]) -> int:
         from contraflow.cli.evaluate import eval_command
 
         return eval_command(rest)
+    elif command == "compare":
+        from contraflow.cli.compare import compare_command
+
+        return compare_command(rest)
+    elif command == "report":
+        from contraflow.cli.report import report_command
+
+        return report_command(rest)
     elif command == "list":
         from contraflow.cli.listing import list_command
 

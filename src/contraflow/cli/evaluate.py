@@ -1,30 +1,21 @@
 """`contraflow eval`: returns and videos of a trained policy."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
 
-from contraflow.agents import RFM, SIR
-from contraflow.agents.sir import SIRState
 from contraflow.cli.settings import Switch
-from contraflow.envs import make
-from contraflow.envs.base import Env
-from contraflow.rl.select import Argmax, First
 from contraflow.runtime.policy import Policy, load
+from contraflow.runtime.variants import ONE, UNIFORM, environment, variants
 from contraflow.train.evaluate import act_batch, evaluate
 from contraflow.types import UserError
 
 EPISODES = 10
-UNIFORM = 32
 
 
 @dataclass(frozen=True)
@@ -73,38 +64,16 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
     """
     policy = load(folder / "best", trust=trust)
     candidates: dict[str, tuple[Any, Any]] = {f"best policy, greedy, {episodes} episodes": (policy.agent, policy.state)}
-    if isinstance(policy.agent, RFM):
-        candidates["the same with one particle"] = (replace(policy.agent, exploit=First()), policy.state)
-        candidates[f"{UNIFORM} uniform actions in place of the actor"] = without_actor(policy)
+    parts = variants(policy)
+    if ONE in parts:
+        candidates["the same with one particle"] = parts[ONE]
+    if UNIFORM in parts:
+        count = parts[UNIFORM][0].exploit.particles
+        candidates[f"{count} uniform actions in place of the actor"] = parts[UNIFORM]
     last = load(folder, trust=trust)
     candidates["last policy, greedy"] = (last.agent, last.state)
     with environment(policy, policy.env, episodes, seed, trust) as env:
         return {name: evaluate(*candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
-
-
-def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
-    """The best of 32 uniform actions by the critic of a flow policy: what the critic does alone."""
-    critic, step = policy.state.critic, policy.state.step
-    target = jax.tree.map(jnp.copy, critic)
-    return SIR(exploit=Argmax(UNIFORM)), SIRState(critic, target, (), jnp.zeros(policy.spec.action_dim), step)
-
-
-@contextmanager
-def environment(
-    policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
-) -> Iterator[Env]:
-    """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes differ."""
-    env = make(id, num_envs, seed, trust=trust, render=render)
-    try:
-        have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
-        if have != want:
-            raise UserError(
-                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
-                f"{want[1]}: choose an environment like {policy.env}"
-            )
-        yield env
-    finally:
-        getattr(env, "close", lambda: None)()
 
 
 def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:

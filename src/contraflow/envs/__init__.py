@@ -1,4 +1,4 @@
-"""Environments: `make(id, num_envs, seed)` builds one from its id, `available()` lists the ids.
+"""Environments: `make(id, num_envs, seed)` builds one, `check(id)` only looks it up, `available()` lists the ids.
 
 The simulators are optional packages; each is imported when an environment of its kind is made, not before.
 """
@@ -60,6 +60,28 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, rend
     return _load(id)(num_envs=num_envs, seed=seed)
 
 
+def check(id: str, *, trust: bool = False) -> None:
+    """Refuse an id that `make` would not know, and a missing package, without building a simulator.
+
+    Code of the user's own is imported, not called. Raises UserError as `make` does, but for what only building shows.
+    """
+    prefix, colon, rest = id.partition(":")
+    if not colon:
+        prefix, rest = "gym", id
+    if prefix == "envpool" and rest:
+        from contraflow.envs.envpool import check_id
+
+        check_id(rest)
+    elif prefix == "gym" and rest and ":" not in rest:
+        from contraflow.envs.gymnasium import check_id
+
+        check_id(rest)
+    elif prefix not in PREFIXES and trust:
+        _load(id)
+    else:  # nothing heavy is behind these: building one is the check
+        make(id, trust=trust)
+
+
 def available() -> dict[str, list[str]]:
     """Ids of continuous-control environments by prefix; empty lists where the package is not installed.
 
@@ -112,4 +134,4 @@ def _load(id: str) -> Callable[..., Env]:
         raise UserError(f"environment {id} cannot be loaded ({error}); give it as package.module:Class") from error
 
 
-__all__ = ["Env", "available", "make"]
+__all__ = ["Env", "available", "check", "make"]

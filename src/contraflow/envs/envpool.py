@@ -9,6 +9,17 @@ from contraflow.envs import base
 from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 
 
+def check_id(id: str) -> Any:
+    """The package, once it is there and knows the id. Raises UserError if not."""
+    try:
+        import envpool
+    except ImportError as error:
+        raise UserError(f'environment envpool:{id} needs EnvPool: pip install "contraflow[envpool]"') from error
+    if id not in envpool.list_all_envs():
+        raise base.unknown_id(f"envpool:{id}")
+    return envpool
+
+
 class EnvPool:
     """N copies of one EnvPool task.
 
@@ -37,12 +48,7 @@ class EnvPool:
         `render_size` is (height, width) of `frame()`; `camera` -1 is the task's default view.
         """
         base.check_num_envs(id, num_envs)
-        try:
-            import envpool
-        except ImportError as error:
-            raise UserError(f'environment envpool:{id} needs EnvPool: pip install "contraflow[envpool]"') from error
-        if id not in envpool.list_all_envs():
-            raise base.unknown_id(f"envpool:{id}")
+        envpool = check_id(id)
         self.name, self._seed, self._gl = f"envpool:{id}", seed, None
         self._make = envpool.make_gymnasium
         self._settings: dict[str, Any] = {"task_id": id, "num_envs": num_envs, "num_threads": num_threads}

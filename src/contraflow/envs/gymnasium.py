@@ -1,7 +1,8 @@
 """Gymnasium: any id it can make (dm_control through Shimmy included) and any vector environment of the user's."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -110,13 +111,34 @@ def register_shimmy() -> None:
         gymnasium.register_envs(shimmy)
 
 
+def check_id(id: str) -> None:
+    """Raise UserError when Gymnasium is missing or does not know the id."""
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise UserError(f'environment {id} needs Gymnasium: pip install "contraflow[mujoco]"') from error
+    with _explained(id):
+        if id.startswith("dm_control/"):
+            register_shimmy()
+        gymnasium.spec(id)
+
+
 def _make(id: str, render: bool) -> Any:
     import gymnasium
 
-    try:
+    with _explained(id):
         if id.startswith("dm_control/"):
             register_shimmy()
         return gymnasium.make(id, render_mode="rgb_array" if render else None)
+
+
+@contextmanager
+def _explained(id: str) -> Iterator[None]:
+    """Turn what Gymnasium raises for an id into a UserError that names the remedy."""
+    import gymnasium
+
+    try:
+        yield
     except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
         extra = "dmc" if id.startswith("dm_control/") else "mujoco"
         raise UserError(f'environment {id} cannot be built ({error}): pip install "contraflow[{extra}]"') from error

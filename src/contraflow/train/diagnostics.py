@@ -15,6 +15,7 @@ from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.rl.energy import boltzmann
 from contraflow.types import PRNGKey, Transition
 
+BINS = 16  # of the action histogram
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 STATES = 16
 REPEATS = 16
@@ -25,7 +26,8 @@ def diagnose(agent: Agent, state: Any, batch: Transition, key: PRNGKey) -> dict[
     """Diagnostics on the first 16 observations of `batch`, as plain numbers.
 
     For every agent: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and `action_entropy` (per dimension, from a
-    32-bin histogram, in nats; log 2 = .69 is uniform). For RFM also, for t in {.1, .3, .5, .7, .9}: `ess/t`, `eta/t`,
+    32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of actions of all dimensions in the i-th of 16
+    bins over [-1, 1]). For RFM also, for t in {.1, .3, .5, .7, .9}: `ess/t`, `eta/t`,
     `target_bias/t` (root mean square of the mean target over 16 repeats against 4096 candidates, in units of x1) and
     `q_gap`, the spread of Q over uniform actions divided by lambda.
     """
@@ -44,11 +46,13 @@ def _action_law(agent: Agent, state: Any, obs: Float[Array, "B o"], key: PRNGKey
     bins = jnp.clip(jnp.floor((actions + 1.0) / width), 0, 31).astype(jnp.int32)
     share = jnp.mean(jax.nn.one_hot(bins, 32), axis=1)  # [B, a, 32]
     entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12) / width), axis=-1)
+    histogram = share.mean((0, 1)).reshape(BINS, -1).sum(1)
     return {
         "action_mean": actions.mean(),
         "action_std": jnp.std(actions, axis=1).mean(),
         "saturated": jnp.mean(jnp.abs(actions) > 0.95),
         "action_entropy": entropy.mean(),
+        **{f"action_share/{i}": histogram[i] for i in range(BINS)},
     }
 
 

@@ -1,0 +1,27 @@
+"""What one greedy action of an agent costs: the numbers that belong beside its return."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from contraflow.agents.rfm import RFM
+from contraflow.agents.sac import SAC
+from contraflow.agents.sir import SIR
+
+
+@dataclass(frozen=True)
+class Cost:
+    """`particles` candidates, of which one is taken; `nfe` evaluations of the actor for each; `critic_calls` in all."""
+
+    particles: int
+    nfe: int
+    critic_calls: int
+
+
+def acting_cost(agent: Any) -> Cost | None:
+    """The cost of one action of the evaluation rule; None for an agent that is not ours."""
+    if isinstance(agent, RFM):
+        n = agent.exploit.particles
+        return Cost(n, agent.solver.nfe, n if n > 1 else 0)
+    if isinstance(agent, SIR):
+        return Cost(agent.exploit.particles, 0, agent.exploit.particles)
+    return Cost(1, 1, 0) if isinstance(agent, SAC) else None

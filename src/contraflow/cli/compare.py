@@ -1,0 +1,119 @@
+"""`contraflow compare`: a matrix of agents, environments and seeds."""
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from contraflow.cli.settings import Switch, find_preset
+from contraflow.compare import matrix
+from contraflow.compare.pool import Outcome, run_cells
+from contraflow.config import suggest
+from contraflow.envs import check
+from contraflow.types import UserError
+
+DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
+
+The same command again continues what was interrupted, and tries failed cells again.
+
+Settings from --steps on hold for every agent, in place of those of its preset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What `contraflow compare` takes beside the settings that all cells share."""
+
+    agents: Annotated[str, tyro.conf.arg(metavar="A,B,...")]
+    """Presets, module:Class (with --trust), or NAME=run folder, config.json or preset; separated by commas."""
+    envs: Annotated[str, tyro.conf.arg(metavar="A,B,...")]
+    """Environments, separated by commas; `contraflow list envs` shows them."""
+    out: Path
+    """Folder of the matrix; a run goes to OUT/AGENT/ENV/seedK."""
+    seeds: int = 5
+    """Seeds 0, 1, ... of each agent on each environment."""
+    own: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = ""
+    """Agents that keep the networks and the optimiser of their preset; the report marks them."""
+    jobs: int | None = None
+    """Processes at a time, one thread each when there are several; None is one per core."""
+    quiet: Annotated[bool, Switch] = False
+    """Only the closing lines."""
+    trust: Annotated[bool, Switch] = False
+    """Import code named `module:Class` (agents, environments)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(matrix.Settings, Selection):
+    """Fields in the order of `--help`: the selection first."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds < 1 or (self.jobs is not None and self.jobs < 1):
+            raise ValueError("seeds and jobs must be at least 1")
+
+
+def compare_command(args: list[str]) -> int:
+    """`contraflow compare`: 0, 1 when a cell failed, 130 after Ctrl-C."""
+    options = tyro.cli(Compare, prog="contraflow compare", description=DESCRIPTION, args=args)
+    agents = named_agents(options.agents, options.trust)
+    envs = _names("envs", options.envs)
+    own = frozenset(_names("own", options.own)) if options.own else frozenset()
+    for name in own - agents.keys():
+        raise UserError(f"--own {name} is not one of the agents; {suggest(name, agents)}")
+    for env in envs:
+        check(env, trust=options.trust)
+    settings = matrix.Settings(**{name: getattr(options, name) for name in matrix.Settings.__dataclass_fields__})
+    cells = matrix.plan(agents, envs, options.seeds, settings, own, options.out)
+    matrix.record(agents, envs, options.seeds, settings, own, options.out)
+    if not any(type(agent).__name__ == "SIR" for agent in agents.values()) and not options.quiet:
+        print("note: without `sir`, the actor-free agent, nothing shows what the critic does alone")
+    jobs = options.jobs or cores()
+    outcome = run_cells(cells, options.out, jobs, options.final_episodes, options.trust, options.quiet)
+    return _finish(outcome, len(cells), options.out, args)
+
+
+def named_agents(text: str, trust: bool) -> dict[str, Any]:
+    """Agents by name, from `rfm,mine=runs/a/config.json,...`. Raises UserError for one that does not exist."""
+    agents = {}
+    for item in _names("agents", text):
+        name, _, source = item.partition("=") if "=" in item else (item.rpartition(":")[2], "", item)
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"agent {item} needs a name for its folder, of letters, digits and .-_: give NAME={source}")
+        if name in agents:
+            raise UserError(f"two agents are called {name}: give one another name, as NAME={source}")
+        agents[name] = find_preset(source, trust).agent
+    return agents
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _names(flag: str, text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if not name:
+            raise UserError(f"--{flag} {text!r} names nothing between two commas: give names like a,b")
+        if names.count(name) > 1:
+            raise UserError(f"--{flag} names {name} twice: leave one out")
+    return names
+
+
+def _finish(outcome: Outcome, total: int, out: Path, args: list[str]) -> int:
+    """The closing report; the exit code."""
+    again = f"contraflow compare {shlex.join(args)}"
+    done = outcome.before + outcome.done
+    print(f"{done} of {total} cells done, {outcome.done} of them now, {len(outcome.failed)} failed")
+    for cell, reason in outcome.failed.items():
+        print(f"  failed: {cell}: {reason}")
+    if outcome.interrupted:
+        print(f"interrupted; what was done is saved, the same command continues: {again}")
+        return 130
+    if outcome.failed:
+        print(f"once it is mended, the same command tries the failed cells again: {again}")
+    print(f"report  contraflow report {shlex.quote(str(out))} --out report.html")
+    return 1 if outcome.failed else 0

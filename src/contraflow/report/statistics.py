@@ -1,0 +1,71 @@
+"""Aggregates over runs and tasks, with stratified bootstrap intervals (Agarwal et al. 2021, arXiv 2108.13264).
+
+Scores are [runs, tasks]; a resample draws runs with replacement, for each task on its own. The definitions are those of
+rliable, against which the tests hold them; its bootstrap draws from NumPy's global generator whatever seed it is given
+(1.2.0), so that its intervals would change with the order of the agents.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPS = 5_000
+LEVEL = 0.95
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, or an array of them, with its 95 % interval; the interval is nan with a single run."""
+
+    value: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def iqm(scores: Scores) -> NDArray[np.float64]:
+    """Interquartile mean: that of the middle half of all runs and tasks. [..., runs, tasks] -> [...]."""
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    cut = flat.shape[-1] // 4
+    return np.asarray(flat[..., cut : flat.shape[-1] - cut].mean(-1))
+
+
+def profile(scores: Scores, levels: Scores) -> NDArray[np.float64]:
+    """Share of runs with a score above each level. [..., runs, tasks], [n] -> [..., n]."""
+    return np.stack([(scores > level).mean((-2, -1)) for level in levels], axis=-1)
+
+
+def improvement(x: Scores, y: Scores) -> NDArray[np.float64]:
+    """P(a run of X is better than one of Y), ties half, mean over tasks. [..., runs, tasks] each -> [...]."""
+    a, b = x[..., :, None, :], y[..., None, :, :]
+    return np.asarray(((a > b) + 0.5 * (a == b)).mean((-3, -2, -1)))
+
+
+def iqm_difference(x: Scores, y: Scores) -> NDArray[np.float64]:
+    """IQM of X minus IQM of Y."""
+    return np.asarray(iqm(x) - iqm(y))
+
+
+def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS) -> Estimate:
+    """The statistic of the samples with its percentile interval; each sample is resampled on its own.
+
+    The draws depend on the shapes only, so neither the order nor the company of the agents changes an interval.
+    """
+    value = np.asarray(statistic(*samples))
+    if min(len(sample) for sample in samples) < 2:
+        return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
+    rng = np.random.default_rng([len(samples), *(n for sample in samples for n in sample.shape)])
+    draws = []
+    for _ in range(-(-reps // 500)):  # in pieces, which bounds the memory
+        pieces = []
+        for sample in samples:
+            rows = rng.integers(len(sample), size=(500, *sample.shape))
+            pieces.append(np.take_along_axis(sample[None], rows, axis=1))
+        draws.append(statistic(*pieces))
+    resampled = np.concatenate(draws)[:reps]
+    tail = (1 - LEVEL) / 2
+    low, high = (np.asarray(np.quantile(resampled, q, axis=0)) for q in (tail, 1 - tail))
+    return Estimate(value, low, high)

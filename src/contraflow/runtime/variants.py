@@ -1,0 +1,58 @@
+"""A trained policy beside what is left of it without its choice among particles, and without its actor."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contraflow.agents import RFM, SIR
+from contraflow.agents.sir import SIRState
+from contraflow.envs import make
+from contraflow.envs.base import Env
+from contraflow.rl.select import Argmax, First
+from contraflow.runtime.policy import Policy
+from contraflow.types import UserError
+
+OWN, ONE, UNIFORM = "own", "one particle", "uniform actions"
+
+
+def variants(policy: Policy) -> dict[str, tuple[Any, Any]]:
+    """(agent, state) by rule: `own`, and for RFM `one particle` and `uniform actions` in place of the actor's.
+
+    As many uniform actions as the policy has particles, so that both ask the critic equally often; 32 for one particle.
+    """
+    out: dict[str, tuple[Any, Any]] = {OWN: (policy.agent, policy.state)}
+    if isinstance(policy.agent, RFM):
+        out[ONE] = (replace(policy.agent, exploit=First()), policy.state)
+        out[UNIFORM] = without_actor(policy)
+    return out
+
+
+def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
+    """The best of n uniform actions by the critic of a flow policy: what the critic does alone."""
+    particles = policy.agent.exploit.particles
+    critic, step = policy.state.critic, policy.state.step
+    target = jax.tree.map(jnp.copy, critic)
+    agent = SIR(exploit=Argmax(particles if particles > 1 else 32))
+    return agent, SIRState(critic, target, (), jnp.zeros(policy.spec.action_dim), step)
+
+
+@contextmanager
+def environment(
+    policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
+) -> Iterator[Env]:
+    """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes differ."""
+    env = make(id, num_envs, seed, trust=trust, render=render)
+    try:
+        have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
+        if have != want:
+            raise UserError(
+                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
+                f"{want[1]}: choose an environment like {policy.env}"
+            )
+        yield env
+    finally:
+        getattr(env, "close", lambda: None)()
