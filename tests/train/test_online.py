@@ -1,4 +1,4 @@
-"""The loop: bookkeeping, one body for scans and host loops, seeds under vmap, what the probes teach; `evaluate`."""
+"""The loop: bookkeeping, one body for scans and host loops, what the probes teach; `evaluate`."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,16 +21,12 @@ from contraflow.flow.solve import Midpoint
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.evaluate import evaluate
-from contraflow.train.online import Carry, Phase, _scan, epoch, first_learner
+from contraflow.train.online import Carry, Phase, epoch, first_learner
 from contraflow.types import Step, UserError
 
 WARM = Phase(True, 0, 16)
 LEARN = Phase(False, 2, 16)
 QUICK = SIR(width=8, depth=1, explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic_lr=1e-2, tau=0.1)
-TINY = RFM(
-    width=8, depth=1, embedding=4, solver=Midpoint(1), estimator=Reverse(4, Mixture(), Fixed(0.0)), explore=Softmax(2),
-    backup=Softmax(2), exploit=Argmax(2),
-)  # fmt: skip
 
 
 def begin(agent, env, key, buffer_size=64):
@@ -153,28 +149,6 @@ def test_stop_and_failure_leave_a_good_carry():
     carry, _, error = epoch(WARM, QUICK, broken, carry, jr.key(1), 50)
     assert isinstance(error, UserError) and "broke" in str(error)
     assert int(carry.learner.iteration) == 3 and int(carry.learner.buffer.size) == 6
-
-
-def test_three_vmapped_seeds_equal_three_runs():
-    env = TwoStep(2)
-    keys = [jr.split(jr.key(s)) for s in range(3)]
-    singles, starts = [], []
-    for k_begin, k_run in keys:
-        carry = begin(TINY, env, k_begin)
-        carry, _, _ = epoch(WARM, TINY, env, carry, jr.clone(k_run), 4)
-        starts.append(jax.tree.map(jnp.copy, carry))
-        singles.append(epoch(LEARN, TINY, env, carry, k_run, 10)[0].learner)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
-    # jax 0.10 takes the keys that the inner scan splits for used ones once it is vmapped.
-    with jax.debug_key_reuse(False):
-        run = jax.jit(jax.vmap(lambda c, k: _scan(LEARN, TINY, env, c, k, 10)[0]))
-        many = run(stacked, jnp.stack([k for _, k in keys])).learner
-    for s, single in enumerate(singles):
-        jax.tree.map(
-            lambda a, b, s=s: np.testing.assert_allclose(a[s], b, rtol=2e-3, atol=2e-4), many.agent, single.agent
-        )
-        np.testing.assert_allclose(many.buffer.data.action[s], single.buffer.data.action, atol=1e-4)
-    assert not np.allclose(many.buffer.data.action[0], many.buffer.data.action[1])
 
 
 @dataclass(frozen=True)
