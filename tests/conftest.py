@@ -6,6 +6,7 @@ JAX_COMPILATION_CACHE_DIR=<folder> also for the next run. Annotations, shapes an
 """
 
 import os
+import signal
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +19,9 @@ import jax
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# A shell starts its background jobs with Ctrl-C ignored, and tests that press it would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first import of contraflow: annotations of every function and module in it are checked from here on.
 # An int may stand for a float, as everywhere in Python: Fixed(0).

@@ -4,7 +4,8 @@
 
 Each mutant is a replacement in a copy of `src`, which must match exactly once. The tests mapped to it run on that copy
 with `pytest -x -q`; caught means that a test failed (not that pytest could not start). First the same tests run on an
-untouched copy and must pass. Exit code 1 if a mutant survives.
+untouched copy and must pass; what they compile is kept for the mutants, where it is the same program. Exit code 1 if a
+mutant survives.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -618,10 +620,11 @@ def plant(mutant: Mutant, source: Path) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def run(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Exit code and output of pytest on the copy."""
+def run(source: Path, tests: tuple[str, ...], cache: Path) -> tuple[int, str]:
+    """Exit code and output of pytest on the copy; compiled programs are kept in `cache`, one folder per thread."""
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": flags}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache / threading.current_thread().name)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
     paths = [str(Path("tests") / t) for t in tests]
     for _ in range(4):
@@ -636,13 +639,13 @@ def run(source: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     return done.returncode, f"{done.stdout}{done.stderr}\nexit code {done.returncode}"
 
 
-def judge(mutant: Mutant) -> tuple[Mutant, str | None, str, float]:
+def judge(mutant: Mutant, cache: Path) -> tuple[Mutant, str | None, str, float]:
     """(mutant, the test that caught it or None, pytest's output, seconds)."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         source = copy_source(Path(folder))
         plant(mutant, source)
-        code, output = run(source, mutant.tests)
+        code, output = run(source, mutant.tests, cache)
     caught = re.search(r"^FAILED (\S+)", output, re.MULTILINE)
     return mutant, caught[1] if code == 1 and caught else None, output, time.monotonic() - begin
 
@@ -668,13 +671,13 @@ def main() -> int:
         # The untouched tests in as many parts as there are jobs, each test once.
         tests = list(dict.fromkeys(t for m in chosen for t in m.tests))
         parts = [tuple(tests[i :: options.jobs]) for i in range(options.jobs) if tests[i :: options.jobs]]
-        for code, output in pool.map(lambda part: run(source, part), parts):
+        for code, output in pool.map(lambda part: run(source, part, Path(folder)), parts):
             if code != 0:
                 print("the tests fail without any mutant:\n" + output)
                 return 2
         print(f"{len(tests)} mapped files and tests pass untouched ({time.monotonic() - begin:.0f} s)", flush=True)
         survivors = 0
-        for mutant, caught, output, seconds in pool.map(judge, chosen):
+        for mutant, caught, output, seconds in pool.map(lambda mutant: judge(mutant, Path(folder)), chosen):
             survivors += caught is None
             print(
                 f"{'caught  ' if caught else 'SURVIVED'} {mutant.name:52} {seconds:4.0f} s  {caught or ''}", flush=True

@@ -13,7 +13,7 @@ from tests.cli_helpers import GUESS, MAIN, TINY, Guess, assert_refused, cli, in_
 
 from contraflow import SIR
 from contraflow.config import SCHEMA
-from contraflow.train import checkpoint
+from contraflow.train import checkpoint, record
 from contraflow.train import run as driver
 from contraflow.train.run import read_config
 
@@ -158,7 +158,9 @@ def test_a_full_disk(victim: str, number: int, tmp_path: Path, monkeypatch: pyte
     def full(*args):
         raise OSError(number, os.strerror(number))
 
-    owner, name = (driver.checkpoint, "save") if "." in victim else (driver, victim)
+    owner, name = (
+        (driver.checkpoint, "save") if "." in victim else (record if victim == "save_policy" else driver, victim)
+    )
     monkeypatch.setattr(owner, name, full)
     out = str(tmp_path / "run")
     assert_refused([*GUESS, "--out", out], "the disk is full", "free some space", f"contraflow resume {out}")

@@ -41,6 +41,7 @@ def test_custom_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert cli("train", "custom_agent:CrossEntropy", "--trust", "--agent.elite", "2")[0] == 2
 
 
+@pytest.mark.slow
 def test_custom_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Trained on the one in JAX, evaluated on the one in Gymnasium: they are the same task."""
     assert number(output("custom_environment", tmp_path)) > -2

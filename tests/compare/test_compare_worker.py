@@ -143,6 +143,7 @@ ARGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_matrix_continues(tmp_path: Path):
     """kill -9 in the second cell: the first is not repeated, the second goes on from its checkpoint."""
     command = [*COMMAND, *ARGS, "--out", str(tmp_path / "m")]

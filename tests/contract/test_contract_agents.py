@@ -48,7 +48,7 @@ TABLE: dict[str, Any] = {
     "sac": SAC(**SMALL, actor_lr=1e-2),
     "sir": SIR(**SMALL, **PICKS, base=0.5),
 }
-FAMILIES = ("rfm", "sac", "sir")  # one member of each is enough where settings play no part
+FAMILIES = ("rfm", "sac", "sir")  # one member of each in the default tests
 
 
 def batch(key: jax.Array, n: int = B, reward: Any = None) -> Transition:
@@ -110,7 +110,10 @@ def cases():
     return {name: Case(name, agent) for name, agent in TABLE.items()}
 
 
-@pytest.fixture(params=TABLE)
+BATTERY = [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in TABLE]
+
+
+@pytest.fixture(params=BATTERY)
 def case(request, cases):
     return cases[request.param]
 
@@ -199,23 +202,17 @@ def test_actions_of_equal_observations_differ(case):
     assert not np.allclose(actions, actions[0])
 
 
-@pytest.mark.parametrize("name", [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in TABLE])
+@pytest.mark.parametrize("name", BATTERY)
 def test_vmapped_seeds_equal_single_runs(name, cases):
     """Three seeds in one program against three runs; float32 reassociation moves them by some 1e-6 per update."""
     case = cases[name]
 
-    @jax.jit
-    @jax.vmap
-    def run(seed):
-        k_init, k_run = jr.split(jr.key(seed))
-
-        def step(state, i):
-            k_batch, k_update = jr.split(jr.fold_in(k_run, i))
-            return case.agent.update(state, batch(k_batch), k_update)[0], None
-
-        return jax.lax.scan(step, case.agent.init(k_init, SPEC), jnp.arange(3))[0]
-
-    states = run(jnp.arange(3))
+    k_init, k_run = jax.vmap(lambda seed: jr.split(jr.key(seed)), out_axes=1)(jnp.arange(3))
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[case.init(k) for k in k_init])
+    update = jax.jit(jax.vmap(case.agent.update))
+    for i in range(3):
+        k_batch, k_update = jax.vmap(lambda k, i=i: jr.split(jr.fold_in(k, i)), out_axes=1)(k_run)
+        states, _ = update(states, jax.vmap(batch)(k_batch), k_update)
     for s in range(3):
         single, _ = case.trained(s)
         jax.tree.map(

@@ -41,7 +41,12 @@ def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("method", "path", "tolerance"),
-    [("rfm", Linear(), 0.12), ("qne", Linear(), 0.2), ("idem", Linear(), 0.25), ("mixture", Cosine(), 0.12)],
+    [
+        ("rfm", Linear(), 0.12),
+        ("qne", Linear(), 0.2),
+        ("idem", Linear(), 0.25),
+        pytest.param("mixture", Cosine(), 0.12, marks=pytest.mark.slow),
+    ],
 )
 def test_every_method_learns_a_gaussian(method: str, path: Path, tolerance: float):
     trainer = replace(SMALL, estimator=with_samples(METHODS[method], 512), path=path)
