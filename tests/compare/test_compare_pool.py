@@ -207,14 +207,15 @@ def test_a_killed_command_takes_its_workers_along(tmp_path: Path):
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     cells = cells_in(tmp_path, 2)
     command = [sys.executable, "-c", PARENT, str(tmp_path), sys.executable, "-S", "-c", worker]
-    process = subprocess.Popen(command, env=environ)
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE)  # which stays open: not what they notice
     try:
         wait(lambda: all((cell.folder / "ready").exists() for cell in cells))
+        assert not any((cell.folder / "stopped").exists() for cell in cells)
         process.kill()
         wait(lambda: all((cell.folder / "stopped").exists() for cell in cells))
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     with pool._alone(tmp_path):  # and the lock is free
         assert [state(cell.folder) for cell in cells] == ["started"] * 2
 
