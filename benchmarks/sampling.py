@@ -213,6 +213,8 @@ def print_report(rows: list[dict], distance: str) -> None:
         print("|---" * (1 + len(heads) + len(RIVALS)) + "|")
         for samples in SAMPLES:
             cells = [scores(rows, target, samples, m, s, distance) for m in methods for s in SOLVER_STEPS]
+            if not any(cells):
+                continue
             ours = scores(rows, target, samples, "rfm", 20, distance)
             leads = [
                 [b - a for a, b in zip(ours, scores(rows, target, samples, r, 100, distance), strict=False)]
@@ -236,6 +238,8 @@ def plot(rows: list[dict], file: Path) -> None:
                 values = scores(rows, target, samples, method, steps, "sliced_wasserstein")
                 if values and np.isfinite(values).all():
                     means[samples] = interval(values)
+            if not means:
+                continue
             k = list(means)
             mean, low, high = np.array([means[s] for s in k]).reshape(-1, 3).T
             error = [mean - low, high - mean]
@@ -246,7 +250,8 @@ def plot(rows: list[dict], file: Path) -> None:
         axes.axhline(level, color="0.35", lw=1, ls="--")
         axes.text(8, level * 1.06, "exact samples", fontsize=7.5, color="0.35")
         axes.set(xscale="log", yscale="log", title=target, xlabel="density calls per query, K")
-        axes.set_xticks(SAMPLES, [str(s) for s in SAMPLES])
+        run = sorted({int(row["K"]) for row in rows if row["K"] != 0})
+        axes.set_xticks(run, [str(s) for s in run])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("sliced Wasserstein to exact samples")
