@@ -97,6 +97,7 @@ def study_cell(target: Target, trainer: Trainer) -> list[dict]:
 
 
 def run_study(settings: Settings, file: Path) -> None:
+    """Tune and train what `file` lacks; rows are appended method by method."""
     rows = read(file)
     for samples, method, name in itertools.product(settings.samples, ("exact", *settings.methods), TARGETS):
         samples = 0 if method == "exact" else samples
@@ -224,6 +225,7 @@ def print_report(rows: list[dict], distance: str) -> None:
 
 
 def plot(rows: list[dict], file: Path) -> None:
+    """Sliced Wasserstein distance against K, with 95 % intervals; only what has been run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -263,6 +265,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
 
 def main() -> None:
+    """The study, its tables and its picture."""
     settings = tyro.cli(Settings, description=__doc__)
     RESULTS.mkdir(exist_ok=True)
     if not settings.report:

@@ -61,6 +61,7 @@ def actor(agent: Agent, explore: bool) -> Callable[[], object]:
 
 
 def update_cases(peer: dict[str, Callable[[], object]]) -> None:
+    """One update at the official settings, beside the peer and our other agents."""
     print(
         "\none RFM update, official settings (obs 17, act 6, batch 256, 32 particles, 10 Euler steps, K 100, width 256)"
     )
@@ -73,6 +74,7 @@ def update_cases(peer: dict[str, Callable[[], object]]) -> None:
 
 
 def act_cases(peer: dict[str, Callable[[], object]]) -> None:
+    """One action at the official settings, beside the peer and with one particle."""
     print("\none action for one observation, 32 particles, 10 Euler steps, width 256; dispatch included")
     one = dataclasses.replace(RFM_PAPER, explore=First())
     cases = {"ours, softmax of 32": actor(RFM_PAPER, True)}

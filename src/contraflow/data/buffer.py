@@ -23,6 +23,8 @@ class Buffer(eqx.Module):
 
     @classmethod
     def empty(cls, capacity: int, spec: EnvSpec) -> "Buffer":
+        """Room for `capacity` transitions of spec.num_envs environments; none is in it yet."""
+
         def zeros(*shape, dtype=jnp.float32):
             return jnp.zeros((capacity, *shape), dtype)
 

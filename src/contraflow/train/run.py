@@ -100,13 +100,18 @@ def read_config(path: Path, trust: bool = False) -> Run:
     return settings.from_json(data["run"], Run, trust, "run")
 
 
-def train(run: Run, out: str | Path, *, trust: bool = False, quiet: bool = False) -> Result:
-    """Train from the start in the new folder `out`. Raises UserError if `out` already holds something."""
-    folder = Path(out)
+def check_new(folder: Path) -> None:
+    """Raise UserError if `folder` already holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} already exists: choose another --out, or continue it with `contraflow resume {folder}`"
         )
+
+
+def train(run: Run, out: str | Path, *, trust: bool = False, quiet: bool = False) -> Result:
+    """Train from the start in the new folder `out`. Raises UserError if `out` already holds something."""
+    folder = Path(out)
+    check_new(folder)
     check_trackers(run.trackers)
     envs = _environments(run, trust)
     with checkpoint.full_disk_named(folder):

@@ -29,6 +29,7 @@ from contraflow.train.record import Record, check_finite
 from contraflow.train.run import (
     Result,
     Run,
+    check_new,
     evaluation_due,
     first_carry,
     interruptible,
@@ -53,10 +54,7 @@ def train_seeds(
     folder = Path(out)
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {' '.join(map(str, seeds))}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} already exists: choose another --out, or continue it with `contraflow resume {folder}`"
-        )
+    check_new(folder)
     runs = [replace(run, seed=seed) for seed in seeds]
     check_trackers(run.trackers)
     envs = _environments(run, trust)
