@@ -21,7 +21,7 @@ import tyro
 from timing import paired, report
 
 from contraflow import AGENTS, EnvSpec, Transition
-from contraflow.agents.base import Agent
+from contraflow.agents.base import Agent, acting_state
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First, Softmax
 from contraflow.train.evaluate import act_batch
@@ -54,7 +54,7 @@ def updater(agent: Agent) -> Callable[[], object]:
 
 
 def actor(agent: Agent, explore: bool) -> Callable[[], object]:
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = acting_state(agent, jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)))
     obs, key = np.zeros((1, OBS), np.float32), jr.key(2)
     counter = iter(range(10**9))
     return lambda: np.asarray(act_batch(agent, state, obs, key, next(counter), explore))
@@ -108,8 +108,9 @@ def loop_cases() -> None:
             loop = time.perf_counter() - start
             learner, obs = carry.learner, carry.obs
             start = time.perf_counter()
+            state = acting_state(agent, learner.agent)
             for _ in range(n):
-                action = np.asarray(decide(phase, agent, env.spec, learner.agent, obs, learner.iteration, key))
+                action = np.asarray(decide(phase, agent, env.spec, state, obs, learner.iteration, key))
             act = time.perf_counter() - start
             action = np.zeros((env.spec.num_envs, env.spec.action_dim), np.float32)
             start = time.perf_counter()

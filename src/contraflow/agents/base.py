@@ -4,6 +4,8 @@ The settings are static under `jit`; everything learned lives in the state, whos
 stored: randomness is an argument.
 """
 
+import copy
+import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
@@ -28,6 +30,19 @@ class Agent(Protocol):
     def update(self, state: Any, batch: Transition, key: PRNGKey) -> tuple[Any, Metrics]:
         """One gradient step on a batch [B]; metrics are scalars."""
         ...
+
+
+def acting_state(agent: Agent, state: Any) -> Any:
+    """A copy of the state (a dataclass) with None for the fields that `agent.act` does not read.
+
+    It is what a policy file holds, and what a program that only acts should get: every array passed to a compiled
+    program costs time, and targets and optimiser states are most of them.
+    """
+    out = copy.copy(state)
+    for field in dataclasses.fields(state):
+        if field.name not in agent.acting:
+            object.__setattr__(out, field.name, None)
+    return out
 
 
 def check_common(gamma: float, tau: float, **positive: float) -> None:

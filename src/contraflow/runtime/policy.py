@@ -6,6 +6,7 @@ from typing import Any
 import jax.random as jr
 import numpy as np
 
+from contraflow.agents.base import acting_state
 from contraflow.train.artifact import load_policy
 from contraflow.train.evaluate import act_batch
 from contraflow.types import EnvSpec, UserError
@@ -18,7 +19,8 @@ class Policy:
     """
 
     def __init__(self, agent: Any, spec: EnvSpec, env: str, state: Any, seed: int = 0):
-        self.agent, self.spec, self.env, self.state = agent, spec, env, state
+        self.agent, self.spec, self.env = agent, spec, env
+        self.state = acting_state(agent, state)
         self._key, self._calls = jr.key(seed), 0
 
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:

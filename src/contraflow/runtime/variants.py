@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from contraflow.agents import RFM, SIR
+from contraflow.agents.base import acting_state
 from contraflow.agents.sir import SIRState
 from contraflow.envs import make
 from contraflow.envs.base import Env
@@ -35,9 +35,8 @@ def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
     """The best of n uniform actions by the critic of a flow policy: what the critic does alone."""
     particles = policy.agent.exploit.particles
     critic, step = policy.state.critic, policy.state.step
-    target = jax.tree.map(jnp.copy, critic)
     agent = SIR(exploit=Argmax(particles if particles > 1 else 32))
-    return agent, SIRState(critic, target, (), jnp.zeros(policy.spec.action_dim), step)
+    return agent, acting_state(agent, SIRState(critic, critic, (), jnp.zeros(policy.spec.action_dim), step))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from contraflow.agents import AnyAgent
+from contraflow.agents.base import acting_state
 from contraflow.config import SCHEMA, from_json, to_json
 from contraflow.types import EnvSpec, UserError
 
@@ -22,8 +23,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 def save_policy(folder: Path, agent: Any, spec: EnvSpec, env: str, state: Any) -> None:
     """Write `folder`/model.safetensors and config.json: the fields of the state that `agent.act` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: getattr(state, name) for name in agent.acting}
-    arrays = {name: np.asarray(x) for name, x in _named_leaves(parts).items()}
+    arrays = {name: np.asarray(x) for name, x in _named_leaves(acting_state(agent, state)).items()}
     temporary = folder / "model.tmp"
     save_file(arrays, temporary)
     temporary.rename(folder / "model.safetensors")
@@ -32,7 +32,7 @@ def save_policy(folder: Path, agent: Any, spec: EnvSpec, env: str, state: Any) -
 
 
 def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, Any]:
-    """(agent, spec, env id, state) of a saved policy; the fields that `act` does not read are zeros.
+    """(agent, spec, env id, state) of a saved policy; the fields that `act` does not read are None.
 
     Raises UserError naming the first array that is missing or has another shape.
     """
@@ -49,10 +49,8 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, A
         raise UserError(f"{folder} does not describe a policy; give the folder of a run or its policy/")
     agent = from_json(config["agent"], AnyAgent, trust, "agent")
     spec = from_json(config["spec"], EnvSpec, where="spec")
-    shapes = jax.eval_shape(lambda key: agent.init(key, spec), jr.key(0))
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    parts = {name: getattr(state, name) for name in agent.acting}
-    wanted = _named_leaves(parts)
+    shapes = acting_state(agent, jax.eval_shape(lambda key: agent.init(key, spec), jr.key(0)))
+    wanted = _named_leaves(shapes)
     for name, leaf in wanted.items():
         if name not in arrays:
             raise UserError(f"the policy in {folder} lacks the array {name}; it belongs to another agent or version")
@@ -60,9 +58,7 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str, A
             raise UserError(
                 f"the policy in {folder} has {name} of shape {arrays[name].shape}, its settings need {leaf.shape}"
             )
-    loaded = jax.tree.unflatten(jax.tree.structure(parts), [arrays[name] for name in wanted])
-    for name, part in loaded.items():
-        object.__setattr__(state, name, part)
+    state = jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
     return agent, spec, config["env"], jax.device_put(state)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents.base import Agent
+from contraflow.agents.base import Agent, acting_state
 from contraflow.envs.base import Env
 from contraflow.types import PRNGKey, PRNGKeys, UserError
 
@@ -62,7 +62,7 @@ def evaluate(
     """
     k_reset, k_act = jr.split(key)
     carry = env.reset(k_reset)
-    n = _chunk(env)
+    state, n = acting_state(agent, state), _chunk(env)
 
     def advance(i: int) -> Any:
         nonlocal carry
@@ -81,7 +81,8 @@ def evaluate_seeds(
     """`evaluate` for S seeds in one program: `states` with a leading [S] and `keys` [S] give returns [S, episodes]."""
     seeds = keys.shape[0]
     k_reset, k_act = jax.vmap(jr.split, out_axes=1)(keys)
-    carry, n = jax.vmap(env.reset)(k_reset), _chunk(env)
+    carry = jax.vmap(env.reset)(k_reset)
+    states, n = acting_state(agent, states), _chunk(env)
 
     def advance(i: int) -> Any:
         nonlocal carry

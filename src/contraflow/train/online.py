@@ -16,7 +16,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from contraflow.agents.base import Agent
+from contraflow.agents.base import Agent, acting_state
 from contraflow.data.buffer import Buffer
 from contraflow.envs.base import Env
 from contraflow.types import EnvSpec, Metrics, PRNGKey, PRNGKeys, Step, Transition, UserError
@@ -98,7 +98,8 @@ def learn(
 def iterate(phase: Phase, agent: Agent, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
     """Act, step, store, learn: the body of every loop."""
     learner = carry.learner
-    action = decide(phase, agent, env.spec, learner.agent, carry.obs, learner.iteration, key)
+    state = acting_state(agent, learner.agent)
+    action = decide(phase, agent, env.spec, state, carry.obs, learner.iteration, key)
     env_state, step = env.step(carry.env, action)
     learner, metrics = learn(phase, agent, learner, carry.obs, action, step, key)
     return Carry(learner, env_state, step.obs), metrics
