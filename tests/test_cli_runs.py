@@ -80,6 +80,7 @@ def test_resume_on_a_finished_run_says_so(trained: Path):
     assert returns(trained) == before
 
 
+@pytest.mark.slow
 def test_resume_extends(tmp_path: Path):
     assert cli("train", "tests.cli_helpers:Guess", "--trust", *FLAGS[:-5], "--quiet", "--out", tmp_path)[0] == 0
     code, out, _ = cli("resume", tmp_path, "--steps", "60", "--trust", "--quiet")

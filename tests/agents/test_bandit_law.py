@@ -67,7 +67,8 @@ def test_default_solver_follows_the_exact_field(bench, slope):
     assert errors[0] < 0.02 and errors[1] > 0.03
 
 
-@pytest.mark.parametrize("dim", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.learn
+@pytest.mark.parametrize("dim", [1, 2])
 def test_default_agent_learns_the_law_quickly(bench, dim):
     """A twentieth of the benchmark's updates, at a higher rate and with a smaller network: within .06."""
     agent = bench.prepare(replace(RFM(), actor_lr=2e-3, embedding=16), width=32)

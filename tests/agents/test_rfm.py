@@ -96,7 +96,7 @@ def expected(agent, state, data, key):
     return (y, *jax.value_and_grad(loss)(state.actor), members)
 
 
-@pytest.mark.parametrize("endpoint", ["policy", "buffer"])
+@pytest.mark.parametrize("endpoint", ["policy", pytest.param("buffer", marks=pytest.mark.slow)])
 def test_update_against_an_independent_one(endpoint):
     agent = replace(BASE, endpoint=endpoint)
     state, data = start(agent), batch()

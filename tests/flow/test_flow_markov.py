@@ -36,7 +36,7 @@ MARKOV = {
 SIX = Separable.two_modes(6, 0.5)
 
 
-@pytest.mark.parametrize("t", [0.15, 0.5, 0.85])
+@pytest.mark.parametrize("t", [0.15, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.5, 0.85))])
 @pytest.mark.parametrize("estimator", MARKOV.values(), ids=MARKOV)
 def test_unbiased_where_the_policy_is_right(estimator, t):
     """With one to four candidates, in six dimensions of two modes each."""

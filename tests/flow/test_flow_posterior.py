@@ -188,7 +188,7 @@ def test_units_of_the_clip():
     np.testing.assert_allclose(tight.eta, 0.1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["diagonal", "full"])
+@pytest.mark.parametrize("shape", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
 def test_gate_by_effective_sample_size(shape):
     free = estimate(Reverse(50, Noise(), MinVariance(shape)), Linear(), jr.key(0), BIMODAL, X_T, T)
     gated = lambda low, high: estimate(
@@ -255,7 +255,7 @@ def test_many_data_points_are_a_mixture_of_deltas(path):
 
 
 @pytest.mark.parametrize("target", [Separable.two_modes(1), GaussianMixture(jnp.array([[-1.0], [1.0]]), 0.4)])
-@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("t", [0.1, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.5, 0.9))])
 def test_score_has_mean_zero_under_the_posterior(target, t):
     """Stein's identity by quadrature, for the score that the estimator uses."""
     with jax.enable_x64(True):
@@ -305,12 +305,14 @@ ESTIMATORS = {
     "mixture gated": (Reverse(512, MIXED, MinVariance(ess_gate=(5, 25))), (0.1, 0.5, 0.9)),
     "three": (Reverse(512, THREE, MinVariance("isotropic", centred=False)), (0.1, 0.5, 0.8)),
 }
+QUICK = ("official", "particles", "three")
 SQUASHED = ("official", "uniform", "mixture", "three")  # one of each kind also on a squashed target
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [(name, BIMODAL) for name in ESTIMATORS] + [(name, Separable.two_modes(2)) for name in SQUASHED],
+    [pytest.param(name, BIMODAL, marks=() if name in QUICK else pytest.mark.slow) for name in ESTIMATORS]
+    + [pytest.param(name, Separable.two_modes(2), marks=pytest.mark.slow) for name in SQUASHED],
     ids=[*ESTIMATORS, *(f"{name} squashed" for name in SQUASHED)],
 )
 def test_consistent(name, target):
@@ -337,7 +339,11 @@ def test_consistent(name, target):
         assert jnp.all(jnp.abs(out.mean.mean(1) - exact) < margin), (t, ess)
 
 
-@pytest.mark.parametrize("control", [Fixed(0), MinVariance()], ids=["noise", "official"])
+@pytest.mark.parametrize(
+    "control",
+    [Fixed(0), pytest.param(MinVariance(), marks=pytest.mark.slow)],
+    ids=["noise", "official"],
+)
 def test_bias_shrinks_as_one_over_k(control):
     """Self-normalising biases by O(1/K): four times as many candidates, a quarter of the bias."""
     target, x_t, t = Separable.two_modes(1), jnp.array([0.1]), jnp.asarray(0.45)

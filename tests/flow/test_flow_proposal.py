@@ -31,7 +31,9 @@ PROPOSALS = {
     "zero": Mixture((Noise(), UniformAction()), (0.0, 1.0)),
     "one": Mixture((Noise(), UniformAction()), (1.0, 0.0)),
 }
-proposals = pytest.mark.parametrize("name", PROPOSALS)
+QUICK = ("noise", "truncated", "uniform", "tuple")
+NAMED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PROPOSALS]
+proposals = pytest.mark.parametrize("name", NAMED)
 SUPPORT = jnp.array([[-1.0], [-0.3], [0.4], [1.6]])
 
 
@@ -81,7 +83,9 @@ def test_particles_in_the_plane():
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [(name, Linear()) for name in PROPOSALS] + [("tuple", VP()), ("tuple", VE())]
+    ("name", "path"),
+    [pytest.param(*name.values, Linear(), marks=name.marks) for name in NAMED]
+    + [pytest.param("tuple", path, marks=pytest.mark.slow) for path in (VP(), VE())],
 )
 def test_importance_weights_are_unbiased(name, path):
     """E_q[p/q] = Z within 4 standard errors for p(u) = pi(u) N(x_t; alpha u, beta^2 I), where Z has a closed form."""

@@ -62,6 +62,7 @@ def test_the_command_writes_results_and_a_picture(tmp_path: Path, capsys: pytest
         main(["two-moons", *TINY, "--out", str(out)])
 
 
+@pytest.mark.slow
 def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str):
     main([f"{user_module}:ring", *TINY, "--methods", "qne", "--trust", "--out", str(tmp_path / "ring")])
     assert (tmp_path / "ring" / "samples.png").exists()

@@ -44,7 +44,7 @@ def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
     [
         ("rfm", Linear(), 0.12),
         ("qne", Linear(), 0.2),
-        ("idem", Linear(), 0.25),
+        pytest.param("idem", Linear(), 0.25, marks=pytest.mark.slow),
         pytest.param("mixture", Cosine(), 0.12, marks=pytest.mark.slow),
     ],
 )
@@ -84,6 +84,7 @@ def test_unequal_density_calls_are_refused():
         equal_calls(trainers | {"qne": replace(trainers["qne"], steps=3000)})
 
 
+@pytest.mark.slow
 def test_lanes_are_independent():
     """Three flows side by side, the last two with one seed but other learning rates; the middle one also alone."""
     trainer = Trainer(with_samples(METHODS["qne"], 4), steps=6, every=3, batch=4, width=8, endpoints=8)

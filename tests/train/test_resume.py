@@ -88,6 +88,7 @@ def assert_equal_runs(folder: Path, other: Path, run: Run = TINY) -> None:
     assert rows(folder) == rows(other)
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_difference(undisturbed: Path, tmp_path: Path):
     train(replace(TINY, seed=1), tmp_path / "b", quiet=True)
     assert not same(final_carry(undisturbed, TINY), final_carry(tmp_path / "b", TINY))

@@ -210,6 +210,7 @@ def test_killed_between_two_checkpoints(together: Path, tmp_path: Path):
     assert_same_seeds(out, together)
 
 
+@pytest.mark.slow
 def test_extended_together(together: Path, tmp_path: Path):
     shutil.copytree(together, tmp_path / "run")
     resume_seeds(tmp_path / "run", steps=60, quiet=True, trust=True)
@@ -251,6 +252,7 @@ class Fragile(Guess):
         return State((bias, state.bias[1]), state.step + 1), {"guess_loss": loss}
 
 
+@pytest.mark.slow
 def test_a_failing_seed_does_not_stop_the_others(tmp_path: Path):
     run, out = replace(TINY, agent=Fragile()), tmp_path / "run"
     env, _ = driver._environments(run, True)
