@@ -31,12 +31,12 @@ SAC_STEPS = 500
 SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
 
 
-def batch(key: jax.Array) -> Transition:
+def batch(key: jax.Array, rows: int = BATCH) -> Transition:
     k = jr.split(key, 4)
-    false = jnp.zeros(BATCH, bool)
+    false = jnp.zeros(rows, bool)
     return Transition(
-        jr.normal(k[0], (BATCH, OBS)), jr.uniform(k[1], (BATCH, ACT), minval=-1.0), jr.uniform(k[2], (BATCH,)),
-        jr.normal(k[3], (BATCH, OBS)), false, false, jnp.ones(BATCH, int),
+        jr.normal(k[0], (rows, OBS)), jr.uniform(k[1], (rows, ACT), minval=-1.0), jr.uniform(k[2], (rows,)),
+        jr.normal(k[3], (rows, OBS)), false, false, jnp.ones(rows, int),
     )  # fmt: skip
 
 

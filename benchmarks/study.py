@@ -1,0 +1,103 @@
+"""The matrices of docs/study.md, each an ordinary `contraflow compare` folder.
+
+    python benchmarks/study.py development --out DIR [--seeds N] [--jobs J]
+
+The same command again continues. `contraflow report DIR` makes the page of a matrix.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from contraflow.agents import RFM, SAC, SIR
+from contraflow.compare import matrix
+from contraflow.compare.pool import run_cells
+from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.proposal import Noise
+from contraflow.flow.solve import Euler
+from contraflow.rl.select import First
+from contraflow.rl.temperature import Anneal, Constant
+
+DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")
+
+SETTINGS = matrix.Settings(
+    steps=40_000, collect=4_000, num_envs=4, updates=2, batch_size=128, n_step=3, tau=0.02,
+    buffer_size=40_000, eval_every=10_000, eval_episodes=4, final_episodes=8, log_every=2_000,
+)  # fmt: skip
+FALLING = Anneal(0.2, 0.02, steps=16_000)
+ONE: dict[str, Any] = {"explore": First(), "backup": First()}
+
+
+def fixed(eta: float, **fields: Any) -> RFM:
+    """RFM with candidates from noise, as many as the default asks the critic for, and a fixed control weight: 0 is
+    noise-expectation (QNE), 1 gradient-expectation (iDEM, DQS)."""
+    return RFM(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **ONE, **fields)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Agents by name, on EnvPool's tasks."""
+
+    agents: dict[str, Any]
+    envs: tuple[str, ...]
+    settings: matrix.Settings = SETTINGS
+
+
+MATRICES = {
+    # Two trials for everyone: temperature constant or falling; for SAC the rate of the actor.
+    "development": Matrix(
+        {
+            "rfm": RFM(**ONE),
+            "rfm-falling": RFM(temperature=FALLING, **ONE),
+            "noise": fixed(0.0),
+            "noise-falling": fixed(0.0, temperature=FALLING),
+            "gradient": fixed(1.0),
+            "gradient-falling": fixed(1.0, temperature=FALLING),
+            "sir": SIR(),
+            "sir-falling": SIR(temperature=FALLING),
+            "sac": SAC(),
+            "sac-fast": SAC(actor_lr=1e-3),
+        },
+        DEVELOPMENT,
+    ),
+    # E3: no actor, so neither the estimator nor the solver can be what matters.
+    "actor-free": Matrix(
+        {
+            "sir": SIR(),
+            "kappa-half": SIR(base=0.5),
+            "kappa-quarter": SIR(base=0.25),
+            "cold": SIR(temperature=Constant(0.005)),
+            "warm": SIR(temperature=Constant(0.1)),
+        },
+        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+    ),
+    # E5 and the particles: one choice of the default taken back at a time.
+    "parts": Matrix(
+        {
+            "rfm-8": RFM(),
+            "rfm-8-acting": RFM(backup=First()),
+            "rfm-8-backup": RFM(explore=First()),
+            "rfm-kappa-half": RFM(base=0.5, **ONE),
+        },
+        DEVELOPMENT,
+    ),
+}
+
+
+def main(name: Literal["development", "actor-free", "parts"], /, out: Path, seeds: int = 5, jobs: int = 2) -> int:
+    """Run the matrix `name`, seed by seed."""
+    chosen = MATRICES[name]
+    envs = [f"envpool:{env}" for env in chosen.envs]
+    cells = matrix.plan(chosen.agents, envs, seeds, chosen.settings, frozenset(), out)
+    matrix.record(chosen.agents, envs, seeds, chosen.settings, frozenset(), out)
+    outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, False, not sys.stdout.isatty())
+    for cell, reason in outcome.failed.items():
+        print(f"failed: {cell}: {reason}")
+    return 1 if outcome.failed or outcome.interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
