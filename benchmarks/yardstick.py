@@ -1,6 +1,7 @@
 """Bias and variance of posterior-mean estimators against exact answers, in dimensions 1 to 20.
 
-    python benchmarks/yardstick.py               # writes benchmarks/results/yardstick.csv and yardstick_shares.csv
+    python benchmarks/yardstick.py errors        # writes benchmarks/results/yardstick.csv and yardstick_shares.csv
+    python benchmarks/yardstick.py support       # writes benchmarks/results/yardstick_support.csv
 
 Target: `Separable.two_modes(d)`, whose posterior mean is exact in every dimension. For x_t drawn from the true path,
 the velocity estimate (E[x1] - x_t) / (1 - t) is repeated with fresh candidates. All numbers are per dimension:
@@ -10,12 +11,17 @@ the velocity estimate (E[x1] - x_t) / (1 - t) is repeated with fresh candidates.
 
 What a network learns is the bias; the variance is averaged over the batch, here of 256. The term subtracted from bias^2
 removes the part due to a finite number of repeats, so a bias of zero may come out slightly negative.
+
+`support` asks the same of the chain that starts at a policy's endpoint, at 100 calls of the critic for everybody. There x_t
+lies on the path of the policy, a Gaussian over u: with the target's mean and deviation, but one mode where the target has
+two in every coordinate ("made"), or far off and narrow ("adversarial"). Each repeat draws the endpoint from the policy given x_t.
 """
 
 import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +30,7 @@ import tyro
 
 from contraflow.flow.density import Separable
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, MinVariance, Posterior, Reverse
+from contraflow.flow.posterior import Fixed, Markov, MinVariance, Posterior, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Ramp, UniformAction
 
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
@@ -64,17 +70,47 @@ def estimators() -> dict:
     return table | {"constant": Constant()}
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def measure(build, argument, target, t, states: int, repeats: int, key):
-    """(bias^2, variance, median ESS) of the estimator build(argument), per dimension of the velocity."""
+@dataclass(frozen=True)
+class GaussianPolicy:
+    """u ~ N(mean_j, std_j^2): the law of the endpoints, here with a closed form given x_t."""
+
+    name: str
+
+    def moments(self, target):
+        mean, std = target.moments()
+        return (mean, std) if self.name == "made" else (jnp.full_like(mean, 2.0), jnp.full_like(std, 0.3))
+
+    def sample(self, key, target, n: int):
+        mean, std = self.moments(target)
+        return mean[None] + std[None] * jr.normal(key, (n, mean.shape[0]))
+
+    def endpoint(self, key, target, path, x_t, t):
+        """One draw given x_t."""
+        (mean, std), a, b = self.moments(target), path.alpha(t), path.beta(t)
+        var = 1.0 / (1.0 / std**2 + (a / b) ** 2)
+        return var * (mean / std**2 + a * x_t / b**2) + jnp.sqrt(var) * jr.normal(key, x_t.shape)
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5), static_argnames=("policy",))
+def measure(build, argument, target, t, states: int, repeats: int, key, policy: GaussianPolicy | None = None):
+    """(bias^2, variance, median ESS) of the estimator build(argument), per dimension of the velocity.
+
+    Points x_t are those of the target's own path, or of `policy`'s, whose endpoint is then the estimator's support.
+    """
     k_x1, k_x0, k_repeat = jr.split(key, 3)
     path, estimator = Linear(), build(argument)
-    x1 = target.sample(k_x1, states)
+    x1 = target.sample(k_x1, states) if policy is None else policy.sample(k_x1, target, states)
     x_t = jax.vmap(path.perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
+
+    def estimate(key, x_t):
+        if policy is None:
+            return estimator(key, path, target, x_t, t)
+        k_support, key = jr.split(key)
+        return estimator(key, path, target, x_t, t, policy.endpoint(k_support, target, path, x_t, t)[None])
 
     def one(x_t, key):
         exact = target.posterior_mean(path, x_t, t)
-        out = jax.vmap(lambda k: estimator(k, path, target, x_t, t))(jr.split(key, repeats))
+        out = jax.vmap(lambda k: estimate(k, x_t))(jr.split(key, repeats))
         scale = (1.0 - t) ** 2 * x_t.shape[0]
         variance = jnp.sum(out.mean.var(0, ddof=1)) / scale
         return jnp.sum((out.mean.mean(0) - exact) ** 2) / scale - variance / repeats, variance, out.ess
@@ -121,7 +157,52 @@ class NoiseShare:
         return Reverse(self.samples, Mixture((Noise(), UniformAction()), Share(share)), self.control)
 
 
+def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature: float, seed: int) -> list[dict]:
+    """One row per policy, dimension, estimator and time; printed with the ratio to the best rival."""
+    mixture = Mixture((Noise(), UniformAction()), Ramp(0.1, 0.3, 0.9))
+    rivals = {name: e for name, e in estimators().items() if name.endswith(" 100") and "mixture" not in name}
+    rivals["constant"] = Constant()
+    ours = {
+        "mixture 100": Reverse(100, mixture, Fixed(0)),
+        "Markov, default, 21 calls": Markov(),
+        "Markov 16 + 84": Markov(16, mixture, (1.0,) * 83),
+        "Markov 60 + 40": Markov(60, mixture, (1.0,) * 39),
+    }
+    rows = []
+    for policy in (GaussianPolicy("made"), GaussianPolicy("adversarial")):
+        for d in dims:
+            target = Separable.two_modes(d, temperature)
+            keys = [jr.key(seed + 1000 * d + i) for i in range(len(TIMES))]
+            best = [float("inf")] * len(TIMES)
+            for name, estimator in (rivals | ours).items():
+                for i, (t, key) in enumerate(zip(TIMES, keys, strict=True)):
+                    time = jnp.asarray(t)
+                    b, v, ess = measure(Given(estimator), 0.0, target, time, states, repeats, key, policy=policy)
+                    rows.append(
+                        row(
+                            policy=policy.name,
+                            d=d,
+                            estimator=name,
+                            t=t,
+                            bias2=b,
+                            variance=v,
+                            error=error(b, v),
+                            ess=ess,
+                        )
+                    )
+                    if name in rivals:
+                        best[i] = min(best[i], rows[-1]["error"])
+                cells = "  ".join(
+                    f"{r['bias2']:8.2g}/{r['variance']:<8.2g}x{r['error'] / m:<5.2g}"
+                    for r, m in zip(rows[-len(TIMES) :], best, strict=True)
+                )
+                print(f"{policy.name:11} d={d:<2} {name:26} {cells}", flush=True)
+    return rows
+
+
 def main(
+    table: Literal["errors", "support"],
+    /,
     out: Path = Path(__file__).parent / "results",
     dims: tuple[int, ...] = (1, 2, 6, 20),
     states: int = 32,
@@ -130,6 +211,9 @@ def main(
     seed: int = 0,
 ) -> None:
     """Print and write the tables. `temperature` is that of the target: Q differs by about 1 between good and bad."""
+    if table == "support":
+        write(out / "yardstick_support.csv", support_table(dims, states, repeats, temperature, seed))
+        return
     rows, shares = [], []
     for d in dims:
         target = Separable.two_modes(d, temperature)

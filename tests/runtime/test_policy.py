@@ -35,7 +35,7 @@ def test_the_saved_policy_acts_as_the_trained_one(name: str, tmp_path: Path):
     state = saved(tmp_path, agent, seed=3)
     obs = jr.normal(jr.key(1), (5, 3))
     policy = contraflow.load(tmp_path, seed=7)
-    wanted = act_batch(agent, state, obs, jr.key(7), 1)
+    wanted = act_batch(agent, state, obs, jr.key(7), 0)
     assert np.array_equal(policy(obs), wanted)
     assert np.array_equal(contraflow.load(tmp_path / "policy", seed=7)(obs), wanted)
     assert policy.env == "probe:action" and policy.spec == SPEC and policy.agent == agent
@@ -53,7 +53,7 @@ def test_one_observation_or_many(tmp_path: Path):
     assert np.array_equal(contraflow.load(tmp_path, seed=0)(np.zeros(3)), one), "a fresh policy repeats itself"
     assert not np.array_equal(contraflow.load(tmp_path, seed=1)(np.zeros(3)), one)
     exploring = contraflow.load(tmp_path)(np.zeros((4, 3)), explore=True)
-    wanted = act_batch(policy.agent, state, jax.numpy.zeros((4, 3)), jr.key(0), 1, True)
+    wanted = act_batch(policy.agent, state, jax.numpy.zeros((4, 3)), jr.key(0), 0, True)
     assert np.array_equal(exploring, wanted)
 
 

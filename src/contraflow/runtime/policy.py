@@ -15,21 +15,22 @@ from contraflow.types import EnvSpec, UserError
 class Policy:
     """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1].
 
-    Calls are numbered: the noise of a call depends on `seed` and its number only, so a fresh Policy repeats itself.
+    Observations are numbered: the noise of an action depends on `seed` and that number only, so a fresh Policy repeats
+    itself.
     """
 
     def __init__(self, agent: Any, spec: EnvSpec, env: str, state: Any, seed: int = 0):
         self.agent, self.spec, self.env = agent, spec, env
         self.state = acting_state(agent, state)
-        self._key, self._calls = jr.key(seed), 0
+        self._key, self._seen = jr.key(seed), 0
 
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
         if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
             raise UserError(f"this policy takes observations of size {self.spec.obs_dim}, got shape {obs.shape}")
-        self._calls += 1
         batch = obs if obs.ndim == 2 else obs[None]
-        actions = np.asarray(act_batch(self.agent, self.state, batch, self._key, self._calls, explore))
+        actions = np.asarray(act_batch(self.agent, self.state, batch, self._key, self._seen, explore))
+        self._seen += len(batch)
         return actions if obs.ndim == 2 else actions[0]
 
 

@@ -17,16 +17,16 @@ CHUNK = 100  # steps of a jittable environment between two looks at what has end
 
 
 @partial(jax.jit, static_argnames=("agent", "explore"))
-def act_batch(agent: Agent, state: Any, obs: Any, key: PRNGKey, i: Any, explore: bool = False) -> Any:
-    """Actions [N, a] for observations [N, o]; the key of step i is folded from `key`."""
-    keys = jr.split(jr.fold_in(key, i), obs.shape[0])
+def act_batch(agent: Agent, state: Any, obs: Any, key: PRNGKey, first: Any, explore: bool = False) -> Any:
+    """Actions [N, a] for observations [N, o]; the number of row r is first + r, and its key is folded from `key`."""
+    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(obs.shape[0]))
     return jax.vmap(lambda o, k: agent.act(state, o, k, explore))(obs, keys)
 
 
 def _advance(agent: Agent, state: Any, env: Env, explore: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
     """Step i: (environment state, observations), and what counts of it: (reward, end, valid), [N] each."""
     env_state, obs = carry
-    env_state, step = env.step(env_state, act_batch(agent, state, obs, key, i, explore))
+    env_state, step = env.step(env_state, act_batch(agent, state, obs, key, i * obs.shape[0], explore))
     return (env_state, step.obs), (step.reward, step.terminated | step.truncated, step.valid)
 
 
