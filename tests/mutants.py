@@ -83,6 +83,13 @@ MUTANTS = (
         (MARKOV.removesuffix("::"),),
     ),
     Mutant(
+        "weight of the chain's control variate at another time",
+        "flow/posterior.py",
+        "weight = self.control**2 / (1 + (self.control * a / b) ** 2)",
+        "weight = self.control**2 / (1 + (self.control * b / a) ** 2)",
+        (MARKOV + "test_control_leaves_no_variance_on_a_gaussian",),
+    ),
+    Mutant(
         "a chain that stands still",
         "flow/posterior.py",
         "jnp.where(place < accept, x, y)",

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 
 from contraflow.flow.density import Gaussian, Separable
@@ -30,8 +31,8 @@ def residuals(estimator, target, key, n, t):
 MARKOV = {
     "weights": Markov(2, sizes=()),
     "resampling": Markov(4, sizes=(1e-9,)),
-    "langevin": Markov(1, sizes=(2.5,) * 6),
-    "both": Markov(4, sizes=(1.0, 3.0)),
+    "langevin": Markov(1, sizes=(2.5,) * 6, control=0.0),
+    "both": Markov(4, sizes=(1.0, 3.0), control=0.5),
 }
 SIX = Separable.two_modes(6, 0.5)
 
@@ -41,6 +42,20 @@ SIX = Separable.two_modes(6, 0.5)
 def test_unbiased_where_the_policy_is_right(estimator, t):
     """With one to four candidates, in six dimensions of two modes each."""
     assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t)).max() < 4.0
+
+
+@pytest.mark.parametrize("t", [0.1, 0.6, 0.95])
+def test_control_leaves_no_variance_on_a_gaussian(t):
+    """u + V s = E[x1 | x_t] at every point u, moved or not, wherever the chain starts."""
+    target, x_t, t = Gaussian(jnp.array([0.5, -1.0]), 0.7), jnp.array([0.3, -0.4]), jnp.asarray(t)
+    exact = target.posterior_mean(Linear(), x_t, t)
+    estimator = Markov(1, sizes=(0.5, 2.0), control=0.7)
+    start = exact + 0.3
+    run = jax.jit(jax.vmap(lambda k: estimator(k, Linear(), target, x_t, t, start[None])))
+    out = run(jr.split(jr.key(0), 20))
+    np.testing.assert_allclose(out.mean, np.tile(exact, (20, 1)), atol=2e-5)
+    signal = (0.7 * t) ** 2
+    np.testing.assert_allclose(out.eta, signal / (signal + (1 - t) ** 2), rtol=1e-5)
 
 
 def test_forgets_a_wrong_endpoint():
@@ -54,7 +69,7 @@ def test_forgets_a_wrong_endpoint():
         out = jax.vmap(lambda k: estimator(k, Linear(), target, x_t, t, wrong[None]).mean)(jr.split(jr.key(0), 2000))
         return jnp.abs(out.mean(0) - exact).max()
 
-    few, many = error(Markov(1, sizes=(1.0,) * 2)), error(Markov(1, sizes=(1.0,) * 60))
+    few, many = (error(Markov(1, sizes=(1.0,) * n, control=0.0)) for n in (2, 60))
     assert few > 0.3 and many < 0.02
     assert error(Markov(32, Noise(), sizes=())) < 0.05  # importance weights alone leave only their bias
 
