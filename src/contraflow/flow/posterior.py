@@ -177,9 +177,9 @@ class Markov:
     1 / (1 / control^2 + alpha^2 / beta^2): a Stein control variate without variance where pi is Gaussian with standard
     deviation `control`. It is what makes targets near t = 1 precise, where the likelihood alone is nearly Gaussian.
 
-    `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates, in [1, samples]. Critic calls: `samples`, and
-    1 + len(sizes) with gradients. Raises ValueError for samples < 1, a size <= 0, control < 0, or a call without
-    `support`.
+    `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates, in
+    [1, samples]. Critic calls: `samples`, and 1 + len(sizes) with gradients. Raises ValueError for samples < 1, a size
+    <= 0, control < 0, or a call without `support`.
     """
 
     samples: int = 16
