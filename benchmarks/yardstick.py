@@ -13,9 +13,9 @@ What a network learns is the bias; the variance is averaged over the batch, here
 removes the part due to a finite number of repeats, so a bias of zero may come out slightly negative.
 
 `support` asks the same of the chain that starts at a policy's endpoint, at 100 calls of the critic for everybody. There
-x_t lies on the path of the policy, a Gaussian over u: with the target's mean and deviation, but one mode where the target
-has two in every coordinate ("made"), or far off and narrow ("adversarial"). Each repeat draws the endpoint from the
-policy given x_t.
+x_t lies on the path of the policy, a Gaussian over u: with the target's mean and deviation, but one mode where the
+target has two in every coordinate ("made"), or far off and narrow ("adversarial"). Each repeat draws the endpoint from
+the policy given x_t.
 """
 
 import csv
