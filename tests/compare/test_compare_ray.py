@@ -170,9 +170,10 @@ def cluster() -> Iterator[str]:
     """The address of a Ray with two workers."""
     pytest.importorskip("ray")
     command = [sys.executable, "-c", HEAD]
-    # From another folder: tasks must find the code that the command finds in its own.
+    # From another folder, without ours on the path: tasks must find the code that the command finds in its own.
+    environ = RAY_ENVIRON | {"PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(
-        command, env=RAY_ENVIRON, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, env=environ, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as head:
         assert head.stdout is not None
         try:

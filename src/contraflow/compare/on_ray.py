@@ -5,6 +5,7 @@ path on all nodes, and its lock lets one worker in at a time. So when Ray gives 
 while the first worker is still alive, the second waits, and goes on from the last checkpoint or finds the result.
 """
 
+import importlib
 import logging
 import os
 import socket
@@ -101,7 +102,7 @@ def _connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         raise UserError('--ray needs Ray: pip install "contraflow[ray]"') from None
     host, colon, port = address.rpartition(":")

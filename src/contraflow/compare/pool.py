@@ -86,7 +86,7 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     cell = waiting.pop(0)
-                    running[cell] = start(cell.folder, episodes, trust, one_thread=jobs > 1)
+                    running[cell] = start(cell.folder, episodes, trust, jobs > 1)
                     tally.status[cell] = "running"
                 time.sleep(WAIT)
                 for cell in [cell for cell, process in running.items() if process.poll() is not None]:
