@@ -5,7 +5,7 @@ OUT ?= runs/train-seed$(SEED)
 JOBS ?= 2
 
 TRAIN_EXTRAS = envpool,mujoco
-DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,sample
+DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample
 
 .PHONY: train test test-all lint types docs clean
 

@@ -11,6 +11,7 @@ import tyro
 
 from contraflow.cli.settings import Switch, find_preset
 from contraflow.compare import matrix
+from contraflow.compare.on_ray import run_on_ray
 from contraflow.compare.pool import Outcome, run_cells
 from contraflow.config import suggest
 from contraflow.envs import check
@@ -39,6 +40,8 @@ class Selection:
     """Agents that keep the networks and the optimiser of their preset; the report marks them."""
     jobs: int | None = None
     """Processes at a time, one thread each when there are several; None is one per core."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    """Run the cells as tasks of a Ray cluster: host:port, `auto` (the one on this machine) or `local` (a new one)."""
     quiet: Annotated[bool, Switch] = False
     """Only the closing lines."""
     trust: Annotated[bool, Switch] = False
@@ -53,6 +56,8 @@ class Compare(matrix.Settings, Selection):
         super().__post_init__()
         if self.seeds < 1 or (self.jobs is not None and self.jobs < 1):
             raise ValueError("seeds and jobs must be at least 1")
+        if self.ray is not None and self.jobs is not None:
+            raise ValueError("a Ray cluster decides how many cells run at a time: leave out jobs, or ray")
 
 
 def compare_command(args: list[str]) -> int:
@@ -70,8 +75,11 @@ def compare_command(args: list[str]) -> int:
     matrix.record(agents, envs, options.seeds, settings, own, options.out)
     if not any(type(agent).__name__ == "SIR" for agent in agents.values()) and not options.quiet:
         print("note: without `sir`, the actor-free agent, nothing shows what the critic does alone")
-    jobs = options.jobs or cores()
-    outcome = run_cells(cells, options.out, jobs, options.final_episodes, options.trust, options.quiet)
+    rest = options.final_episodes, options.trust, options.quiet
+    if options.ray is not None:
+        outcome = run_on_ray(cells, options.out, options.ray, *rest)
+    else:
+        outcome = run_cells(cells, options.out, options.jobs or cores(), *rest)
     return _finish(outcome, len(cells), options.out, args)
 
 

@@ -5,6 +5,7 @@ folder of an ordinary run, so nothing is lost with the process that looks after 
 """
 
 import dataclasses
+import fcntl
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,18 @@ def prepare(cell: Cell) -> State:
     folder.mkdir(parents=True, exist_ok=True)
     write_config(cell.run, folder)
     return now
+
+
+def at_work(folder: Path) -> bool:
+    """Whether a worker holds the lock of a cell, on this machine or another that shares its file system."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def failure(folder: Path) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from contraflow.compare.board import Board, last_return
@@ -33,72 +33,111 @@ class Outcome:
     interrupted: bool
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What has come of the cells so far, on a board."""
+
+    status: dict[Cell, str]
+    before: int
+    board: Board
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+    def waiting(self) -> list[Cell]:
+        return [cell for cell, status in self.status.items() if status == "waiting"]
+
+    def ended(self, cell: Cell, reason: str | None) -> None:
+        """Note that a cell is done, or why it failed."""
+        self.status[cell] = "done" if reason is None else "failed"
+        if reason is not None:
+            self.failed[cell] = reason
+        score = last_return(cell.folder)
+        how = f"done, last return {score:.1f}" if reason is None and score is not None else self.status[cell]
+        self.board.note(f"{cell}: {how if reason is None else f'failed: {reason}'}")
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.before, sum(s == "done" for s in self.status.values()) - self.before, self.failed, False)
+
+    def interrupted(self) -> Outcome:
+        """After the last worker stopped; some may have come to an end before they were told to."""
+        done = sum(state(cell.folder) == "done" for cell in self.status)
+        return Outcome(self.before, done - self.before, self.failed, True)
+
+
+@contextmanager
+def tallied(cells: Sequence[Cell], out: Path, quiet: bool) -> Iterator[Tally]:
+    """All cells prepared, and this process the only one that looks after them. Raises UserError as `run_cells`."""
+    with _alone(out):
+        status = {cell: "done" if prepare(cell) == "done" else "waiting" for cell in cells}
+        with Board(cells, status, quiet) as board:
+            yield Tally(status, sum(s == "done" for s in status.values()), board)
+
+
 def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust: bool, quiet: bool) -> Outcome:
     """Train and evaluate all cells that are not done, in order; cells that failed before are tried again.
 
     A failing cell does not stop the others. After Ctrl-C the workers save and stop; a second one kills them. Raises
     UserError, before anything runs, if another process is at this matrix or a folder is not a cell's.
     """
-    with _alone(out):
-        status = {cell: "done" if prepare(cell) == "done" else "waiting" for cell in cells}
-        before = sum(s == "done" for s in status.values())
-        waiting = [cell for cell in cells if status[cell] == "waiting"]
-        running: dict[Cell, subprocess.Popen[bytes]] = {}
-        failed: dict[Cell, str] = {}
-        with Board(cells, status, quiet) as board:
-            board.note(f"{len(cells)} cells, {before} done, {min(jobs, len(waiting))} at a time, in {out}")
-            try:
-                while waiting or running:
-                    while waiting and len(running) < jobs:
-                        cell = waiting.pop(0)
-                        running[cell] = start(cell, episodes, jobs, trust)
-                        status[cell] = "running"
-                    time.sleep(WAIT)
-                    for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                        process = running.pop(cell)
-                        reason = ended(cell, process.returncode)
-                        close(process)
-                        status[cell] = "done" if reason is None else "failed"
-                        if reason is not None:
-                            failed[cell] = reason
-                        score = last_return(cell.folder)
-                        how = f"done, last return {score:.1f}" if reason is None and score is not None else status[cell]
-                        board.note(f"{cell}: {how if reason is None else f'failed: {reason}'}")
-                    board.refresh()
-            except KeyboardInterrupt:
-                board.note(f"stopping: {len(running)} workers save first; Ctrl-C again kills them")
-                stop(list(running.values()))
-                done = sum(state(cell.folder) == "done" for cell in cells)
-                return Outcome(before, done - before, failed, True)
-        return Outcome(before, sum(s == "done" for s in status.values()) - before, failed, False)
+    with tallied(cells, out, quiet) as tally:
+        waiting, running = tally.waiting(), dict[Cell, subprocess.Popen[bytes]]()
+        here = f"{min(jobs, len(waiting))} at a time, in {out}"
+        tally.board.note(f"{len(cells)} cells, {tally.before} done, {here}")
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop(0)
+                    running[cell] = start(cell.folder, episodes, trust, jobs > 1)
+                    tally.status[cell] = "running"
+                time.sleep(WAIT)
+                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                    process = running.pop(cell)
+                    tally.ended(cell, ended(cell, process.returncode))
+                    close(process)
+                tally.board.refresh()
+        except KeyboardInterrupt:
+            tally.board.note(f"stopping: {len(running)} workers save first; Ctrl-C again kills them")
+            stop(list(running.values()))
+            return tally.interrupted()
+        return tally.outcome()
 
 
-def start(cell: Cell, episodes: int, jobs: int, trust: bool) -> subprocess.Popen[bytes]:
-    """A worker for the cell. Its standard input ends with this process, and a session of its own keeps Ctrl-C from it:
-    both are ours to pass on."""
-    command = [*WORKER, str(cell.folder.absolute()), str(episodes)]
+def start(
+    folder: Path, episodes: int, trust: bool, one_thread: bool, cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """A worker for the cell in `folder`. Its standard input ends with this process, and a session of its own keeps
+    Ctrl-C from it: both are ours to pass on."""
+    command = [*WORKER, str(folder.absolute()), str(episodes)]
     environ = dict(os.environ)
-    if jobs > 1:
+    if one_thread:
         # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
         environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with (cell.folder / LOG).open("ab") as log:
+    with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             command + ["--trust"] * trust,
-            env=environ, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            env=environ, cwd=cwd, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
 
 def ended(cell: Cell, code: int) -> str | None:
-    """Why the worker of a cell failed; None if it did not. A worker that was killed could not say: we do it for it."""
+    """Why the worker of a cell failed; None if it did not."""
+    return concluded(cell, f"the worker {how(code)}")
+
+
+def how(code: int) -> str:
+    """How a process ended that left no word."""
+    hint = " (out of memory?)" if code == -9 else ""
+    return f"was killed by signal {-code}{hint}" if code < 0 else f"ended with exit code {code}"
+
+
+def concluded(cell: Cell, reason: str) -> str | None:
+    """Why a cell failed; None if it did not. A worker that was killed could not say: `reason` stands in for it."""
     if state(cell.folder) == "done":
         return None
     if state(cell.folder) != "failed":
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        hint = " (out of memory?)" if code == -9 else ""
         write_json(
             cell.folder / FAILED,
-            {"schema": SCHEMA, "reason": f"the worker {how}{hint}; its log is {cell.folder / LOG}"},
+            {"schema": SCHEMA, "reason": f"{reason}; its log is {cell.folder / LOG}"},
         )
     return failure(cell.folder)
 
