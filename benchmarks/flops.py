@@ -44,7 +44,8 @@ def main(width: int | None = None, rows: int = 256) -> None:
     """Gigaflops per update of every preset's agent, and the share of the official RFM's."""
     official = update_products(PRESETS["rfm-paper"].agent, rows)
     for name, run in PRESETS.items():
-        agent = run.agent if width is None else replace(run.agent, width=width)
+        agent: Any = run.agent
+        agent = agent if width is None else replace(agent, width=width)
         counted = update_products(agent, rows)
         print(f"{name:16s} width {agent.width:4d} {counted / 1e9:8.3f} GFLOP   1/{official / counted:.1f} of rfm-paper")
 
