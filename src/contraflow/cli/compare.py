@@ -39,6 +39,8 @@ class Selection:
     """Agents that keep the networks and the optimiser of their preset; the report marks them."""
     jobs: int | None = None
     """Processes at a time, one thread each when there are several; None is one per core."""
+    together: Annotated[bool, Switch] = False
+    """Where an environment is written in JAX, train all seeds of an agent at once, in one process and one program."""
     quiet: Annotated[bool, Switch] = False
     """Only the closing lines."""
     trust: Annotated[bool, Switch] = False
@@ -71,7 +73,9 @@ def compare_command(args: list[str]) -> int:
     if not any(type(agent).__name__ == "SIR" for agent in agents.values()) and not options.quiet:
         print("note: without `sir`, the actor-free agent, nothing shows what the critic does alone")
     jobs = options.jobs or cores()
-    outcome = run_cells(cells, options.out, jobs, options.final_episodes, options.trust, options.quiet)
+    outcome = run_cells(
+        cells, options.out, jobs, options.final_episodes, options.trust, options.quiet, options.together
+    )
     return _finish(outcome, len(cells), options.out, args)
 
 

@@ -1,4 +1,4 @@
-"""Workers for the cells of a matrix: at most `jobs` at a time, each a fresh process.
+"""Workers for the cells of a matrix: at most `jobs` at a time, each a fresh process for one cell or a group of them.
 
 Processes share nothing but the folders: what is done is read off them, so killing any of them, or this one, loses only
 the steps since the last checkpoint.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contraflow.compare.board import Board, last_return
-from contraflow.compare.matrix import FAILED, LOG, SCHEMA, Cell, failure, prepare, state, write_json
+from contraflow.compare.matrix import FAILED, LOG, SCHEMA, Cell, failure, grouped, prepare, state, write_json
 from contraflow.types import UserError
 
 WAIT = 0.2  # seconds between two looks at the workers
@@ -33,37 +33,43 @@ class Outcome:
     interrupted: bool
 
 
-def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust: bool, quiet: bool) -> Outcome:
+def run_cells(
+    cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust: bool, quiet: bool, together: bool = False
+) -> Outcome:
     """Train and evaluate all cells that are not done, in order; cells that failed before are tried again.
 
-    A failing cell does not stop the others. After Ctrl-C the workers save and stop; a second one kills them. Raises
-    UserError, before anything runs, if another process is at this matrix or a folder is not a cell's.
+    With `together`, one worker gets all cells that one program can train. A failing cell does not stop the others.
+    After Ctrl-C the workers save and stop; a second one kills them. Raises UserError, before anything runs, if another
+    process is at this matrix or a folder is not a cell's.
     """
     with _alone(out):
         status = {cell: "done" if prepare(cell) == "done" else "waiting" for cell in cells}
         before = sum(s == "done" for s in status.values())
         waiting = [cell for cell in cells if status[cell] == "waiting"]
-        running: dict[Cell, subprocess.Popen[bytes]] = {}
+        groups = grouped(waiting, trust) if together else [(cell,) for cell in waiting]
+        running: dict[tuple[Cell, ...], subprocess.Popen[bytes]] = {}
         failed: dict[Cell, str] = {}
         with Board(cells, status, quiet) as board:
-            board.note(f"{len(cells)} cells, {before} done, {min(jobs, len(waiting))} at a time, in {out}")
+            most = min(jobs, len(groups))
+            board.note(f"{len(cells)} cells, {before} done, {most} process{'es' * (most != 1)} at a time, in {out}")
             try:
-                while waiting or running:
-                    while waiting and len(running) < jobs:
-                        cell = waiting.pop(0)
-                        running[cell] = start(cell, episodes, jobs, trust)
-                        status[cell] = "running"
+                while groups or running:
+                    while groups and len(running) < jobs:
+                        group = groups.pop(0)
+                        running[group] = start(group, episodes, jobs, trust)
+                        status |= dict.fromkeys(group, "running")
                     time.sleep(WAIT)
-                    for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                        process = running.pop(cell)
-                        reason = ended(cell, process.returncode)
+                    for group in [group for group, process in running.items() if process.poll() is not None]:
+                        process = running.pop(group)
                         close(process)
-                        status[cell] = "done" if reason is None else "failed"
-                        if reason is not None:
-                            failed[cell] = reason
-                        score = last_return(cell.folder)
-                        how = f"done, last return {score:.1f}" if reason is None and score is not None else status[cell]
-                        board.note(f"{cell}: {how if reason is None else f'failed: {reason}'}")
+                        for cell in group:
+                            reason = ended(cell, process.returncode)
+                            status[cell] = "done" if reason is None else "failed"
+                            if reason is not None:
+                                failed[cell] = reason
+                            score = last_return(cell.folder)
+                            how = "done" if score is None else f"done, last return {score:.1f}"
+                            board.note(f"{cell}: {how if reason is None else f'failed: {reason}'}")
                     board.refresh()
             except KeyboardInterrupt:
                 board.note(f"stopping: {len(running)} workers save first; Ctrl-C again kills them")
@@ -73,16 +79,20 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust:
         return Outcome(before, sum(s == "done" for s in status.values()) - before, failed, False)
 
 
-def start(cell: Cell, episodes: int, jobs: int, trust: bool) -> subprocess.Popen[bytes]:
-    """A worker for the cell. Its standard input ends with this process, and a session of its own keeps Ctrl-C from it:
+def start(group: Sequence[Cell], episodes: int, jobs: int, trust: bool) -> subprocess.Popen[bytes]:
+    """A worker for the cells. Its standard input ends with this process, and a session of its own keeps Ctrl-C from it:
     both are ours to pass on."""
-    command = [*WORKER, str(cell.folder.absolute()), str(episodes)]
+    command = [*WORKER, *(str(cell.folder.absolute()) for cell in group), str(episodes)]
     environ = dict(os.environ)
     if jobs > 1:
         # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
         environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with (cell.folder / LOG).open("ab") as log:
+    first, *others = (cell.folder / LOG for cell in group)
+    for place in others:
+        with place.open("a") as log:
+            log.write(f"trained together with others: see {first}\n")
+    with first.open("ab") as log:
         return subprocess.Popen(
             command + ["--trust"] * trust,
             env=environ, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
