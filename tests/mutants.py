@@ -37,6 +37,7 @@ class Mutant:
 
 
 COMPARE, REPORT = "compare/", "report/"
+TOGETHER = COMPARE + "test_compare_together.py::"
 POSTERIOR = "flow/test_flow_posterior.py::"
 MARKOV = "flow/test_flow_markov.py::"
 RFM = "agents/test_rfm.py::"
@@ -500,7 +501,7 @@ MUTANTS = (
     Mutant(
         "an interrupted cell counts as done",
         "compare/worker.py",
-        "if result.interrupted:",
+        "if outcome.interrupted:",
         "if False:",
         (COMPARE + "test_compare_worker.py" + "::test_an_interrupted_cell_is_not_failed_and_goes_on",),
     ),
@@ -510,6 +511,104 @@ MUTANTS = (
         'load(folder / "best", trust=trust)',
         "load(folder, trust=trust)",
         (COMPARE + "test_compare_worker.py" + "::test_a_flow_is_evaluated_with_one_particle_and_without_its_actor",),
+    ),
+    Mutant(
+        "seeds at different steps are trained together",
+        "compare/matrix.py",
+        "(cell.agent, cell.env, checkpoint.latest(cell.folder) or 0)",
+        "(cell.agent, cell.env)",
+        (TOGETHER + "test_seeds_that_have_parted_are_not_trained_together",),
+    ),
+    Mutant(
+        "seeds without a first checkpoint are apart from those with one",
+        "compare/matrix.py",
+        "checkpoint.latest(cell.folder) or 0",
+        "checkpoint.latest(cell.folder)",
+        (TOGETHER + "test_seeds_that_have_parted_are_not_trained_together",),
+    ),
+    Mutant(
+        "agents of one environment are trained together",
+        "compare/matrix.py",
+        "(cell.agent, cell.env, checkpoint",
+        "(cell.env, checkpoint",
+        (TOGETHER + "test_seeds_of_one_agent_on_one_environment_make_a_group",),
+    ),
+    Mutant(
+        "seeds of host simulators share a process",
+        "envs/__init__.py",
+        "return env.spec.jittable",
+        "return True",
+        (TOGETHER + "test_environments_that_are_not_written_in_jax_keep_one_process_each",),
+    ),
+    Mutant(
+        "simulators are built to see whether they are written in JAX",
+        "envs/__init__.py",
+        'if not colon or prefix in ("envpool", "gym"):',
+        "if False:",
+        (TOGETHER + "test_environments_that_are_not_written_in_jax_keep_one_process_each",),
+    ),
+    Mutant(
+        "an environment that cannot be built stops the matrix",
+        "compare/matrix.py",
+        "except Exception:  # whatever",
+        "except UserError:  # whatever",
+        (TOGETHER + "test_environments_that_are_not_written_in_jax_keep_one_process_each",),
+    ),
+    Mutant(
+        "a checkpoint that is being written counts",
+        "train/checkpoint.py",
+        "sorted(int(place.name) for place in places if place.is_dir() and place.name.isdecimal())",
+        'sorted(int(place.name.split(".")[0]) for place in places if place.name[0].isdecimal())',
+        (TOGETHER + "test_seeds_that_have_parted_are_not_trained_together",),
+    ),
+    Mutant(
+        "the end of one seed is taken for that of another",
+        "train/seeds.py",
+        "{run.seed: failed.get(i, results[i]) for i, run in enumerate(runs)}",
+        "{run.seed: failed.get(-1 - i, results[i]) for i, run in enumerate(runs)}",
+        (TOGETHER + "test_each_seed_is_the_cell_that_it_would_be_alone",),
+    ),
+    Mutant(
+        "an interrupted group starts again",
+        "train/seeds.py",
+        "return _drive(runs, folder, folders, envs, restored, quiet)",
+        "return _drive(runs, folder, folders, envs, None, quiet)",
+        (TOGETHER + "test_an_interrupted_group_goes_on",),
+    ),
+    Mutant(
+        "one bad evaluation fails the whole group",
+        "compare/worker.py",
+        "        except Exception as error:\n            _trace(error)\n            outcome = error",
+        "        except ZeroDivisionError as error:\n            _trace(error)\n            outcome = error",
+        (TOGETHER + "test_a_policy_that_cannot_be_evaluated_leaves_the_others_done",),
+    ),
+    Mutant(
+        "done seeds of a group are trained again",
+        "compare/worker.py",
+        "todo = [folder for folder in folders if not (folder / FINAL).exists()]",
+        "todo = list(folders)",
+        (TOGETHER + "test_each_seed_ends_as_it_ended",),
+    ),
+    Mutant(
+        "a failed seed hides behind the others of its group",
+        "compare/pool.py",
+        "reason = ended(cell, process.returncode)",
+        "reason = ended(group[0], process.returncode)",
+        (COMPARE + "test_compare_pool.py",),
+    ),
+    Mutant(
+        "seeds are trained together unasked",
+        "compare/pool.py",
+        "grouped(waiting, trust) if together else",
+        "grouped(waiting, trust) if True else",
+        (COMPARE + "test_compare_pool.py",),
+    ),
+    Mutant(
+        "--together is not heard",
+        "cli/compare.py",
+        "options.quiet, options.together",
+        "options.quiet, False",
+        (COMPARE + "test_compare_cli.py",),
     ),
     Mutant(
         "environments are not looked up",
@@ -632,7 +731,7 @@ def run(source: Path, tests: tuple[str, ...], cache: Path) -> tuple[int, str]:
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": flags}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache / threading.current_thread().name)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not gpu"]
     paths = [str(Path("tests") / t) for t in tests]
     for _ in range(4):
         try:

@@ -76,6 +76,19 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, monkeypat
     assert cli(*flags(tmp_path / "m", agents="rfm,sir", seeds="3"))[0] == 0
 
 
+def test_seeds_are_trained_together_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def run_cells(*args):
+        asked.append(args[-1])
+        return pool.Outcome(0, 1, {}, False)
+
+    monkeypatch.setattr("contraflow.cli.compare.run_cells", run_cells)
+    for more in ([], ["--together"]):
+        assert cli(*flags(tmp_path / "m"), *more)[0] == 0
+    assert asked == [False, True]
+
+
 def test_help_shows_the_selection_before_the_settings():
     for command in ("compare", "report"):
         code, out, err = cli(command, "--help")

@@ -122,6 +122,44 @@ def test_ctrl_c_lets_the_workers_save(
     assert [state(cell.folder) for cell in cells] == ["started"] * 3, "interrupted is not failed"
 
 
+def test_a_group_gets_one_worker_and_each_cell_its_own_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fake(
+        monkeypatch,
+        """
+        print("hello")
+        done()
+        (Path(sys.argv[2]) / "failed.json").write_text(json.dumps({"reason": "nan"}))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    cells = cells_in(tmp_path)
+    outcome = run_cells(cells, tmp_path, 2, 1, False, False, together=True)
+    assert (outcome.before, outcome.done, list(outcome.failed)) == (0, 1, cells[1:])
+    assert outcome.failed[cells[1]] == "nan" and "was killed by signal 9" in outcome.failed[cells[2]]
+    assert [seed for seed, *_ in calls(tmp_path)] == ["0"], "one process"
+    assert "3 cells, 0 done, 1 process at a time" in capsys.readouterr().out
+    logs = [(cell.folder / "worker.log").read_text() for cell in cells]
+    assert logs[0] == "hello\n" and all(str(cells[0].folder / "worker.log") in log for log in logs[1:])
+    fake(monkeypatch, "done(); folder = Path(sys.argv[2]); done(); print(sys.argv[3:])")
+    again = run_cells(cells, tmp_path, 2, 7, True, True, together=True)
+    assert (again.before, again.done, again.failed) == (1, 2, {}), "only those that are not done"
+    assert (cells[1].folder / "worker.log").read_text().endswith("['7', '--trust']\n")
+
+
+def test_no_groups_unasked_or_of_environments_that_are_not_written_in_jax(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fake(monkeypatch, "done()")
+    assert run_cells(cells_in(tmp_path), tmp_path, 2, 1, False, True).done == 3
+    assert sorted(seed for seed, *_ in calls(tmp_path)) == ["0", "1", "2"]
+    cells = plan({"sir": SIR()}, ["tests.cli_helpers:pointer"], 3, SETTINGS, frozenset(), tmp_path)
+    assert run_cells(cells, tmp_path, 2, 1, True, True, together=True).done == 3
+    rows = (cells[0].folder.parent / "calls").read_text().splitlines()
+    assert sorted(row.split()[0] for row in rows) == ["0", "1", "2"]
+
+
 def test_the_command_after_ctrl_c_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupt(*args):
         raise KeyboardInterrupt

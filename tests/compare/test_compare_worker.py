@@ -37,7 +37,7 @@ def folder_of(run, tmp_path: Path) -> Path:
 def test_what_a_worker_leaves(tmp_path: Path):
     folder = folder_of(GUESS, tmp_path)
     (folder / FAILED).write_text('{"reason": "the last time"}')
-    assert worker.work(folder, 3, True) == 0
+    assert worker.work([folder], 3, True) == 0
     final = json.loads((folder / FINAL).read_text())
     rows = {(row["policy"], row["rule"]): row for row in final["evaluations"]}
     assert set(rows) == {("last", "own"), ("best", "own"), ("random", "own")}
@@ -45,7 +45,7 @@ def test_what_a_worker_leaves(tmp_path: Path):
     assert {"python", "jax", "contraflow"} <= set(final["versions"]) and final["machine"]["cores"]
     assert state(folder) == "done" and not (folder / FAILED).exists()
     before = (folder / FINAL).stat().st_mtime_ns, (folder / "metrics.jsonl").stat().st_mtime_ns
-    assert worker.work(folder, 3, True) == 0
+    assert worker.work([folder], 3, True) == 0
     assert before == ((folder / FINAL).stat().st_mtime_ns, (folder / "metrics.jsonl").stat().st_mtime_ns)
 
 
@@ -53,7 +53,7 @@ def test_random_actions_are_random(tmp_path: Path):
     """Reward -(a - 1/2)^2 has the mean -7/12 under uniform actions; the agent always gives tanh(bias)."""
     run = replace(GUESS, env="tests.cli_helpers:pointer")
     folder = folder_of(run, tmp_path)
-    assert worker.work(folder, 200, True) == 0
+    assert worker.work([folder], 200, True) == 0
     rows = {row["policy"]: row for row in json.loads((folder / FINAL).read_text())["evaluations"]}
     random = rows["random"]["returns"]
     assert abs(sum(random) / 200 / 5 + 7 / 12) < 0.06  # std of one reward .56, 1000 of them
@@ -64,7 +64,7 @@ def test_a_failure_leaves_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     folder = folder_of(replace(GUESS, agent=Guess(explode_at=3)), tmp_path)
-    assert worker.work(folder, 1, True) == 1
+    assert worker.work([folder], 1, True) == 1
     reason = json.loads((folder / FAILED).read_text())["reason"]
     assert reason.startswith("guess_loss became inf between steps") and "\n" not in reason
     assert "Traceback" not in capsys.readouterr().err and state(folder) == "failed"
@@ -73,7 +73,7 @@ def test_a_failure_leaves_its_reason(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(worker, "resume", broken)
-    assert worker.work(folder, 1, True) == 1
+    assert worker.work([folder], 1, True) == 1
     assert json.loads((folder / FAILED).read_text())["reason"] == "ZeroDivisionError: a bug"
     assert "Traceback" in capsys.readouterr().err, "its log says where"
 
@@ -89,9 +89,9 @@ def test_an_interrupted_cell_is_not_failed_and_goes_on(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(driver, "epoch", stopped)
-        assert worker.work(folder, 1, True) == 130
+        assert worker.work([folder], 1, True) == 130
     assert state(folder) == "started" and not (folder / FINAL).exists()
-    assert worker.work(folder, 1, True) == 0
+    assert worker.work([folder], 1, True) == 0
     assert [row["step"] for row in read_evaluations(folder)] == [20, 40]
 
 

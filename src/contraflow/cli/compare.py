@@ -40,6 +40,8 @@ class Selection:
     """Agents that keep the networks and the optimiser of their preset; the report marks them."""
     jobs: int | None = None
     """Processes at a time, one thread each when there are several; None is one per core."""
+    together: Annotated[bool, Switch] = False
+    """Where an environment is written in JAX, train all seeds of an agent at once, in one process and one program."""
     ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
     """Run the cells as tasks of a Ray cluster: host:port, `auto` (the one on this machine) or `local` (a new one)."""
     quiet: Annotated[bool, Switch] = False
@@ -58,6 +60,8 @@ class Compare(matrix.Settings, Selection):
             raise ValueError("seeds and jobs must be at least 1")
         if self.ray is not None and self.jobs is not None:
             raise ValueError("a Ray cluster decides how many cells run at a time: leave out jobs, or ray")
+        if self.ray is not None and self.together:
+            raise ValueError("a task of Ray is one cell: leave out together, or ray")
 
 
 def compare_command(args: list[str]) -> int:
@@ -79,7 +83,7 @@ def compare_command(args: list[str]) -> int:
     if options.ray is not None:
         outcome = run_on_ray(cells, options.out, options.ray, *rest)
     else:
-        outcome = run_cells(cells, options.out, options.jobs or cores(), *rest)
+        outcome = run_cells(cells, options.out, options.jobs or cores(), *rest, options.together)
     return _finish(outcome, len(cells), options.out, args)
 
 

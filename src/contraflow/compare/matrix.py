@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contraflow.config import VERSION, to_json
+from contraflow.envs import jittable
+from contraflow.train import checkpoint
 from contraflow.train.run import Run, write_config
 from contraflow.types import UserError
 
@@ -229,6 +231,27 @@ def at_work(folder: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def grouped(cells: Sequence[Cell], trust: bool) -> list[tuple[Cell, ...]]:
+    """The cells in groups that one program can train: one agent on one environment written in JAX, at the same step.
+
+    Seeds that have parted, and cells of other environments, are groups of their own.
+    """
+    in_jax = {env: _in_jax(env, trust) for env in dict.fromkeys(cell.env for cell in cells)}
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        # The start is checkpoint 0, also where it has not been written yet.
+        alike = (cell.agent, cell.env, checkpoint.latest(cell.folder) or 0) if in_jax[cell.env] else cell
+        groups.setdefault(alike, []).append(cell)
+    return [tuple(group) for group in groups.values()]
+
+
+def _in_jax(env: str, trust: bool) -> bool:
+    try:
+        return jittable(env, trust=trust)
+    except Exception:  # whatever the user's own code raises: its cells will fail, each with the reason
+        return False
 
 
 def failure(folder: Path) -> str:

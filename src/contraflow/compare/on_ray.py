@@ -62,7 +62,7 @@ def attempt(folder: Path, cwd: Path, episodes: int, trust: bool) -> str | None:
     Raises ChildProcessError, after which Ray tries again, if the worker ended without a word.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Ray hides no GPU from tasks that asked for none
-    process = start(folder, episodes, trust, one_thread=True, cwd=cwd)
+    process = start([folder], episodes, trust, one_thread=True, cwd=cwd)
     try:
         while process.poll() is None:
             time.sleep(WAIT)  # a cancelled task is interrupted here, but not inside process.wait()

@@ -1,4 +1,4 @@
-"""Workers for the cells of a matrix: at most `jobs` at a time, each a fresh process.
+"""Workers for the cells of a matrix: at most `jobs` at a time, each a fresh process for one cell or a group of them.
 
 Processes share nothing but the folders: what is done is read off them, so killing any of them, or this one, loses only
 the steps since the last checkpoint.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contraflow.compare.board import Board, last_return
-from contraflow.compare.matrix import FAILED, LOG, SCHEMA, Cell, failure, prepare, state, write_json
+from contraflow.compare.matrix import FAILED, LOG, SCHEMA, Cell, failure, grouped, prepare, state, write_json
 from contraflow.types import UserError
 
 WAIT = 0.2  # seconds between two looks at the workers
@@ -72,27 +72,34 @@ def tallied(cells: Sequence[Cell], out: Path, quiet: bool) -> Iterator[Tally]:
             yield Tally(status, sum(s == "done" for s in status.values()), board)
 
 
-def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust: bool, quiet: bool) -> Outcome:
+def run_cells(
+    cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust: bool, quiet: bool, together: bool = False
+) -> Outcome:
     """Train and evaluate all cells that are not done, in order; cells that failed before are tried again.
 
-    A failing cell does not stop the others. After Ctrl-C the workers save and stop; a second one kills them. Raises
-    UserError, before anything runs, if another process is at this matrix or a folder is not a cell's.
+    With `together`, one worker gets all cells that one program can train. A failing cell does not stop the others.
+    After Ctrl-C the workers save and stop; a second one kills them. Raises UserError, before anything runs, if another
+    process is at this matrix or a folder is not a cell's.
     """
     with tallied(cells, out, quiet) as tally:
-        waiting, running = tally.waiting(), dict[Cell, subprocess.Popen[bytes]]()
-        here = f"{min(jobs, len(waiting))} at a time, in {out}"
-        tally.board.note(f"{len(cells)} cells, {tally.before} done, {here}")
+        waiting = tally.waiting()
+        groups = grouped(waiting, trust) if together else [(cell,) for cell in waiting]
+        running: dict[tuple[Cell, ...], subprocess.Popen[bytes]] = {}
+        most = min(jobs, len(groups))
+        processes = f"{most} process{'es' * (most != 1)} at a time, in {out}"
+        tally.board.note(f"{len(cells)} cells, {tally.before} done, {processes}")
         try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    cell = waiting.pop(0)
-                    running[cell] = start(cell.folder, episodes, trust, jobs > 1)
-                    tally.status[cell] = "running"
+            while groups or running:
+                while groups and len(running) < jobs:
+                    group = groups.pop(0)
+                    running[group] = start([cell.folder for cell in group], episodes, trust, jobs > 1)
+                    tally.status.update(dict.fromkeys(group, "running"))
                 time.sleep(WAIT)
-                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
-                    process = running.pop(cell)
-                    tally.ended(cell, ended(cell, process.returncode))
+                for group in [group for group, process in running.items() if process.poll() is not None]:
+                    process = running.pop(group)
                     close(process)
+                    for cell in group:
+                        tally.ended(cell, ended(cell, process.returncode))
                 tally.board.refresh()
         except KeyboardInterrupt:
             tally.board.note(f"stopping: {len(running)} workers save first; Ctrl-C again kills them")
@@ -102,17 +109,21 @@ def run_cells(cells: Sequence[Cell], out: Path, jobs: int, episodes: int, trust:
 
 
 def start(
-    folder: Path, episodes: int, trust: bool, one_thread: bool, cwd: Path | None = None
+    folders: Sequence[Path], episodes: int, trust: bool, one_thread: bool, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """A worker for the cell in `folder`. Its standard input ends with this process, and a session of its own keeps
+    """A worker for the cells in `folders`. Its standard input ends with this process, and a session of its own keeps
     Ctrl-C from it: both are ours to pass on."""
-    command = [*WORKER, str(folder.absolute()), str(episodes)]
+    command = [*WORKER, *(str(folder.absolute()) for folder in folders), str(episodes)]
     environ = dict(os.environ)
     if one_thread:
         # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
         environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with (folder / LOG).open("ab") as log:
+    first, *others = (folder / LOG for folder in folders)
+    for place in others:
+        with place.open("a") as log:
+            log.write(f"trained together with others: see {first}\n")
+    with first.open("ab") as log:
         return subprocess.Popen(
             command + ["--trust"] * trust,
             env=environ, cwd=cwd, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,

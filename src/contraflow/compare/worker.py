@@ -1,8 +1,8 @@
-"""One cell in a process of its own: `python -m contraflow.compare.worker FOLDER EPISODES [--trust]`.
+"""One cell, or several at once, in a process: `python -m contraflow.compare.worker FOLDER... EPISODES [--trust]`.
 
 The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
-the reason. It saves and stops on SIGTERM and when its standard input ends, which is what happens when the process that
-started it dies. Whoever trains several cells in one process (seeds batched by `vmap`) writes the same files.
+the reason. Runs in several folders, which differ in their seeds only, are trained by one program. The process saves and
+stops on SIGTERM and when its standard input ends, which is what happens when the process that started it dies.
 """
 
 import fcntl
@@ -13,8 +13,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from contraflow.rl.select import First
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.train.evaluate import evaluate
-from contraflow.train.run import resume
+from contraflow.train.run import Result, resume
+from contraflow.train.seeds import resume_together
 from contraflow.types import UserError
 
 SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
@@ -36,32 +37,58 @@ PACKAGES = ("contraflow", "jax", "jaxlib", "equinox", "optax", "numpy", "envpool
 DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 
-def work(folder: Path, episodes: int, trust: bool) -> int:
-    """Train, evaluate, and say how it ended: 0 done, 1 failed, 130 stopped and saved."""
-    with _alone(folder):
-        if (folder / FINAL).exists():
-            return DONE
-        (folder / FAILED).unlink(missing_ok=True)
+def work(folders: Sequence[Path], episodes: int, trust: bool) -> int:
+    """Train, evaluate, and say how it ended: 0 all done, 1 one failed, 130 stopped and saved."""
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_alone(folder))
+        todo = [folder for folder in folders if not (folder / FINAL).exists()]
+        for folder in todo:
+            (folder / FAILED).unlink(missing_ok=True)
+        outcomes = zip(todo, _train(todo, trust), strict=True)
+        return max((_finish(folder, outcome, episodes, trust) for folder, outcome in outcomes), default=DONE)
+
+
+def _train(folders: list[Path], trust: bool) -> list[Result | Exception]:
+    """For each folder the result of its training, or why it failed."""
+    try:
+        if len(folders) > 1:
+            return list(resume_together(folders, trust=trust).values())
+        return [resume(folder, trust=trust, quiet=True) for folder in folders]
+    except Exception as error:
+        _trace(error)
+        return [error] * len(folders)
+
+
+def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: bool) -> int:
+    """Evaluate what was trained; final.json, or failed.json with the reason."""
+    if isinstance(outcome, Result):
+        if outcome.interrupted:
+            return INTERRUPTED
         try:
-            result = resume(folder, trust=trust, quiet=True)
-            if result.interrupted:
-                return INTERRUPTED
             rows = final_evaluations(folder, episodes, trust)
         except Exception as error:
-            if not isinstance(error, UserError):
-                traceback.print_exc()
-            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            reason = " ".join(str(error).split())[:400]
-            write_json(folder / FAILED, {"schema": SCHEMA, "reason": name + reason})
-            return BROKEN
-        write_json(
-            folder / FINAL,
-            {
-                "schema": SCHEMA, "episodes": episodes, "seed": SEED, "evaluations": rows, "machine": machine(),
-                "versions": versions(),
-            },
-        )  # fmt: skip
-        return DONE
+            _trace(error)
+            outcome = error
+        else:
+            write_json(
+                folder / FINAL,
+                {
+                    "schema": SCHEMA, "episodes": episodes, "seed": SEED, "evaluations": rows, "machine": machine(),
+                    "versions": versions(),
+                },
+            )  # fmt: skip
+            return DONE
+    name = "" if isinstance(outcome, UserError) else f"{type(outcome).__name__}: "
+    reason = " ".join(str(outcome).split())[:400]
+    write_json(folder / FAILED, {"schema": SCHEMA, "reason": name + reason})
+    return BROKEN
+
+
+def _trace(error: Exception) -> None:
+    """Where it happened, into the log, unless the message was written for the user."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
 
 
 def final_evaluations(folder: Path, episodes: int, trust: bool) -> list[dict[str, Any]]:
@@ -135,7 +162,8 @@ def _stop_with_parent() -> None:
 
 def main(args: list[str]) -> int:
     _stop_with_parent()
-    return work(Path(args[0]), int(args[1]), "--trust" in args[2:])
+    *folders, episodes = (arg for arg in args if arg != "--trust")
+    return work([Path(folder) for folder in folders], int(episodes), "--trust" in args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Environments: `make(id, num_envs, seed)` builds one, `check(id)` only looks it up, `available()` lists the ids.
+"""Environments: `make(id, num_envs, seed)` builds one, `check(id)` only looks it up, `available()` lists the ids,
+`jittable(id)` says whether one is written in JAX.
 
 The simulators are optional packages; each is imported when an environment of its kind is made, not before.
 """
@@ -82,6 +83,19 @@ def check(id: str, *, trust: bool = False) -> None:
         make(id, trust=trust)
 
 
+def jittable(id: str, *, trust: bool = False) -> bool:
+    """Whether the environment is written in JAX. No simulator of `envpool:` or `gym:` is built to tell.
+
+    Code of the user's own is built: nothing else says it. Raises as `make` does.
+    """
+    prefix, colon, _ = id.partition(":")
+    if not colon or prefix in ("envpool", "gym"):
+        return False
+    env = make(id, trust=trust)
+    getattr(env, "close", lambda: None)()
+    return env.spec.jittable
+
+
 def available() -> dict[str, list[str]]:
     """Ids of continuous-control environments by prefix; empty lists where the package is not installed.
 
@@ -134,4 +148,4 @@ def _load(id: str) -> Callable[..., Env]:
         raise UserError(f"environment {id} cannot be loaded ({error}); give it as package.module:Class") from error
 
 
-__all__ = ["Env", "available", "check", "make"]
+__all__ = ["Env", "available", "check", "jittable", "make"]

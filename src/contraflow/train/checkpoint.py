@@ -153,11 +153,11 @@ def latest(folder: Path) -> int | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints that are kept."""
-    if not (folder / "checkpoints").is_dir():
-        return []
-    with _manager(folder) as manager:
-        return list(manager.all_steps())
+    """The steps of the complete checkpoints that are kept, in order."""
+    # By their names, which incomplete ones do not have yet: opening Orbax would start JAX, and with it claim a GPU, in
+    # processes that only look after others.
+    places = (folder / "checkpoints").glob("*")
+    return sorted(int(place.name) for place in places if place.is_dir() and place.name.isdecimal())
 
 
 def load(folder: Path, step: int, like: PyTree) -> PyTree:

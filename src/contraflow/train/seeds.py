@@ -64,7 +64,7 @@ def train_seeds(
             place.mkdir(parents=True)
             write_config(one, place)
         (folder / INDEX).write_text(json.dumps({"schema": SCHEMA, "seeds": list(seeds)}))
-        return _drive(runs, folder, folders, envs, None, quiet)
+        return _all_sound(_drive(runs, folder, folders, envs, None, quiet))
 
 
 def resume_seeds(
@@ -74,8 +74,22 @@ def resume_seeds(
 
     Raises UserError if they no longer agree, for one that went on alone: then each can be continued alone.
     """
-    folder = Path(out)
-    folders = seed_folders(folder)
+    return _all_sound(_continue(seed_folders(Path(out)), Path(out), steps, trust, quiet))
+
+
+def resume_together(folders: Sequence[Path], *, trust: bool = False) -> dict[int, Result | UserError]:
+    """Continue the runs in `folders`, wherever they lie, together; by seed, in their order, results or why one failed.
+
+    For runs that differ in their seeds only; without a checkpoint they start. Raises UserError, as `resume_seeds`, if
+    they have no checkpoint in common, and for what keeps all of them from going on.
+    """
+    return _continue(folders, folders[0], None, trust, quiet=True)
+
+
+def _continue(
+    folders: Sequence[Path], folder: Path, steps: int | None, trust: bool, quiet: bool
+) -> dict[int, Result | UserError]:
+    """`folder` is what messages tell the user to continue."""
     runs = [read_config(place, trust) for place in folders]
     alone = f"continue each alone: `contraflow resume {folders[0]}`"
     if any(replace(one, seed=0) != replace(runs[0], seed=0) for one in runs):
@@ -90,9 +104,22 @@ def resume_seeds(
     check_trackers(runs[0].trackers)
     envs = _environments(runs[0], trust)
     with checkpoint.full_disk_named(folder):
-        for one, place in zip(runs, folders, strict=True):
-            write_config(one, place)
+        if steps is not None:
+            for one, place in zip(runs, folders, strict=True):
+                write_config(one, place)
         return _drive(runs, folder, folders, envs, restored, quiet)
+
+
+def _all_sound(outcomes: dict[int, Result | UserError]) -> list[Result]:
+    """The results. Raises UserError naming the seeds that failed, if any did."""
+    results = [outcome for outcome in outcomes.values() if isinstance(outcome, Result)]
+    failed = {seed: outcome for seed, outcome in outcomes.items() if isinstance(outcome, UserError)}
+    if failed:
+        names = "; ".join(f"seed {seed}: {problem}" for seed, problem in failed.items())
+        state = "saved" if any(result.interrupted for result in results) else "finished"
+        kept = f"; the other {len(results)} are {state}" if results else ""
+        raise UserError(f"{len(failed)} of {len(outcomes)} seeds failed{kept}; {names}")
+    return results
 
 
 def seed_folders(out: Path) -> list[Path]:
@@ -130,8 +157,8 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def _drive(
-    runs: list[Run], out: Path, folders: list[Path], envs: tuple[Env, Env], restored: int | None, quiet: bool
-) -> list[Result]:
+    runs: list[Run], out: Path, folders: Sequence[Path], envs: tuple[Env, Env], restored: int | None, quiet: bool
+) -> dict[int, Result | UserError]:
     """As `run._drive`, for all seeds in step. One that fails is left out from there on; the others are finished."""
     (env, eval_env), run = envs, runs[0]
     k_start, k_run, k_eval = (jnp.stack(keys) for keys in zip(*map(root_keys, runs), strict=True))
@@ -190,11 +217,7 @@ def _drive(
         if signals:
             save()
     results = [Result(r.folder, taken, r.finish(bool(signals)), bool(signals)) for r in records]
-    if failed:
-        names = "; ".join(f"seed {runs[i].seed}: {problem}" for i, problem in failed.items())
-        kept = f"; the other {len(live)} are {'saved' if signals else 'finished'}" if live else ""
-        raise UserError(f"{len(failed)} of {len(runs)} seeds failed{kept}; {names}")
-    return results
+    return {run.seed: failed.get(i, results[i]) for i, run in enumerate(runs)}
 
 
 def _common_step(carry: Carry, run: Run) -> int:
