@@ -68,8 +68,10 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path, mon
     assert time.monotonic() - start < 5
 
 
-def test_ray_decides_how_many_run(tmp_path: Path):
-    assert_refused([*GOOD, "--out", str(tmp_path / "m"), "--ray", "auto", "--jobs", "2"], "leave out jobs, or ray")
+def test_ray_decides_how_many_run_and_where(tmp_path: Path):
+    ray = [*GOOD, "--out", str(tmp_path / "m"), "--ray", "auto"]
+    assert_refused([*ray, "--jobs", "2"], "leave out jobs, or ray")
+    assert_refused([*ray, "--together"], "leave out together, or ray")
 
 
 def test_what_a_task_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
