@@ -424,8 +424,8 @@ MUTANTS = (
     Mutant(
         "a done cell is run again",
         "compare/pool.py",
-        'waiting = [cell for cell in cells if status[cell] == "waiting"]',
-        "waiting = list(cells)",
+        'return [cell for cell, status in self.status.items() if status == "waiting"]',
+        "return list(self.status)",
         (COMPARE + "test_compare_pool.py",),
     ),
     Mutant(
@@ -459,8 +459,8 @@ MUTANTS = (
     Mutant(
         "several workers with all threads each",
         "compare/pool.py",
-        "if jobs > 1:",
-        "if jobs > 99:",
+        "trust, jobs > 1)",
+        "trust, jobs > 99)",
         (COMPARE + "test_compare_pool.py",),
     ),
     Mutant(
@@ -592,8 +592,8 @@ MUTANTS = (
     Mutant(
         "a failed seed hides behind the others of its group",
         "compare/pool.py",
-        "reason = ended(cell, process.returncode)",
-        "reason = ended(group[0], process.returncode)",
+        "tally.ended(cell, ended(cell, process.returncode))",
+        "tally.ended(cell, ended(group[0], process.returncode))",
         (COMPARE + "test_compare_pool.py",),
     ),
     Mutant(
@@ -606,8 +606,8 @@ MUTANTS = (
     Mutant(
         "--together is not heard",
         "cli/compare.py",
-        "options.quiet, options.together",
-        "options.quiet, False",
+        "*rest, options.together",
+        "*rest, False",
         (COMPARE + "test_compare_cli.py",),
     ),
     Mutant(

@@ -111,6 +111,7 @@ def not_evaluated(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(worker, "final_evaluations", lambda folder, episodes, trust: [{"folder": folder.name}])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_evaluated")
 def test_an_interrupted_group_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cells = cells_in(tmp_path, seeds=2)
