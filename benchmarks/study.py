@@ -15,7 +15,7 @@ import tyro
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.compare import matrix
 from contraflow.compare.pool import run_cells
-from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.rl.select import First
@@ -28,6 +28,7 @@ SETTINGS = matrix.Settings(
     buffer_size=40_000, eval_every=10_000, eval_episodes=4, final_episodes=8, log_every=2_000,
 )  # fmt: skip
 FALLING = Anneal(0.2, 0.02, steps=16_000)
+FINE = Markov(sizes=(1.0, 0.3, 0.1, 0.03), control=0.1)
 ONE: dict[str, Any] = {"explore": First(), "backup": First()}
 
 
@@ -74,9 +75,11 @@ MATRICES = {
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
-    # E5 and the particles: one choice of the default taken back at a time.
+    # E5, the particles and the chain: one choice of the default at a time.
     "parts": Matrix(
         {
+            "rfm-fine": RFM(estimator=FINE, **ONE),
+            "rfm-fine-falling": RFM(estimator=FINE, temperature=FALLING, **ONE),
             "rfm-8": RFM(),
             "rfm-8-acting": RFM(backup=First()),
             "rfm-8-backup": RFM(explore=First()),
