@@ -36,7 +36,8 @@ def stages(out: Path) -> dict[str, list[str]]:
     device = "import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == 'gpu'"
     tests = [str(HERE.parent / "tests" / part) for part in ("flow", "contract")]
     speed = [PYTHON, str(HERE / "speed.py")]
-    seeds = [PYTHON, str(HERE / "seeds.py"), *"--env jax:cartpole-swingup --width 256 --batch-size 256".split()]
+    sizes = ["--env", "jax:cartpole-swingup", "--width", "256", "--batch-size", "256"]
+    seeds = [PYTHON, str(HERE / "seeds.py"), *sizes]
     return {
         "device": [PYTHON, "-c", device],
         "tests": [PYTHON, "-m", "pytest", "-q", *tests],
