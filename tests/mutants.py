@@ -731,7 +731,9 @@ def run(source: Path, tests: tuple[str, ...], cache: Path) -> tuple[int, str]:
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": flags}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(cache / threading.current_thread().name)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not gpu"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    if all("::" in t for t in tests):  # of a whole file the default tests, by name also a slow one
+        command += ["-m", "not gpu"]
     paths = [str(Path("tests") / t) for t in tests]
     for _ in range(4):
         try:
@@ -776,7 +778,10 @@ def main() -> int:
             return 2
         # The untouched tests in as many parts as there are jobs, each test once.
         tests = list(dict.fromkeys(t for m in chosen for t in m.tests))
-        parts = [tuple(tests[i :: options.jobs]) for i in range(options.jobs) if tests[i :: options.jobs]]
+        kinds = [[t for t in tests if "::" in t], [t for t in tests if "::" not in t]]
+        parts = [
+            tuple(kind[i :: options.jobs]) for kind in kinds for i in range(options.jobs) if kind[i :: options.jobs]
+        ]
         for code, output in pool.map(lambda part: run(source, part, Path(folder)), parts):
             if code != 0:
                 print("the tests fail without any mutant:\n" + output)
