@@ -1,0 +1,92 @@
+"""E4 of docs/study.md: agents learn, without acting, from the replay that another agent collected.
+
+    python benchmarks/passive.py RUN [RUN ...] [--students rfm,rfm-paper] # adds to benchmarks/results/passive.csv
+
+For each finished run of a matrix and each student (an agent of one of the matrices): as many updates as the run made,
+at its settings, on all that its replay holds, from fresh networks; then the evaluation of the matrix. If the ranking
+follows the estimator, students differ on the same replay; if it follows the data, they differ between replays.
+"""
+
+import csv
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+import tyro
+from study import MATRICES
+
+from contraflow.compare.matrix import NETWORK
+from contraflow.compare.worker import SEED
+from contraflow.envs import make
+from contraflow.presets import PRESETS
+from contraflow.runtime.policy import Policy
+from contraflow.runtime.variants import variants
+from contraflow.train.checkpoint import latest
+from contraflow.train.evaluate import evaluate
+from contraflow.train.run import Run, first_carry, read_config
+
+CHUNK = 1_000
+AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items()} | {
+    "rfm-paper": PRESETS["rfm-paper"].agent
+}
+
+
+@partial(jax.jit, static_argnames=("run", "agent"), donate_argnames=("state",))
+def study(run: Run, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
+    """CHUNK updates on batches of the replay."""
+    teacher: Any = run.agent
+
+    def update(state, key):
+        k_sample, k_update = jr.split(key)
+        return agent.update(state, buffer.sample(k_sample, run.batch_size, run.n_step, teacher.gamma), k_update)[
+            0
+        ], None
+
+    return jax.lax.scan(update, state, jr.split(key, CHUNK))[0]
+
+
+def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
+    """One row per rule of acting of the student `name`."""
+    run = read_config(folder)
+    env = make(run.env, run.num_envs, run.seed)
+    k_start, k_init, k_learn, k_eval = jr.split(jr.key(run.seed), 4)
+    buffer = first_carry(run, folder, env, k_start, latest(folder)).learner.buffer
+    teacher: Any = run.agent
+    shared = {field: getattr(teacher, field) for field in NETWORK if hasattr(teacher, field)}
+    student: Any = AGENTS[name]
+    agent = replace(student, **{field: value for field, value in shared.items() if hasattr(student, field)})
+    state = jax.jit(lambda key: agent.init(key, env.spec))(k_init)
+    updates = (run.steps - run.collect) // run.num_envs * run.updates
+    for i in range(updates // CHUNK):
+        state = study(run, agent, state, buffer, jr.fold_in(k_learn, i))
+    rows = []
+    judge = make(run.env, episodes, SEED)
+    for rule, (rival, rival_state) in variants(Policy(agent, env.spec, run.env, state)).items():
+        returns = evaluate(rival, rival_state, judge, jr.clone(k_eval), episodes)
+        entry = {"env": run.env, "replay": folder.parts[-3], "student": name, "seed": run.seed, "rule": rule}
+        rows.append(entry | {"return": round(float(returns.mean()), 1), "updates": updates // CHUNK * CHUNK})
+    return rows
+
+
+def main(
+    runs: tyro.conf.Positional[tuple[Path, ...]], /, students: tuple[str, ...] = ("rfm", "rfm-paper"), episodes: int = 8
+) -> None:
+    """Print and write the rows."""
+    out = Path(__file__).parent / "results" / "passive.csv"
+    for folder in runs:
+        for name in students:
+            rows = learn(folder, name, episodes)
+            new = not out.exists()
+            with out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(rows)
+            print(rows, flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
