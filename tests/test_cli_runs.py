@@ -50,6 +50,7 @@ def returns(folder: Path) -> list[str]:
         return [row["return_mean"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_rerun_from_the_folder_repeats_the_run(trained: Path, tmp_path: Path):
     code, _, _ = cli("train", trained, "--out", tmp_path / "again", "--quiet")
     assert code == 0 and returns(tmp_path / "again") == returns(trained)

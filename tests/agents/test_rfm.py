@@ -208,6 +208,7 @@ def test_one_particle_ignores_the_critic(selector):
             np.testing.assert_array_equal(act(state, explore), act(s, explore))
 
 
+@pytest.mark.slow
 def test_actor_step_leaves_the_critic_alone():
     states = []
     for rate in (1e-4, 1e-1):

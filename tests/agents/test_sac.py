@@ -142,6 +142,7 @@ def test_default_target_entropy_is_minus_the_action_dimension():
         assert bool(new.log_alpha > state.log_alpha) == rises == bool(metrics["entropy"] < -2)
 
 
+@pytest.mark.slow
 def test_actor_step_leaves_the_critic_alone():
     """Two updates that differ only in how the actor moves give the same critic."""
     slow, fast = (SAC(width=8, depth=1, actor_lr=rate) for rate in (1e-4, 1e-1))

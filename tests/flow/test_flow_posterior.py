@@ -267,6 +267,7 @@ def test_score_has_mean_zero_under_the_posterior(target, t):
         assert abs(w @ s) < 1e-5 * jnp.sqrt(w @ s**2)
 
 
+@pytest.mark.slow
 def test_error_is_a_parabola_in_eta_with_its_minimum_at_the_optimum():
     """MSE(eta) from shared noise is quadratic; its vertex is eta* = -E[W^2 x~ s] / E[W^2 s^2] of a large sample."""
     target, x_t, t = Separable.two_modes(1), jnp.array([0.4]), jnp.asarray(0.6)

@@ -43,7 +43,7 @@ def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
     ("method", "path", "tolerance"),
     [
         ("rfm", Linear(), 0.12),
-        ("qne", Linear(), 0.2),
+        pytest.param("qne", Linear(), 0.2, marks=pytest.mark.slow),
         pytest.param("idem", Linear(), 0.25, marks=pytest.mark.slow),
         pytest.param("mixture", Cosine(), 0.12, marks=pytest.mark.slow),
     ],
@@ -63,6 +63,7 @@ def test_methods_are_what_their_names_say():
     assert with_k.samples == 7 and with_k.control == Fixed(1.0)
 
 
+@pytest.mark.slow
 def test_density_calls_are_counted_truly():
     calls = []
 
@@ -101,6 +102,7 @@ def test_lanes_are_independent():
     assert any(np.abs(a[1] - a[2]).max() > 1e-2 for a in weights if a.size)  # the last one has hardly moved
 
 
+@pytest.mark.slow
 def test_wild_estimates_are_projected_into_the_box():
     """Gradient-expectation at small t is off by orders of magnitude: the loss tells."""
     target = eight_gaussians()

@@ -259,6 +259,7 @@ def test_probes_are_learned(name, probe):
     assert returns.shape == (20,) and np.isfinite(returns).all()
 
 
+@pytest.mark.learn
 def test_a_flow_policy_learns_where_to_go():
     """The quick one of the above: reward 1 - (a - 1/2)^2."""
     agent = replace(

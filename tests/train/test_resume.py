@@ -151,6 +151,7 @@ def test_the_newest_complete_checkpoint_counts(undisturbed: Path, tmp_path: Path
 HOST = replace(TINY, env="tests.cli_helpers:pointer")
 
 
+@pytest.mark.slow
 def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGINT in the middle of a host loop: what was learned and seen is kept, new episodes start."""
     folder, steps = tmp_path / "run", 0
