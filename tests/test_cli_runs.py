@@ -56,6 +56,7 @@ def test_a_rerun_from_the_folder_repeats_the_run(trained: Path, tmp_path: Path):
     assert code == 0 and returns(tmp_path / "again") == returns(trained)
 
 
+@pytest.mark.slow
 def test_a_script_does_the_same(trained: Path, tmp_path: Path):
     train(read_config(trained), tmp_path, quiet=True)
     assert returns(tmp_path) == returns(trained)

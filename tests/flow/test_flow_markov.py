@@ -34,11 +34,15 @@ MARKOV = {
     "langevin": Markov(1, sizes=(2.5,) * 6, control=0.0),
     "both": Markov(4, sizes=(1.0, 3.0), control=0.5),
 }
+QUICK = ("resampling", "both")
 SIX = Separable.two_modes(6, 0.5)
 
 
 @pytest.mark.parametrize("t", [0.15, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.5, 0.85))])
-@pytest.mark.parametrize("estimator", MARKOV.values(), ids=MARKOV)
+@pytest.mark.parametrize(
+    "estimator",
+    [pytest.param(e, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, e in MARKOV.items()],
+)
 def test_unbiased_where_the_policy_is_right(estimator, t):
     """With one to four candidates, in six dimensions of two modes each."""
     assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t)).max() < 4.0

@@ -306,7 +306,7 @@ ESTIMATORS = {
     "mixture gated": (Reverse(512, MIXED, MinVariance(ess_gate=(5, 25))), (0.1, 0.5, 0.9)),
     "three": (Reverse(512, THREE, MinVariance("isotropic", centred=False)), (0.1, 0.5, 0.8)),
 }
-QUICK = ("official", "particles", "three")
+QUICK = ("official", "three")
 SQUASHED = ("official", "uniform", "mixture", "three")  # one of each kind also on a squashed target
 
 

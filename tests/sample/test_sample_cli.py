@@ -46,17 +46,18 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_densities"
 
 
-def test_the_command_writes_results_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("methods", [("qne",), pytest.param(("rfm", "qne"), marks=pytest.mark.slow)])
+def test_the_command_writes_results_and_a_picture(methods, tmp_path: Path, capsys: pytest.CaptureFixture):
     out = tmp_path / "run"
-    main(["two-moons", *TINY, "--seeds", "2", "--methods", "rfm", "qne", "--out", str(out)])
+    main(["two-moons", *TINY, "--seeds", "2", "--methods", *methods, "--out", str(out)])
     results = json.loads((out / "results.json").read_text())
     assert results["density_calls"] == 4 * 4 * 4
     assert {(r["method"], r["solver_steps"], r["seed"]) for r in results["rows"]} == {
-        (m, s, i) for m in ("rfm", "qne") for s in (2, 3) for i in (0, 1)
+        (m, s, i) for m in methods for s in (2, 3) for i in (0, 1)
     }
     assert (out / "samples.png").read_bytes()[:4] == b"\x89PNG"
     text = capsys.readouterr().out
-    for word in ("rfm", "qne", "exact", "sliced W", "MMD^2", "Sinkhorn", "samples.png"):
+    for word in (*methods, "exact", "sliced W", "MMD^2", "Sinkhorn", "samples.png"):
         assert word in text
     with pytest.raises(UserError, match="already holds results"):
         main(["two-moons", *TINY, "--out", str(out)])

@@ -111,6 +111,7 @@ def test_counters_returns_and_buffer():
     assert len(np.unique(rows)) == 12  # every copy and every step has noise of its own
 
 
+@pytest.mark.slow
 def test_scans_of_any_length_and_the_host_loop_do_the_same():
     """Bitwise for scans; the host loop is another program and differs by rounding."""
     env = TwoStep(2)
