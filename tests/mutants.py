@@ -81,7 +81,7 @@ MUTANTS = (
         "flow/posterior.py",
         "new = u + 0.5 * h * grad",
         "new = u + h * grad",
-        (MARKOV.removesuffix("::"),),
+        (MARKOV + "test_unbiased_where_the_policy_is_right",),
     ),
     Mutant(
         "weight of the chain's control variate at another time",
@@ -420,6 +420,13 @@ MUTANTS = (
         "i + jnp.arange(n)",
         "0 * i + jnp.arange(n)",
         (SEEDS + "test_evaluation_of_many_is_that_of_each",),
+    ),
+    Mutant(
+        "a field unknown to an older release counts as changed",
+        "compare/matrix.py",
+        "return first_difference(_completed(old, value), ",
+        "return first_difference(old, ",
+        ("compare/test_compare_matrix.py",),
     ),
     Mutant(
         "a done cell is run again",

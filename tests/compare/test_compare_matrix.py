@@ -22,6 +22,7 @@ from contraflow.compare.matrix import (
     steps_taken,
 )
 from contraflow.presets import PRESETS
+from contraflow.rl.select import Softmax
 from contraflow.train.run import read_config
 
 SETTINGS = Settings(steps=40, collect=10, num_envs=2, width=8, depth=1, critic_lr=0.01)
@@ -66,13 +67,39 @@ def test_a_second_call_may_add_but_not_change(tmp_path: Path):
     before = (out / "matrix.json").read_text()
     for change, says in (
         ((SIR(), replace(SETTINGS, steps=80), NONE), "steps = 40, not 80"),
-        ((SIR(base=0.5), SETTINGS, NONE), "agent sir: agent.base = 1.0, not 0.5"),
+        ((SIR(base=0.5), SETTINGS, NONE), "agent sir: base = 1.0, not 0.5"),
         ((SIR(), SETTINGS, frozenset({"sir"})), "agent sir: own = False, not True"),
     ):
         agent, settings, own = change
         with pytest.raises(UserError, match=f"{says}: use the same settings, or another --out"):
             record({"sir": agent}, ["a"], 2, settings, own, out)
     assert (out / "matrix.json").read_text() == before
+
+
+def test_a_field_that_an_older_release_did_not_know_has_its_default(tmp_path: Path):
+    """Also one deep inside: a component of a mixture of an estimator of an agent."""
+    agents = {"rfm": RFM(), "warm": RFM(explore=Softmax(4), tau=0.5)}
+
+    def forget(data, name):
+        if isinstance(data, dict):
+            data.pop(name, None)
+        for value in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+            forget(value, name)
+
+    (cell,) = plan({"rfm": RFM()}, ["probe:action"], 1, SETTINGS, NONE, tmp_path / "m")
+    record(agents, ["a"], 1, SETTINGS, NONE, tmp_path / "m")
+    prepare(cell)
+    for file in (tmp_path / "m" / "matrix.json", cell.folder / "config.json"):
+        data = json.loads(file.read_text())
+        forget(data, "control"), forget(data, "low"), forget(data, "query")
+        file.write_text(json.dumps(data))
+    record(agents, ["a"], 1, SETTINGS, NONE, tmp_path / "m")
+    prepare(cell)
+    data = json.loads((tmp_path / "m" / "matrix.json").read_text())
+    del data["agents"]["warm"]["agent"]["tau"]
+    (tmp_path / "m" / "matrix.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"agent warm: tau = 0.005, not 0.5"):
+        record(agents, ["a"], 1, SETTINGS, NONE, tmp_path / "m")
 
 
 def test_a_folder_that_is_no_matrix_is_left_alone(tmp_path: Path):

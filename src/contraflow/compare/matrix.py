@@ -137,10 +137,11 @@ def record(
     seen = {"agents": {}, "envs": [], "seeds": 0} if have is None else have
     if have is not None:
         both = {name for name in wanted["agents"] if name in have["agents"]}
-        pairs = [("", have["settings"], wanted["settings"])]
-        pairs += [(f"agent {name}: ", have["agents"][name], wanted["agents"][name]) for name in sorted(both)]
+        pairs: list[tuple[str, Any, Any]] = [("", have["settings"], settings)]
+        pairs += [(f"agent {name}: ", have["agents"][name]["agent"], agents[name]) for name in sorted(both)]
+        pairs += [(f"agent {name}: own", have["agents"][name]["own"], name in own) for name in sorted(both)]
         for where, old, new in pairs:
-            if difference := first_difference(old, json.loads(json.dumps(new))):
+            if difference := changed(old, new):
                 name, was, now = difference
                 raise UserError(
                     f"{out} holds a matrix with {where}{name} = {was}, not {now}: "
@@ -165,7 +166,8 @@ def read_record(out: Path) -> dict[str, Any]:
         data = json.loads(file.read_text())
         schema = data["schema"]
         if schema <= SCHEMA:
-            _ = data["agents"].keys(), data["settings"]["steps"], list(data["envs"]), range(data["seeds"])
+            _ = data["settings"]["steps"], list(data["envs"]), range(data["seeds"])
+            _ = [(agent["own"], agent["agent"]) for agent in data["agents"].values()]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: restore it, or compare anew with another --out") from None
     if schema > SCHEMA:
@@ -178,6 +180,28 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=1))
     temporary.rename(path)
+
+
+def changed(old: Any, value: Any) -> tuple[str, Any, Any] | None:
+    """The first field, as `first_difference`, in which the JSON `old` does not describe `value`.
+
+    A field that `old` lacks had no name when `old` was written, and the effect that its default has now.
+    """
+    return first_difference(_completed(old, value), json.loads(json.dumps(to_json(value))))
+
+
+def _completed(old: Any, value: Any) -> Any:
+    if isinstance(old, list) and isinstance(value, tuple) and len(old) == len(value):
+        return [_completed(*pair) for pair in zip(old, value, strict=True)]
+    if not isinstance(old, dict) or not dataclasses.is_dataclass(value):
+        return old
+    out = dict(old)
+    for field in dataclasses.fields(value):
+        if field.name in old:
+            out[field.name] = _completed(old[field.name], getattr(value, field.name))
+        elif field.default is not dataclasses.MISSING:
+            out[field.name] = json.loads(json.dumps(to_json(field.default)))
+    return out
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
@@ -208,7 +232,7 @@ def prepare(cell: Cell) -> State:
             have = json.loads((folder / "config.json").read_text())["run"]
         except (ValueError, KeyError, TypeError):
             have = {}
-        if difference := first_difference(have, json.loads(json.dumps(to_json(cell.run)))):
+        if difference := changed(have, cell.run):
             raise UserError(
                 f"{folder} belongs to another run ({difference[0]} = {difference[1]}, not {difference[2]}): "
                 "move it away, or choose another --out"
