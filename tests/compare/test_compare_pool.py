@@ -258,7 +258,7 @@ def test_a_killed_command_takes_its_workers_along(tmp_path: Path):
         assert [state(cell.folder) for cell in cells] == ["started"] * 2
 
 
-def wait(condition, seconds: float = 60.0) -> None:
+def wait(condition, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
