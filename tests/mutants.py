@@ -1,6 +1,6 @@
 """Deliberate bugs, planted one by one: does the suite catch them?
 
-    python tests/mutants.py [--only REGEX] [--jobs 2]
+    python tests/mutants.py [--only REGEX] [--files REGEX] [--jobs 2]      # --files . for all
 
 Each mutant is a replacement in a copy of `src`, which must match exactly once. The tests mapped to it run on that copy
 with `pytest -x -q`; caught means that a test failed (not that pytest could not start). First the same tests run on an
@@ -768,9 +768,14 @@ def judge(mutant: Mutant, cache: Path) -> tuple[Mutant, str | None, str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants whose name matches this regular expression")
+    parser.add_argument(
+        "--files",
+        default="^(?!compare/|report/|cli/compare)",
+        help="mutants in files whose names match; by default all but comparing and reporting",
+    )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if re.search(options.only, m.name)]
+    chosen = [m for m in MUTANTS if re.search(options.only, m.name) and re.search(options.files, m.file)]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         source = copy_source(Path(folder))
