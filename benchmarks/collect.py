@@ -1,6 +1,6 @@
 """The finished cells of a matrix as a table to publish: one row per cell and rule of acting.
 
-    python benchmarks/collect.py DIR benchmarks/results/study_development.csv
+python benchmarks/collect.py DIR benchmarks/results/study_development.csv
 """
 
 import csv
