@@ -1,6 +1,8 @@
 """The finished cells of a matrix as a table to publish: one row per cell and rule of acting.
 
-python benchmarks/collect.py DIR benchmarks/results/study_development.csv
+    python benchmarks/collect.py DIR benchmarks/results/study_development.csv
+
+The table is written anew.
 """
 
 import csv
@@ -12,7 +14,7 @@ import tyro
 
 
 def main(matrix: Path, table: Path, /) -> None:
-    """Write `table` anew from `matrix`."""
+    """Write `table` from `matrix`."""
     rows = []
     for file in sorted(matrix.glob("*/*/seed*/final.json")):
         run = json.loads((file.parent / "config.json").read_text())["run"]
