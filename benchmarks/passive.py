@@ -7,7 +7,6 @@ at its settings, on all that its replay holds, from fresh networks; then the eva
 follows the estimator, students differ on the same replay; if it follows the data, they differ between replays.
 """
 
-import csv
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax
 import jax.random as jr
 import tyro
 from study import MATRICES
+from tables import append
 
 from contraflow.compare.matrix import NETWORK
 from contraflow.compare.worker import SEED
@@ -79,12 +79,7 @@ def main(
     for folder in runs:
         for name in students:
             rows = learn(folder, name, episodes)
-            new = not out.exists()
-            with out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(rows)
+            append(out, rows)
             print(rows, flush=True)
 
 

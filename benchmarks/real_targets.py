@@ -8,7 +8,6 @@ that the chain starts from out of 512 of the policy by its weight given x_t. The
 `yardstick.py`, means over states: bias^2 and variance per dimension of the velocity.
 """
 
-import csv
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from tables import append
 
 from contraflow import load
 from contraflow.envs import make
@@ -60,6 +60,7 @@ def measure(agent, estimator, state, obs, t, repeats: int):
     lam, d = agent.temperature(state.step), state.actor.dim
 
     def one(obs, key):
+        """(bias^2, variance) at one state, per dimension."""
         k_pool, k_noise, k_pick, k_reference, k_repeat = jr.split(key, 5)
         log_pi = boltzmann(lambda a: state.critic.min(obs, a), lam, agent.base)
         pool = jax.vmap(lambda k: agent.endpoints(state, obs[None], k)[0, 0])(jr.split(k_pool, POOL))
@@ -93,12 +94,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]], /, states: int = 50, repe
                 rows.append(entry | {"t": t, "bias2": float(f"{b:.3g}"), "variance": float(f"{v:.3g}")})
             cells = "  ".join(f"{r['bias2']:7.3f}/{r['variance']:<7.3g}" for r in rows[-len(TIMES) :])
             print(f"{policy.env:30} {name:32} {cells}", flush=True)
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(out, rows)
 
 
 if __name__ == "__main__":

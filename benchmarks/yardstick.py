@@ -59,6 +59,7 @@ class Share:
 
 
 def estimators() -> dict:
+    """Estimators by name; the number is K, calls of the critic."""
     table = {"official 100": Reverse(100, Noise(), MinVariance())}
     for k in (32, 100):
         table |= {

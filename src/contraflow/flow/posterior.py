@@ -230,6 +230,7 @@ class Markov:
         weight = self.control**2 / (1 + (self.control * a / b) ** 2)
 
         def move(state, inputs):
+            """One step; state (u, log p(u), its gradient), and its Rao-Blackwell mean with the control variate."""
             u, p, grad = state
             noise, place, size = inputs
             h = size * scale
