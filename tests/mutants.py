@@ -105,6 +105,20 @@ MUTANTS = (
         (RFM + "test_update_against_an_independent_one[policy]",),
     ),
     Mutant(
+        "actions numbered by call, not by observation",
+        "runtime/policy.py",
+        "self._seen += len(batch)",
+        "self._seen += 1",
+        ("runtime/test_policy.py::test_one_observation_or_many",),
+    ),
+    Mutant(
+        "every row of a batch gets the key of the first",
+        "train/evaluate.py",
+        "first + jnp.arange(obs.shape[0])",
+        "first + 0 * jnp.arange(obs.shape[0])",
+        ("runtime/test_policy.py::test_one_observation_or_many",),
+    ),
+    Mutant(
         "worst policy kept for the best",
         "train/record.py",
         "if returns.mean() > self._best:",

@@ -52,9 +52,9 @@ def test_one_observation_or_many(tmp_path: Path):
     assert not np.array_equal(policy(np.zeros(3)), one), "each call draws its own noise"
     assert np.array_equal(contraflow.load(tmp_path, seed=0)(np.zeros(3)), one), "a fresh policy repeats itself"
     assert not np.array_equal(contraflow.load(tmp_path, seed=1)(np.zeros(3)), one)
-    together = contraflow.load(tmp_path, seed=0)(np.zeros((4, 3)))
-    alone = contraflow.load(tmp_path, seed=0)
-    np.testing.assert_allclose(together, [alone(np.zeros(3)) for _ in range(4)], atol=1e-5)
+    together, alone = contraflow.load(tmp_path, seed=0), contraflow.load(tmp_path, seed=0)
+    actions = np.concatenate([together(np.zeros((3, 3))), together(np.zeros((2, 3)))])
+    np.testing.assert_allclose(actions, [alone(np.zeros(3)) for _ in range(5)], atol=1e-5)
     exploring = contraflow.load(tmp_path)(np.zeros((4, 3)), explore=True)
     wanted = act_batch(policy.agent, state, jax.numpy.zeros((4, 3)), jr.key(0), 0, True)
     assert np.array_equal(exploring, wanted)
