@@ -1,8 +1,8 @@
 """The matrices of docs/study.md, each an ordinary `contraflow compare` folder.
 
-    python benchmarks/study.py development --out DIR [--seeds N] [--jobs J]
+    python benchmarks/study.py development --out DIR [--seeds N] [--jobs J] [--agents rfm sac]
 
-The same command again continues. `contraflow report DIR` makes the page of a matrix.
+The same command again continues; `--agents` runs a part of it. `contraflow report DIR` makes the page of a matrix.
 """
 
 import sys
@@ -18,6 +18,7 @@ from contraflow.compare.pool import run_cells
 from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
+from contraflow.presets import PRESETS
 from contraflow.rl.select import First
 from contraflow.rl.temperature import Anneal, Constant
 
@@ -61,6 +62,7 @@ MATRICES = {
             "sir-falling": SIR(temperature=FALLING),
             "sac": SAC(),
             "sac-fast": SAC(actor_lr=1e-3),
+            "rfm-paper": PRESETS["rfm-paper"].agent,
         },
         DEVELOPMENT,
     ),
@@ -90,12 +92,20 @@ MATRICES = {
 }
 
 
-def main(name: Literal["development", "actor-free", "parts"], /, out: Path, seeds: int = 5, jobs: int = 2) -> int:
-    """Run the matrix `name`, seed by seed."""
+def main(
+    name: Literal["development", "actor-free", "parts"],
+    /,
+    out: Path,
+    seeds: int = 5,
+    jobs: int = 2,
+    agents: tuple[str, ...] = (),
+) -> int:
+    """Run the matrix `name`, or those `agents` of it, seed by seed."""
     chosen = MATRICES[name]
+    named = {agent: chosen.agents[agent] for agent in agents or chosen.agents}
     envs = [f"envpool:{env}" for env in chosen.envs]
-    cells = matrix.plan(chosen.agents, envs, seeds, chosen.settings, frozenset(), out)
-    matrix.record(chosen.agents, envs, seeds, chosen.settings, frozenset(), out)
+    cells = matrix.plan(named, envs, seeds, chosen.settings, frozenset(), out)
+    matrix.record(named, envs, seeds, chosen.settings, frozenset(), out)
     outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, False, not sys.stdout.isatty())
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
