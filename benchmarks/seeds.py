@@ -18,7 +18,8 @@ from timing import paired, report
 
 from contraflow import AGENTS
 from contraflow.envs import make
-from contraflow.train.online import Carry, Phase, epoch, epoch_seeds, first_learner
+from contraflow.train.loop import Carry, epoch, epoch_seeds
+from contraflow.train.offpolicy import OffPolicy, first_learner
 
 
 def main(
@@ -38,7 +39,7 @@ def main(
     print(f"jax {jax.__version__}, {device.platform} ({device.device_kind}), {sys.version.split()[0]}")
     print(f"{agent}, width {width}, {env} x {num_envs}, {updates} update(s) of {batch_size}, {iterations} iterations")
     world, small = make(env, num_envs), replace(AGENTS[agent](), width=width)
-    warm_up, learning = Phase(True, 0, batch_size), Phase(False, updates, batch_size)
+    warm_up, learning = OffPolicy(True, 0, batch_size), OffPolicy(False, updates, batch_size)
     keys = jr.split(jr.key(0), seeds)
 
     def start(key: jax.Array) -> Carry:

@@ -88,7 +88,8 @@ def act_cases(peer: dict[str, Callable[[], object]]) -> None:
 def loop_cases() -> None:
     """Seconds of the host loop beside the sum of its three parts, each timed alone."""
     from contraflow.envs import make
-    from contraflow.train.online import Carry, Phase, decide, epoch, first_learner, learn
+    from contraflow.train.loop import Carry, epoch
+    from contraflow.train.offpolicy import OffPolicy, decide, first_learner, learn
 
     print("\nthe host loop against the sum of its parts, envpool:CheetahRun-v1, 8 environments, 8 updates")
     env = make("envpool:CheetahRun-v1", 8, 0)
@@ -97,7 +98,7 @@ def loop_cases() -> None:
         "rfm (default)": AGENTS["rfm"](),
         "rfm, 4 particles": dataclasses.replace(AGENTS["rfm"](), backup=Softmax(4), explore=Softmax(4)),
     }.items():
-        phase, key = Phase(False, 8, 256), jr.key(0)
+        phase, key = OffPolicy(False, 8, 256), jr.key(0)
         learner = jax.jit(lambda k, a=agent: first_learner(a, env.spec, 100_000, k))(key)
         carry = Carry(learner, *env.reset(key))
         carry, _, _ = epoch(phase, agent, env, carry, key, 20)
@@ -136,15 +137,16 @@ def loop_cases() -> None:
 def sac_cases(peer: dict[str, Callable[[], object]]) -> None:
     """The whole loop of SAC: one environment, one update per step, width 256, batch 256."""
     from contraflow.envs import make
-    from contraflow.train.online import Carry, Phase, epoch, first_learner
+    from contraflow.train.loop import Carry, epoch
+    from contraflow.train.offpolicy import OffPolicy, first_learner
 
     print(f"\n{SAC_STEPS} steps of SAC's loop on gym:HalfCheetah-v5, one update each, width 256, batch 256")
     env, agent, key = make("gym:HalfCheetah-v5", 1, 0), AGENTS["sac"](), jr.key(0)
     learner = jax.jit(lambda k: first_learner(agent, env.spec, 100_000, k))(key)
-    state = [epoch(Phase(True, 0, BATCH), agent, env, Carry(learner, *env.reset(key)), key, 400)[0]]
+    state = [epoch(OffPolicy(True, 0, BATCH), agent, env, Carry(learner, *env.reset(key)), key, 400)[0]]
 
     def call() -> None:
-        state[0], _, _ = epoch(Phase(False, 1, BATCH), agent, env, state[0], key, SAC_STEPS)
+        state[0], _, _ = epoch(OffPolicy(False, 1, BATCH), agent, env, state[0], key, SAC_STEPS)
 
     cases: dict[str, Callable[[], object]] = {"ours": call}
     if "sac" in peer:

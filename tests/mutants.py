@@ -169,7 +169,7 @@ MUTANTS = (
     ),
     Mutant(
         "observation after the reset stored as successor",
-        "train/online.py",
+        "train/offpolicy.py",
         "Transition(obs, action, step.reward, step.next_obs,",
         "Transition(obs, action, step.reward, step.obs,",
         (ONLINE + "test_counters_returns_and_buffer",),
@@ -190,7 +190,7 @@ MUTANTS = (
     ),
     Mutant(
         "one key for all environments",
-        "train/online.py",
+        "train/offpolicy.py",
         "jax.vmap(lambda o, k: agent.act(state, o, k, True))(obs, jr.split(key, spec.num_envs))",
         "jax.vmap(lambda o: agent.act(state, o, key, True))(obs)",
         (ONLINE + "test_counters_returns_and_buffer",),

@@ -38,6 +38,7 @@ class Step(eqx.Module):
 
     `next_obs` is the true successor; `obs` is what to act on next (another one only after an episode ended).
     Rows with `valid` False are the dummy steps of a NEXT_STEP autoreset: they are not stored and not counted.
+    `steps` is what a row counts for where one decision is several environment steps.
     """
 
     obs: Any  # [N, o]
@@ -46,21 +47,44 @@ class Step(eqx.Module):
     terminated: Any  # [N]
     truncated: Any  # [N]
     valid: Any  # [N]
+    steps: Any = 1  # [N], or one number for all
+
+
+class Rollout(eqx.Module):
+    """T steps of N environments under one policy, what an on-policy update learns from.
+
+    `extras` is what the agent's `sample` returned beside each action; `next_obs`, `terminated`, `truncated` and `valid`
+    as in `Step`.
+    """
+
+    obs: Float[Array, "T N o"]
+    extras: Any  # every leaf [T, N, ...]
+    reward: Float[Array, "T N"]
+    next_obs: Float[Array, "T N o"]
+    terminated: Bool[Array, "T N"]
+    truncated: Bool[Array, "T N"]
+    valid: Bool[Array, "T N"]
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """Sizes of an environment. Actions are presented in [-1, 1]^action_dim; `episode_length` None means unlimited."""
+    """Sizes of an environment. Actions are presented in [-1, 1]^action_dim; `episode_length` None means unlimited.
+
+    An action may be a chunk: `horizon` actions of the environment proper, one after the other in action_dim numbers, of
+    which the first `execute` are carried out (`contraflow.envs.chunk`).
+    """
 
     obs_dim: int
     action_dim: int
     num_envs: int
     episode_length: int | None
     jittable: bool
+    horizon: int = 1
+    execute: int = 1
 
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
 
 
-__all__ = ["EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Step", "Transition", "UserError"]
+__all__ = ["EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]

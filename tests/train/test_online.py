@@ -21,11 +21,12 @@ from contraflow.flow.solve import Midpoint
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.evaluate import evaluate
-from contraflow.train.online import Carry, Phase, epoch, first_learner
+from contraflow.train.loop import Carry, epoch
+from contraflow.train.offpolicy import OffPolicy, first_learner
 from contraflow.types import Step, UserError
 
-WARM = Phase(True, 0, 16)
-LEARN = Phase(False, 2, 16)
+WARM = OffPolicy(True, 0, 16)
+LEARN = OffPolicy(False, 2, 16)
 QUICK = SIR(width=8, depth=1, explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic_lr=1e-2, tau=0.1)
 
 
@@ -190,7 +191,7 @@ def study(agent, env, iterations, phase=None, key=0):
     """The trained state after a warm-up of 20 iterations."""
     carry = begin(agent, env, jr.key(key), 4096)
     carry, _, _ = epoch(WARM, agent, env, carry, jr.key(key + 1), 20)
-    carry, _, _ = epoch(phase or Phase(False, 2, 64), agent, env, carry, jr.key(key + 2), iterations)
+    carry, _, _ = epoch(phase or OffPolicy(False, 2, 64), agent, env, carry, jr.key(key + 2), iterations)
     return carry.learner.agent
 
 

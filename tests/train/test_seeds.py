@@ -22,10 +22,11 @@ from contraflow.envs.control import Pendulum
 from contraflow.envs.probe import ObsAction
 from contraflow.flow.solve import Midpoint
 from contraflow.rl.select import Argmax, Softmax
-from contraflow.train import checkpoint, online, seeds
+from contraflow.train import checkpoint, offpolicy, seeds
 from contraflow.train import run as driver
 from contraflow.train.evaluate import evaluate, evaluate_seeds
-from contraflow.train.online import Phase, epoch, epoch_seeds
+from contraflow.train.loop import Carry, epoch, epoch_seeds
+from contraflow.train.offpolicy import OffPolicy
 from contraflow.train.run import read_config
 
 SEEDS = (0, 7, 3)
@@ -147,19 +148,20 @@ def test_the_comparison_sees_another_seed(together: Path, tmp_path: Path):
 
 def test_one_phase_code_for_one_and_many(monkeypatch: pytest.MonkeyPatch):
     """Both trace `iterate`: what is planted there shows in both."""
-    real = online.iterate
+    real = offpolicy.OffPolicy.iterate
 
     def planted(*args):
         carry, info = real(*args)
         return carry, info | {"planted": carry.learner.steps}
 
-    monkeypatch.setattr(online, "iterate", planted)
-    agent, env, phase = Guess(rate=0.123), ObsAction(2), Phase(False, 1, 8)  # a rate of its own: nothing is cached yet
+    monkeypatch.setattr(offpolicy.OffPolicy, "iterate", planted)
+    # A rate of its own: nothing is cached yet.
+    agent, env, phase = Guess(rate=0.123), ObsAction(2), OffPolicy(False, 1, 8)
     starts = []
     for seed in range(3):
-        learner = online.first_learner(agent, env.spec, 32, jr.key(seed))
+        learner = offpolicy.first_learner(agent, env.spec, 32, jr.key(seed))
         state, obs = env.reset(jr.key(seed + 10))
-        starts.append(online.Carry(learner, state, jnp.copy(obs)))
+        starts.append(Carry(learner, state, jnp.copy(obs)))
     _, many = epoch_seeds(phase, agent, env, seeds._stack(starts), jr.split(jr.key(5), 3), 4)
     _, one, _ = epoch(phase, agent, env, starts[0], jr.key(5), 4)
     assert [m["planted"] for m in [*many, one]] == [5.0] * 4

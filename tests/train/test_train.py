@@ -24,7 +24,8 @@ from contraflow.train import run as driver
 from contraflow.train.artifact import load_policy
 from contraflow.train.evaluate import evaluate
 from contraflow.train.log import Log, read_evaluations
-from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
+from contraflow.train.loop import Carry, Learner, epoch
+from contraflow.train.offpolicy import OffPolicy, first_learner
 from contraflow.train.plot import plot_curve
 
 GUESS = replace(TINY, agent=Guess())
@@ -207,8 +208,8 @@ def test_the_host_loop_counts_as_the_scan_does():
         learner = first_learner(Guess(), env.spec, 32, jr.key(0))
         env_state, obs = env.reset(jr.key(1))
         carry = Carry(learner, env_state, jnp.copy(obs))
-        carry, _, _ = epoch(Phase(True, 0, 4), Guess(), env, carry, jr.key(2), 3)
-        carry, metrics, error = epoch(Phase(False, 2, 4), Guess(), env, carry, jr.key(2), 4)
+        carry, _, _ = epoch(OffPolicy(True, 0, 4), Guess(), env, carry, jr.key(2), 3)
+        carry, metrics, error = epoch(OffPolicy(False, 2, 4), Guess(), env, carry, jr.key(2), 4)
         assert error is None and metrics["episodes"] == 8 and int(carry.learner.steps) == 14
         out[type(env)] = carry.learner
     host, scan = out[Host], out[Action]

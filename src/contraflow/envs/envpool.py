@@ -1,7 +1,7 @@
 """EnvPool: C++ simulators on threads; the default for dm_control, MuJoCo v5, MetaWorld, Adroit and Kitchen tasks."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,9 @@ class EnvPool:
 
     Raises UserError when EnvPool is missing, the id is unknown, or its actions are not continuous and bounded.
     """
+
+    holds: ClassVar[bool] = True
+    """`step` can leave out some copies."""
 
     def __init__(
         self,
@@ -79,20 +82,27 @@ class EnvPool:
         base.check_finite(self.name, obs, np.zeros(1))
         return None, obs
 
-    def step(self, state: None, action: Any) -> tuple[None, Step]:
-        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once."""
+    def step(self, state: None, action: Any, active: np.ndarray | None = None) -> tuple[None, Step]:
+        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once.
+
+        Copies not `active` [N] stand still; their rows are zeros with `valid` False.
+        """
         n = self._spec.num_envs
-        raw, reward, terminated, truncated, info = self._pool.step(base.rescale(action, self._low, self._high))
-        next_obs, reward = base.flatten(raw, n), np.asarray(reward, np.float32)
-        base.check_finite(self.name, next_obs, reward)
+        ids = np.arange(n, dtype=np.int32) if active is None else np.flatnonzero(active).astype(np.int32)
+        scaled = base.rescale(action, self._low, self._high)[ids]
+        raw, reward, terminated, truncated, info = self._pool.step(scaled, ids)
+        at = info["env_id"]  # rows come back in the order in which threads finish
         truncated = truncated | (info["elapsed_step"] >= self._spec.episode_length)
+        next_obs, reward = _placed(n, at, base.flatten(raw, ids.size)), _placed(n, at, np.asarray(reward, np.float32))
+        terminated, truncated = _placed(n, at, terminated), _placed(n, at, truncated)
+        base.check_finite(self.name, next_obs, reward)
         obs, ended = next_obs, np.flatnonzero(terminated | truncated).astype(np.int32)
         if ended.size:
             fresh, info = self._pool.reset(ended)
             obs = next_obs.copy()
-            obs[info["env_id"]] = base.flatten(fresh, ended.size)  # rows come back in the order in which threads finish
+            obs[info["env_id"]] = base.flatten(fresh, ended.size)
             base.check_finite(self.name, obs, reward)
-        return None, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
+        return None, Step(obs, next_obs, reward, terminated, truncated, _placed(n, at, np.ones(ids.size, bool)))
 
     def _build(self, seed: int) -> Any:
         pool = self._make(seed=seed, **self._settings)
@@ -115,6 +125,13 @@ class EnvPool:
             del self._pool  # its renderer must go while the context still exists
             self._gl.free()
             self._gl = None
+
+
+def _placed(n: int, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`rows` at the places `at` of n, zeros elsewhere."""
+    out = np.zeros((n, *rows.shape[1:]), rows.dtype)
+    out[at] = rows
+    return out
 
 
 def _gl_context(width: int, height: int) -> Any:

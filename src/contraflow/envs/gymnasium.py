@@ -49,6 +49,7 @@ class Gymnasium:
         if not isinstance(mode, AutoresetMode):
             raise UserError(f"environment {self.name} does not state its reset mode; set metadata['autoreset_mode']")
         self._env, self._mode, self._modes = env, mode, AutoresetMode
+        self.holds = mode is AutoresetMode.DISABLED and isinstance(env, SyncVectorEnv)
         _check_observations(self.name, env.single_observation_space)
         self._low, self._high = base.action_bounds(self.name, env.single_action_space)
         obs_dim = base.flatten(env.reset(seed=0)[0], num_envs).shape[1]
@@ -64,10 +65,16 @@ class Gymnasium:
         base.check_finite(self.name, obs, np.zeros(1))
         return np.zeros(self._spec.num_envs, bool), obs
 
-    def step(self, state: np.ndarray, action: Any) -> tuple[np.ndarray, Step]:
-        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies are reset here or by their own rule."""
+    def step(self, state: np.ndarray, action: Any, active: np.ndarray | None = None) -> tuple[np.ndarray, Step]:
+        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies are reset here or by their own rule.
+
+        Copies not `active` [N] stand still, where `holds` is True; their rows are zeros with `valid` False.
+        """
         n = self._spec.num_envs
-        raw, reward, terminated, truncated, info = self._env.step(base.rescale(action, self._low, self._high))
+        scaled = base.rescale(action, self._low, self._high)
+        if active is not None:
+            return state, self._step_some(scaled, active)
+        raw, reward, terminated, truncated, info = self._env.step(scaled)
         obs, reward = base.flatten(raw, n), np.asarray(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         base.check_finite(self.name, obs, reward)
@@ -87,6 +94,18 @@ class Gymnasium:
             obs = np.where(done[:, None], fresh, next_obs)
             base.check_finite(self.name, obs, reward)
         return state, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
+
+    def _step_some(self, scaled: np.ndarray, active: np.ndarray) -> Step:
+        n = self._spec.num_envs
+        next_obs, obs = np.zeros((n, self._spec.obs_dim), np.float32), np.zeros((n, self._spec.obs_dim), np.float32)
+        reward, terminated, truncated = np.zeros(n, np.float32), np.zeros(n, bool), np.zeros(n, bool)
+        for i in np.flatnonzero(active):
+            copy = self._env.envs[i]
+            raw, reward[i], terminated[i], truncated[i], _ = copy.step(scaled[i])
+            next_obs[i] = base.flatten(raw, 1)[0]
+            obs[i] = base.flatten(copy.reset()[0], 1)[0] if terminated[i] or truncated[i] else next_obs[i]
+        base.check_finite(self.name, np.concatenate([next_obs, obs]), reward)
+        return Step(obs, next_obs, reward, terminated, truncated, np.array(active))
 
     def frame(self) -> np.ndarray:
         """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""

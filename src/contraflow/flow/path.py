@@ -156,7 +156,8 @@ class VP(AbstractPath):
     b_max: float = 20.0
 
     def _log_decay(self, t):
-        return 0.5 * (1.0 - t) ** 2 * (self.b_max - self.b_min) + (1.0 - t) * self.b_min
+        left = jnp.maximum(1.0 - t, 0.0)  # a time computed as (k + 1) / n may come out just above 1
+        return 0.5 * left**2 * (self.b_max - self.b_min) + left * self.b_min
 
     def alpha(self, t):
         return jnp.exp(-0.5 * self._log_decay(t))

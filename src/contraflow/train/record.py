@@ -13,7 +13,7 @@ from contraflow.train import checkpoint
 from contraflow.train.artifact import save_policy
 from contraflow.train.diagnostics import diagnose
 from contraflow.train.log import Log, read_evaluations
-from contraflow.train.online import Carry
+from contraflow.train.loop import Carry
 from contraflow.train.plot import plot_curve
 from contraflow.types import PRNGKey, UserError
 

@@ -23,7 +23,8 @@ from contraflow.train.artifact import check_schema
 from contraflow.train.console import Progress
 from contraflow.train.evaluate import evaluate
 from contraflow.train.log import TrackerName, check_trackers
-from contraflow.train.online import Carry, Learner, Phase, epoch, first_learner
+from contraflow.train.loop import Carry, Learner, epoch
+from contraflow.train.offpolicy import OffPolicy, first_learner
 from contraflow.train.record import Record, check_finite
 from contraflow.types import PRNGKey, UserError
 
@@ -194,7 +195,7 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def stretch(run: Run, taken: int) -> tuple[Phase, int]:
+def stretch(run: Run, taken: int) -> tuple[OffPolicy, int]:
     """The phase at step `taken`, and its iterations until something is due."""
     warm_up = taken < run.collect
     milestone = min(
@@ -202,7 +203,7 @@ def stretch(run: Run, taken: int) -> tuple[Phase, int]:
         (taken // run.eval_every + 1) * run.eval_every,
         (taken // run.log_every + 1) * run.log_every,
     )
-    phase = Phase(warm_up, 0 if warm_up else run.updates, run.batch_size, run.n_step)
+    phase = OffPolicy(warm_up, 0 if warm_up else run.updates, run.batch_size, run.n_step)
     return phase, max(1, -(-(milestone - taken) // run.num_envs))
 
 

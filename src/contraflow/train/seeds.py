@@ -1,4 +1,4 @@
-"""One `Run` with many seeds at once: the phases of train/online.py and the evaluation under `vmap`, in one program.
+"""One `Run` with many seeds at once: the phases of train/loop.py and the evaluation under `vmap`, in one program.
 
 `OUT/seeds.json` names the seeds, `OUT/seedN` is the run folder of each, as if it had been trained alone: `eval`,
 `resume` and reports read it like any other. Its numbers differ from a single run's by rounding, its `seconds` are those
@@ -24,7 +24,7 @@ from contraflow.train import checkpoint
 from contraflow.train.console import Progress
 from contraflow.train.evaluate import evaluate_seeds
 from contraflow.train.log import check_trackers
-from contraflow.train.online import Carry, epoch_seeds
+from contraflow.train.loop import Carry, epoch_seeds
 from contraflow.train.record import Record, check_finite
 from contraflow.train.run import (
     Result,

@@ -1,0 +1,132 @@
+"""Flow matching policy gradients, FPO (arXiv 2507.21053): PPO for a flow policy without likelihoods.
+
+In place of log pi(a | s) stands minus the flow-matching loss of the action taken, which bounds it from below:
+
+    rho = exp(mean_j l_old,j - mean_j l_new,j),   l_j = w(t_j) |v(x_{t_j}, t_j, s) - (a - eps_j)|^2,
+
+with pairs (t_j, eps_j) drawn when the action is taken and kept. Noise enters at x_0 only.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.flow.path import Linear
+from contraflow.nets.mlp import MLP
+from contraflow.nets.velocity import Velocity
+from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.optim import clipped_adam, start
+from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
+from contraflow.rl.running import ReturnScale, Running
+from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
+
+EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]
+
+
+class Draw(eqx.Module):
+    """What acting remembers: the action before it was clipped, the pairs and their losses."""
+
+    action: Float[Array, "*batch a"]
+    t: Float[Array, "*batch M"]
+    noise: Float[Array, "*batch M a"]
+    loss: Float[Array, "*batch M"]
+
+
+@dataclass(frozen=True)
+class FPO:
+    """Per action `policy.steps` + `pairs` evaluations; per row of a minibatch `pairs`, with gradients."""
+
+    acting: ClassVar[tuple[str, ...]] = ("actor", "stats")
+
+    policy: FlowPolicy = FlowPolicy()
+    """The policy to improve: that of the pretrained artefact, where one is given."""
+    pairs: int = 8
+    weight: Literal["noise", "velocity", "elbo"] = "noise"
+    """w(t): t^2, the error of the predicted noise (as released); 1; or t / (1 - t), a bound of the log-density."""
+    ratio: Literal["mean", "sum"] = "mean"
+    """Squared errors are averaged over coordinates (as released) or summed (a true bound)."""
+    gamma: float = 0.995
+    lam: float = 0.95
+    clip: float = 0.05
+    epochs: int = 5
+    minibatches: int = 8
+    target_kl: float | None = None
+    normalise_obs: bool = False
+    scale_reward: bool = True
+    width: int = 256
+    """Of the critic."""
+    depth: int = 3
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    decay_steps: int | None = None
+    max_grad_norm: float | None = 10.0
+
+    def __post_init__(self):
+        check_ppo(self)
+        if self.pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {self.pairs}")
+        if self.policy.averaged or self.policy.predict != "velocity" or not isinstance(self.policy.path, Linear):
+            raise ValueError("FPO's loss is that of a velocity on the linear path: use such a policy")
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
+        """Fresh networks; `contraflow.train.pretrained` puts a trained one in."""
+        k_net, k_critic = jr.split(key)
+        net = self.policy.init(k_net, spec)
+        critic = MLP(spec.obs_dim, 1, self.width, self.depth, activation="silu", key=k_critic)
+        return PPOState(
+            net, critic, start(self._actor_tx, net), start(self._critic_tx, critic), Running.start(spec.obs_dim),
+            ReturnScale.start(spec.num_envs), jnp.zeros((), jnp.int32),
+        )  # fmt: skip
+
+    def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """The end of the ODE from a random x_0, clipped; the same in training and evaluation."""
+        return jnp.clip(self._solve(state, obs, key), -1.0, 1.0)
+
+    def sample(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+        """An action, and pairs with their losses."""
+        k_solve, k_t, k_noise = jr.split(key, 3)
+        x = self._solve(state, obs, k_solve)
+        t = jr.uniform(k_t, (self.pairs,), minval=EDGE, maxval=1.0 - EDGE)
+        noise = jr.normal(k_noise, (self.pairs, *x.shape))
+        loss = self._losses(state.actor, state.stats(obs), x, t, noise)
+        return jnp.clip(x, -1.0, 1.0), Draw(x, t, noise, loss)
+
+    def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
+        """Passes over one rollout [T, N]."""
+        return improve(self, state, rollout, key, self._surrogate)
+
+    def _surrogate(self, actor: Velocity, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
+        draw = batch.extras
+        new = jax.vmap(lambda *args: self._losses(actor, *args))(batch.obs, draw.action, draw.t, draw.noise)
+        log_ratio = draw.loss.mean(1) - new.mean(1)
+        loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
+        metrics = {"actor_loss": loss, "matching_loss": new.mean()}
+        return loss, metrics | ratio_metrics(log_ratio, self.clip)
+
+    def _losses(
+        self, net: Velocity, obs: Float[Array, " o"], x1: Float[Array, " a"], t: Float[Array, " M"], noise
+    ) -> Float[Array, " M"]:
+        reduce = jnp.mean if self.ratio == "mean" else jnp.sum
+
+        def one(t, x0):
+            x_t = self.policy.path.perturb(x0, x1, t)
+            weight = {"noise": t**2, "velocity": 1.0, "elbo": t / (1.0 - t)}[self.weight]
+            return weight * reduce((self.policy.output(net, x_t, t, t, obs) - (x1 - x0)) ** 2)
+
+        return jax.vmap(one)(t, noise)
+
+    def _solve(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
+        return self.policy(state.actor, jr.normal(key, (state.actor.dim,)), state.stats(obs))
+
+    @property
+    def _actor_tx(self):
+        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
+
+    @property
+    def _critic_tx(self):
+        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

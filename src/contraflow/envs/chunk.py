@@ -1,0 +1,117 @@
+"""Several actions per decision: a chunk of `horizon` actions, of which the first `execute` are carried out.
+
+The policy sees one decision as one step: its action is the chunk, flat; the reward is the sum over the actions carried
+out (undiscounted, as in DPPO, 2409.00588), and `next_obs` what follows the last of them. A chunk ends with its
+episode: the rest is not carried out, and the copy stands still until the others have finished theirs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from contraflow.envs.base import Env
+from contraflow.types import EnvSpec, PRNGKey, Step, UserError
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """`env` with chunks for actions, [N, horizon * a].
+
+    Copies of a jittable environment are held by keeping their rows of its state: every array in it whose first axis has
+    length N, but keys. A host environment that `holds` has a `step(state, action, active)` for it.
+
+    Raises ValueError unless 1 <= execute <= horizon, and UserError for a host environment whose copies cannot be held
+    although an episode might end within a chunk.
+    """
+
+    env: Env
+    horizon: int
+    execute: int
+
+    def __post_init__(self):
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
+        spec = self.env.spec
+        if spec.horizon > 1:
+            raise ValueError("the environment takes chunks already")
+        if self.execute > 1 and not spec.jittable and not getattr(self.env, "holds", False):
+            name = getattr(self.env, "name", type(self.env).__name__)
+            raise UserError(
+                f"environment {name} cannot hold single copies, so a chunk would run on into the next episode: use "
+                "execute=1, or an environment that can step some of its copies"
+            )
+
+    @property
+    def spec(self) -> EnvSpec:
+        """`episode_length` counts decisions."""
+        inner = self.env.spec
+        length = None if inner.episode_length is None else -(-inner.episode_length // self.execute)
+        return replace(
+            inner,
+            action_dim=inner.action_dim * self.horizon,
+            episode_length=length,
+            horizon=self.horizon,
+            execute=self.execute,
+        )
+
+    def reset(self, key: PRNGKey) -> tuple[Any, Any]:
+        return self.env.reset(key)
+
+    def step(self, state: Any, action: Any) -> tuple[Any, Step]:
+        """Carry out the first `execute` actions of each chunk; `reward` is their sum."""
+        n = self.env.spec.num_envs
+        xp: Any = jnp if self.env.spec.jittable else np
+        chunk = xp.asarray(action).reshape(n, self.horizon, -1)
+        total, active = None, xp.ones(n, bool)
+        for i in range(self.execute):
+            if not self.env.spec.jittable and not active.any():
+                break
+            state, step = self._advance(state, chunk[:, i], active)
+            total = replace(step, steps=xp.ones(n, int)) if total is None else _joined(xp, total, step, active)
+            active = active & ~(step.terminated | step.truncated)
+        return state, total
+
+    def _advance(self, state: Any, action: Any, active: Any) -> tuple[Any, Step]:
+        if self.env.spec.jittable:
+            moved, step = self.env.step(state, action)
+            return _held(active, moved, state), step
+        env: Any = self.env
+        return env.step(state, action) if active.all() else env.step(state, action, active)
+
+    def frame(self) -> np.ndarray:
+        env: Any = self.env
+        return env.frame()
+
+    def close(self) -> None:
+        getattr(self.env, "close", lambda: None)()
+
+
+def _joined(xp: Any, total: Step, step: Step, active: Any) -> Step:
+    """Both as one step: what is active goes on from `total`, the rest stays."""
+
+    def pick(new, old):
+        return xp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return Step(
+        pick(step.obs, total.obs),
+        pick(step.next_obs, total.next_obs),
+        total.reward + xp.where(active, step.reward, xp.zeros_like(step.reward)),
+        pick(step.terminated, total.terminated),
+        pick(step.truncated, total.truncated),
+        pick(step.valid, total.valid),
+        total.steps + xp.where(active, 1, 0),
+    )
+
+
+def _held(active: Bool[Array, " N"], new: Any, old: Any) -> Any:
+    """`new`, with the rows of `old` where not `active`."""
+
+    def pick(a, b):
+        rows = a.ndim > 0 and a.shape[0] == active.shape[0] and not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        return jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b) if rows else a
+
+    return jax.tree.map(pick, new, old)

@@ -1,0 +1,86 @@
+"""A conditional flow over actions (or chunks of them), the policy that imitation learns and fine-tuning improves."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from contraflow.flow.path import Linear, Path, Scalar, Vector
+from contraflow.nets.layers import time_embedding
+from contraflow.nets.velocity import Velocity
+from contraflow.types import EnvSpec, PRNGKey
+
+Obs = Float[Array, " o"]
+
+
+@dataclass(frozen=True)
+class FlowPolicy:
+    """x_0 ~ N(0, I) is carried along `path` to x_1, the action before it is clipped to [-1, 1].
+
+    One step from time t to r goes to alpha_r x1 + beta_r x0 with the ends that the network predicts at x_t: Euler's
+    step for a velocity on the linear path, DDIM's (2010.02502) in general. An averaged velocity u(x, t, r) is that of
+    the whole step, so that few steps, or one, are enough (flow/onestep.py).
+    """
+
+    path: Path = Linear()
+    predict: Literal["velocity", "noise"] = "velocity"
+    """What the network returns: dx/dt, or E[x0 | x_t]."""
+    averaged: bool = False
+    """The network also takes the time at which the step ends."""
+    steps: int = 10
+    """Network evaluations per action."""
+    clip: float | None = None
+    """Bound of the predicted x1 within a step; usual where noise is predicted."""
+    width: int = 256
+    depth: int = 3
+    embedding: int = 32
+
+    def __post_init__(self):
+        if self.steps < 1 or self.width < 1:
+            raise ValueError(f"steps and width must be at least 1, got {self.steps} and {self.width}")
+        if self.averaged and (self.predict != "velocity" or not isinstance(self.path, Linear)):
+            raise ValueError("an averaged velocity is defined here on the linear path: use predict='velocity', Linear()")
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> Velocity:
+        cond = spec.obs_dim + self.embedding * self.averaged
+        return Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=key)
+
+    def output(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
+        """What the network returns for a step from t to r."""
+        cond = jnp.concatenate([obs, time_embedding(self._clock(r - t), self.embedding)]) if self.averaged else obs
+        return net(x, self._clock(t), cond)
+
+    def ends(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> tuple[Vector, Vector]:
+        """(x1, x0) predicted at x_t; of an averaged velocity, those that its step to r implies."""
+        out = self.output(net, x, t, r, obs)
+        if self.predict == "velocity":
+            x1, x0 = self.path.x1_from_velocity(out, x, t), self.path.x0_from_velocity(out, x, t)
+        else:
+            x1, x0 = self.path.x1_from_x0(out, x, t), out
+        if self.clip is not None:
+            x1 = jnp.clip(x1, -self.clip, self.clip)
+            x0 = self.path.x0_from_x1(x1, x, t)
+        return x1, x0
+
+    def move(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
+        """x_r from x_t, without noise."""
+        if self.averaged or (self.predict == "velocity" and self.clip is None and isinstance(self.path, Linear)):
+            return x + (r - t) * self.output(net, x, t, r, obs)
+        x1, x0 = self.ends(net, x, t, r, obs)
+        return self.path.alpha(r) * x1 + self.path.beta(r) * x0
+
+    def __call__(self, net: Velocity, x0: Vector, obs: Obs, steps: int | None = None) -> Vector:
+        """x_1 from x_0 in `steps` equal steps (None: the policy's own)."""
+        n = self.steps if steps is None else steps
+
+        def step(x, k):
+            return self.move(net, x, k / n, (k + 1) / n, obs), None
+
+        return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
+
+    @staticmethod
+    def _clock(t: Scalar) -> Scalar:
+        """Times reach the embedding as [0, 100]: its fastest wave has a period of 2 pi."""
+        return 100.0 * t
