@@ -1,12 +1,14 @@
 """Named runs: `contraflow train NAME`. Every agent has a preset of its own name."""
 
-from contraflow.agents import RFM, SAC, SIR
+from contraflow.agents import BC, DPPO, FPO, PPO, RFM, SAC, SIR, ReinFlow
 from contraflow.flow.posterior import MinVariance, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant
-from contraflow.train.run import Run
+from contraflow.train.offline import OfflineRun
+from contraflow.train.onpolicy import OnPolicyRun
+from contraflow.train.run import AnyRun, Run
 
 RFM_PAPER = RFM(
     estimator=Reverse(samples=100, proposal=Noise(), control=MinVariance()),
@@ -28,10 +30,15 @@ RFM_PAPER = RFM(
     max_grad_norm=10.0,
 )
 
-PRESETS: dict[str, Run] = {
+PRESETS: dict[str, AnyRun] = {
     "rfm": Run(agent=RFM()),
     "sac": Run(agent=SAC()),
     "sir": Run(agent=SIR()),
+    "ppo": OnPolicyRun(agent=PPO()),
+    "reinflow": OnPolicyRun(agent=ReinFlow()),
+    "dppo": OnPolicyRun(agent=DPPO()),
+    "fpo": OnPolicyRun(agent=FPO()),
+    "bc": OfflineRun(agent=BC()),
     # 2601.08136 and its official code: 250k steps at action repeat 1, one environment, one update per step.
     "rfm-paper": Run(
         env="envpool:CheetahRun-v1",

@@ -50,6 +50,15 @@ class Step(eqx.Module):
     steps: Any = 1  # [N], or one number for all
 
 
+class Chunks(eqx.Module):
+    """Rows of demonstrations: `action` is the chunk that begins at `obs`, flat. `valid` is 0 for the numbers that lie
+    beyond the end of its trajectory, 1 for the others."""
+
+    obs: Float[Array, "B o"]
+    action: Float[Array, "B d"]
+    valid: Float[Array, "B d"]
+
+
 class Rollout(eqx.Module):
     """T steps of N environments under one policy, what an on-policy update learns from.
 
@@ -87,4 +96,4 @@ class UserError(Exception):
     """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
 
 
-__all__ = ["EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]
+__all__ = ["Chunks", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]

@@ -13,10 +13,9 @@ from contraflow.agents.dppo import DPPO
 from contraflow.agents.fpo import FPO
 from contraflow.agents.ppo import PPO
 from contraflow.agents.reinflow import ReinFlow
-from contraflow.flow.chain import chain_log_prob, run_chain
 from contraflow.rl.advantage import gae
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.ppo import Samples, ratio_metrics
+from contraflow.rl.ppo import Samples
 from contraflow.types import EnvSpec, Rollout
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
@@ -72,3 +71,127 @@ def test_an_update_moves_what_it_should(name: str):
     if new.reference is not None:
         assert max(jax.tree.leaves(moved.reference)) == 0
     assert (max(jax.tree.leaves(moved.stats)) > 0) == agent.normalise_obs
+
+
+def test_gae_by_hand():
+    """Two environments: one terminates, one is truncated; nothing leaks from the next episode, and a cut bootstraps."""
+    reward = jnp.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    value, following = jnp.full((3, 2), 0.5), jnp.full((3, 2), 10.0)
+    terminated = jnp.array([[False, False], [True, False], [False, False]])
+    truncated = jnp.array([[False, False], [False, True], [False, False]])
+    got = gae(reward, value, following, terminated, truncated, 0.9, 0.8)
+    last = 3 + 9 - 0.5
+    np.testing.assert_allclose(got[2], [last, last], rtol=1e-6)
+    np.testing.assert_allclose(got[1], [2 - 0.5, 2 + 9 - 0.5], rtol=1e-6)
+    np.testing.assert_allclose(got[0], [9.5 + 0.72 * 1.5, 9.5 + 0.72 * 10.5], rtol=1e-6)
+
+
+class Pull(eqx.Module):
+    """v(x, t, s) = mu(s) - x: one step of size one goes to mu(s), wherever it began."""
+
+    weight: jax.Array
+
+    @property
+    def dim(self):
+        return self.weight.shape[1]
+
+    def __call__(self, x, t, cond):
+        return cond @ self.weight - x
+
+
+def test_reinflow_with_one_step_is_gaussian_ppo():
+    """Same means and deviations: same ratios, same surrogate, whatever x_0 was."""
+    std, weight = 0.2, jr.normal(jr.key(0), (3, 2))
+    agent = ReinFlow(POLICY, steps=1, ratio="sum", std=(std, std), entropy=0.0, clip=0.2, **SMALL)
+    state = agent.init(jr.key(1), SPEC)
+    old = eqx.tree_at(lambda a: a.velocity, state.actor, Pull(weight), is_leaf=lambda x: x is state.actor.velocity)
+    new = eqx.tree_at(lambda a: a.velocity.weight, old, weight + 0.05 * jr.normal(jr.key(2), weight.shape))
+    state = replace(state, actor=old)
+    _, r = rollout(agent, state, jr.key(3))
+    batch = samples(state, r)
+    loss, metrics = agent._surrogate(new, batch, jr.key(4), None)
+
+    ppo = PPO(clip=0.2, **SMALL)
+    x = batch.extras.chain[:, 1]
+
+    def log_prob(w):
+        return jnp.sum(-0.5 * ((x - batch.obs @ w) / std) ** 2, 1)
+
+    ratio = jnp.exp(log_prob(new.velocity.weight) - log_prob(weight))
+    wanted = -jnp.minimum(ratio * batch.advantage, jnp.clip(ratio, 0.8, 1.2) * batch.advantage).mean()
+    np.testing.assert_allclose(loss, wanted, rtol=1e-4)
+    np.testing.assert_allclose(metrics["clip_share"], jnp.mean(jnp.abs(ratio - 1) > ppo.clip), atol=1e-6)
+    assert 0.05 < metrics["clip_share"] < 0.95
+
+
+def test_dppo_with_one_step_is_gaussian_ppo():
+    """Learning only the last step: N(predicted x1, min_std^2), for the x that the others led to."""
+    agent = replace(AGENTS["dppo"], learned=1, ratio="sum", gamma_denoise=0.5, clip=0.2, min_std=0.3)
+    state = agent.init(jr.key(1), SPEC)
+    new = jax.tree.map(lambda w: w + 0.1 * jr.normal(jr.key(5), w.shape), state.actor)
+    _, r = rollout(agent, state, jr.key(3))
+    batch = samples(state, r)
+    loss, metrics = agent._surrogate(new, batch, jr.key(4))
+    t = jnp.asarray(5 / 6)
+
+    def log_prob(net):
+        before, x = batch.extras.chain[:, 0], batch.extras.chain[:, 1]
+        x1, _ = jax.vmap(lambda b, o: agent.policy.ends(net, b, t, jnp.asarray(1.0), o))(before, batch.obs)
+        return jnp.sum(-0.5 * ((x - x1) / 0.3) ** 2, 1)
+
+    ratio = jnp.exp(log_prob(new) - log_prob(state.actor))
+    wanted = -jnp.minimum(ratio * batch.advantage, jnp.clip(ratio, 0.8, 1.2) * batch.advantage).mean()
+    np.testing.assert_allclose(loss, wanted, rtol=1e-3)
+    assert 0.0 < metrics["clip_share"] < 1.0
+
+
+def test_reinflow_without_noise_is_the_ode():
+    """As sigma -> 0 acting in training becomes acting in evaluation, from the same x_0."""
+    agent = ReinFlow(POLICY, std=(1e-6, 1e-6), **SMALL)
+    state = agent.init(jr.key(0), SPEC)
+    obs, key = jnp.ones(3), jr.key(1)
+    _, draw = agent.sample(state, obs, key)
+    x1 = agent.policy(state.actor.velocity, draw.chain[0], state.stats(obs), agent.steps)
+    np.testing.assert_allclose(draw.chain[-1], x1, atol=1e-4)
+
+
+def test_noise_stays_within_its_bounds_and_its_reach_falls():
+    agent = ReinFlow(POLICY, std=(0.1, 0.3), std_end=0.5, std_rollouts=100, **SMALL)
+    state = agent.init(jr.key(0), SPEC)
+    wild = jax.tree.map(lambda w: 100 * jr.normal(jr.key(1), w.shape), state.actor.noise)
+    actor = replace(state.actor, noise=wild)
+    std = jax.vmap(lambda o: agent._std(actor, jnp.asarray(2), o))(jr.normal(jr.key(2), (50, 3)))
+    assert std.min() >= 0.0999 and std.max() <= 0.3001 and std.max() - std.min() > 0.1
+    reach = [float(jnp.exp(0.5 * agent._reach(n))) for n in (0, 35, 67.5, 100, 200)]
+    np.testing.assert_allclose(reach, [0.3, 0.3, 0.25, 0.2, 0.2], atol=1e-6)
+
+
+class GaussianFlow(eqx.Module):
+    """The velocity of the flow to N(mean, std^2), whatever the condition."""
+
+    mean: jax.Array
+    std: float = eqx.field(static=True, default=0.5)
+
+    @property
+    def dim(self):
+        return self.mean.shape[0]
+
+    def __call__(self, x, t, cond):
+        t = t / 100.0
+        var = t**2 * self.std**2 + (1 - t) ** 2
+        return self.mean + (t * self.std**2 - (1 - t)) / var * (x - t * self.mean)
+
+
+@pytest.mark.parametrize(("weight", "exact"), [("elbo", True), ("velocity", False)])
+def test_fpo_ratio_against_the_density(weight: str, exact: bool):
+    """With the ELBO's weight and sums, the ratio between two Gaussian flows is that of their densities."""
+    agent = FPO(POLICY, weight=weight, ratio="sum", pairs=20_000, **SMALL)
+    old, new = GaussianFlow(jnp.array([0.0, 0.1])), GaussianFlow(jnp.array([0.4, -0.3]))
+    t = jr.uniform(jr.key(0), (agent.pairs,), minval=1e-3, maxval=1 - 1e-3)
+    noise = jr.normal(jr.key(1), (agent.pairs, 2))
+    for x in (jnp.array([0.3, 0.2]), jnp.array([-0.5, 0.4])):
+        log_ratio = jnp.mean(
+            agent._losses(old, jnp.zeros(3), x, t, noise) - agent._losses(new, jnp.zeros(3), x, t, noise)
+        )
+        true = 0.5 * jnp.sum(((x - old.mean) / 0.5) ** 2 - ((x - new.mean) / 0.5) ** 2)
+        assert (abs(float(log_ratio - true)) < 0.08) == exact

@@ -1,8 +1,9 @@
-"""Diffusion policy policy optimisation, DPPO (arXiv 2409.00588): PPO on the last denoising steps of a diffusion policy.
+"""Diffusion policy policy optimisation, DPPO (arXiv 2409.00588): PPO on the last denoising steps.
 
-x_0 ~ N(0, I), and each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with the deviation of
-DDPM but at least `min_std`. The first steps stay those of the pretrained network, the last `learned` are improved, each
-a decision of its own: its ratio is clipped by itself, and its advantage is that of the action, discounted for noise.
+x_0 ~ N(0, I), and each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with DDPM's deviation
+or `min_std`, whichever is larger. The first steps stay those of the pretrained network, the last `learned` are
+improved, each a decision of its own: its ratio is clipped by itself, and its advantage is that of the action,
+discounted for noise.
 
 Differences to the released code: minibatches hold whole chains, not pairs of environment and denoising step;
 log-densities are not clamped and noise is not cut at three deviations.
@@ -20,8 +21,7 @@ from jaxtyping import Array, Float
 from contraflow.flow.chain import Kernel, chain_log_prob, posterior_std, run_chain
 from contraflow.flow.path import VP
 from contraflow.nets.mlp import MLP
-from contraflow.nets.velocity import Velocity
-from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import clipped_adam, start
 from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
 from contraflow.rl.running import ReturnScale, Running
@@ -39,12 +39,14 @@ class Draw(eqx.Module):
 
 @dataclass(frozen=True)
 class DPPO:
-    """Per action `policy.steps` evaluations; per row of a minibatch `learned`, with gradients."""
+    """Per action `steps` evaluations; per row of a minibatch `learned`, with gradients."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "stats", "reference")
 
     policy: FlowPolicy = DIFFUSION
     """The policy to improve: that of the pretrained artefact, where one is given."""
+    steps: int | None = None
+    """Denoising steps; None is those of the policy."""
     learned: int = 10
     """Denoising steps that are improved, counted from the last."""
     min_std: float = 0.1
@@ -74,8 +76,8 @@ class DPPO:
 
     def __post_init__(self):
         check_ppo(self)
-        if not 1 <= self.learned <= self.policy.steps:
-            raise ValueError(f"learned must lie between 1 and the {self.policy.steps} steps, got {self.learned}")
+        if not 1 <= self.learned <= self._steps:
+            raise ValueError(f"learned must lie between 1 and the {self._steps} steps, got {self.learned}")
         if self.min_std <= 0:
             raise ValueError(f"min_std must be positive, got {self.min_std}: the last step would have no density")
 
@@ -104,7 +106,11 @@ class DPPO:
         """Passes over one rollout [T, N]."""
         return improve(self, state, rollout, key, self._surrogate)
 
-    def _surrogate(self, actor: Velocity, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
+    def adopt(self, state: PPOState, net: Network, stats: Running) -> PPOState:
+        """The state with a trained network in it, for the steps that stay and for those that learn."""
+        return eqx.tree_at(lambda s: (s.actor, s.reference, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
+
+    def _surrogate(self, actor: Network, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
         def one(obs, draw):
             kernel = self._kernel(actor, obs, self.min_std, self._first)
             reduce = jnp.mean if self.ratio == "mean" else jnp.sum
@@ -121,7 +127,11 @@ class DPPO:
 
     @property
     def _first(self) -> int:
-        return self.policy.steps - self.learned
+        return self._steps - self.learned
+
+    @property
+    def _steps(self) -> int:
+        return self.steps or self.policy.steps
 
     def _generate(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, min_std: float):
         """The learned part of a chain, from the x that the pretrained steps lead to."""
@@ -131,8 +141,8 @@ class DPPO:
             x = run_chain(self._kernel(state.reference, obs, min_std, 0), x, self._first, k_before)[-1]
         return run_chain(self._kernel(state.actor, obs, min_std, self._first), x, self.learned, k_learned)
 
-    def _kernel(self, net: Velocity, obs: Float[Array, " o"], min_std: float, first: int) -> Kernel:
-        path, n = self.policy.path, self.policy.steps
+    def _kernel(self, net: Network, obs: Float[Array, " o"], min_std: float, first: int) -> Kernel:
+        path, n = self.policy.path, self._steps
 
         def kernel(x, k):
             t, r = (first + k) / n, (first + k + 1) / n

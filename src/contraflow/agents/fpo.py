@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.path import Linear
 from contraflow.nets.mlp import MLP
-from contraflow.nets.velocity import Velocity
-from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import clipped_adam, start
 from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
 from contraflow.rl.running import ReturnScale, Running
@@ -100,7 +99,15 @@ class FPO:
         """Passes over one rollout [T, N]."""
         return improve(self, state, rollout, key, self._surrogate)
 
-    def _surrogate(self, actor: Velocity, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
+    def network(self, state: PPOState) -> Network:
+        """What others start from."""
+        return state.actor
+
+    def adopt(self, state: PPOState, net: Network, stats: Running) -> PPOState:
+        """The state with a trained network in it."""
+        return eqx.tree_at(lambda s: (s.actor, s.stats), state, (net, stats))
+
+    def _surrogate(self, actor: Network, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
         draw = batch.extras
         new = jax.vmap(lambda *args: self._losses(actor, *args))(batch.obs, draw.action, draw.t, draw.noise)
         log_ratio = draw.loss.mean(1) - new.mean(1)
@@ -109,7 +116,7 @@ class FPO:
         return loss, metrics | ratio_metrics(log_ratio, self.clip)
 
     def _losses(
-        self, net: Velocity, obs: Float[Array, " o"], x1: Float[Array, " a"], t: Float[Array, " M"], noise
+        self, net: Network, obs: Float[Array, " o"], x1: Float[Array, " a"], t: Float[Array, " M"], noise
     ) -> Float[Array, " M"]:
         reduce = jnp.mean if self.ratio == "mean" else jnp.sum
 

@@ -1,4 +1,4 @@
-"""ReinFlow (arXiv 2505.22094): fine-tune a flow policy with few steps by PPO on the chain that learned noise makes of it.
+"""ReinFlow (arXiv 2505.22094): a flow policy of few steps, improved by PPO on the chain that learned noise makes of it.
 
 x_0 ~ N(0, I), x_{k+1} ~ N(x_k + dt v(x_k, t_k, s), sigma(t_k, s)^2), action clip(x_K, -1, 1). The noise network lets
 gradients of a likelihood reach the velocity; deployment drops it and solves the ODE on the same grid k / K.
@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 from contraflow.flow.chain import chain_log_prob, run_chain
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.mlp import MLP
-from contraflow.nets.velocity import Velocity
-from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.flow_policy import CLOCK, FlowPolicy, Network
 from contraflow.rl.optim import clipped_adam, start
 from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
 from contraflow.rl.running import ReturnScale, Running
@@ -28,7 +27,7 @@ from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 
 class Noisy(eqx.Module):
-    velocity: Velocity
+    velocity: Network
     noise: MLP
     reach: Float[Array, ""]  # largest log-variance now allowed, of which no gradient is taken
 
@@ -57,7 +56,7 @@ class ReinFlow:
     std_rollouts: int | None = None
     """Rollouts until then, of which the first 35 % leave it as it is; None keeps it throughout."""
     ratio: Literal["mean", "sum"] = "mean"
-    """Log-densities of a chain are averaged over steps and coordinates (the paper's geometric mean) or summed (true)."""
+    """Log-densities of a chain are averaged over steps and coordinates (as in the paper) or summed (the true ratio)."""
     entropy: float = 0.03
     """Weight of mean_{k,j} .5 log(2 pi e sigma_{k,j}^2)."""
     anchor: float = 0.0
@@ -123,6 +122,15 @@ class ReinFlow:
         reach = self._reach(state.step)
         return eqx.tree_at(lambda s: s.actor.reach, state, reach), metrics | {"largest_std": jnp.exp(0.5 * reach)}
 
+    def network(self, state: PPOState) -> Network:
+        """What others start from."""
+        return state.actor.velocity
+
+    def adopt(self, state: PPOState, net: Network, stats: Running) -> PPOState:
+        """The state with a trained network in it, which is also the anchor."""
+        state = eqx.tree_at(lambda s: (s.actor.velocity, s.stats), state, (net, stats))
+        return eqx.tree_at(lambda s: s.reference, state, jax.tree.map(jnp.copy, net)) if self.anchor else state
+
     def _surrogate(
         self, actor: Noisy, batch: Samples, key: PRNGKey, reference: Any
     ) -> tuple[Float[Array, ""], Metrics]:
@@ -143,7 +151,7 @@ class ReinFlow:
             loss, metrics = loss + self.anchor * gap, metrics | {"anchor": gap}
         return loss, metrics | ratio_metrics(log_ratio, self.clip)
 
-    def _distance(self, velocity: Velocity, reference: Velocity, obs: Float[Array, "B o"], key: PRNGKey):
+    def _distance(self, velocity: Network, reference: Network, obs: Float[Array, "B o"], key: PRNGKey):
         x0 = jr.normal(key, (obs.shape[0], velocity.dim))
         new, old = (
             jax.vmap(lambda o, x, net=net: self.policy(net, x, o, self.steps))(obs, x0)
@@ -161,7 +169,7 @@ class ReinFlow:
     def _std(self, actor: Noisy, k: Any, obs: Float[Array, " o"]) -> Float[Array, " a"]:
         """log sigma^2 = low + (high - low) (tanh(net) + 1) / 2."""
         low, high = 2 * jnp.log(self.std[0]), jax.lax.stop_gradient(actor.reach)
-        out = actor.noise(jnp.concatenate([obs, time_embedding(100.0 * k / self.steps, self.policy.embedding)]))
+        out = actor.noise(jnp.concatenate([obs, time_embedding(CLOCK * k / self.steps, self.policy.embedding)]))
         return jnp.exp(0.5 * (low + (high - low) * (jnp.tanh(out) + 1) / 2))
 
     def _reach(self, rollouts: Any) -> Float[Array, ""]:

@@ -16,6 +16,8 @@ commands:
   eval DIR        returns of a trained policy, and a video with --video out.mp4
   compare         train a matrix of agents, environments and seeds, or continue one
   report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
+  record POLICY   roll a policy out and write the episodes as a dataset
+  data info SET   sizes, returns and ranges of a dataset, and problems found in it
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 
@@ -25,7 +27,7 @@ options:
 
 `contraflow train PRESET --help` lists every setting of a preset. Errors end with exit code 2."""
 
-COMMANDS = ("train", "resume", "eval", "compare", "report", "sample", "list")
+COMMANDS = ("train", "resume", "eval", "compare", "report", "record", "data", "sample", "list")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -75,6 +77,14 @@ def _dispatch(args: list[str]) -> int:
         from contraflow.cli.report import report_command
 
         return report_command(rest)
+    elif command == "record":
+        from contraflow.cli.data import record_command
+
+        return record_command(rest)
+    elif command == "data":
+        from contraflow.cli.data import data_command
+
+        return data_command(rest)
     elif command == "list":
         from contraflow.cli.listing import list_command
 

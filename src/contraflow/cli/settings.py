@@ -14,14 +14,14 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from contraflow.config import import_path, members, suggest
 from contraflow.presets import PRESETS
-from contraflow.train.run import Run, read_config
+from contraflow.train.run import AnyRun, Run, read_config
 from contraflow.types import UserError
 
 Switch = tyro.conf.FlagCreatePairsOff
 
 
 @dataclass(frozen=True)
-class Train(Run):
+class Train:
     """What `contraflow train` takes beside the run itself."""
 
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = ()
@@ -43,14 +43,17 @@ A setting with several kinds is switched by a word, its own flags follow:
 contraflow train {preset} agent.solver:heun --agent.solver.steps 5"""
 
 
-def parse_train(preset: str, args: list[str]) -> Train:
-    """Settings of `preset` with the flags in `args` applied. Raises UserError, or SystemExit after tyro's message."""
+def parse_train(preset: str, args: list[str]) -> Any:
+    """`Train` and the settings of `preset` with the flags in `args` applied.
+
+    Raises UserError, or SystemExit after tyro's message.
+    """
     trust = "--trust" in args
     run = find_preset(preset, trust)
     # The agent is that of the preset, so that its flags are known at once and no word is needed to choose it.
     agent = ("agent", type(run.agent), field(default=run.agent))
-    options = dataclasses.make_dataclass("Train", [agent], bases=(Train,), frozen=True)
-    default = options(**{f.name: getattr(run, f.name) for f in dataclasses.fields(Run)})
+    options = dataclasses.make_dataclass("Train", [agent], bases=(Train, type(run)), frozen=True)
+    default = options(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
     return tyro.cli(
         options,
         prog=f"contraflow train {preset}",
@@ -62,12 +65,13 @@ def parse_train(preset: str, args: list[str]) -> Train:
     )
 
 
-def as_run(options: Train) -> Run:
+def as_run(options: Any) -> AnyRun:
     """The run without the options of the command."""
-    return Run(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Run)})
+    kind = next(cls for cls in type(options).__mro__ if cls in typing.get_args(AnyRun))
+    return kind(**{f.name: getattr(options, f.name) for f in dataclasses.fields(kind)})
 
 
-def find_preset(name: str, trust: bool) -> Run:
+def find_preset(name: str, trust: bool) -> AnyRun:
     """A preset by name, a `module:Class` agent, or the run of a run folder or config.json."""
     if name in PRESETS:
         return PRESETS[name]

@@ -4,13 +4,13 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from contraflow.cli.evaluate import final_returns
-from contraflow.cli.settings import Switch, Train, as_run, parse_train
+from contraflow.cli.settings import Switch, as_run, parse_train
 from contraflow.config import suggest
 from contraflow.presets import PRESETS
 from contraflow.train import run as runs
@@ -93,7 +93,7 @@ def resume_command(args: list[str]) -> int:
     return _finish(result, time.monotonic() - start, options.require, options.trust)
 
 
-def default_folder(preset: str, options: Train) -> Path:
+def default_folder(preset: str, options: Any) -> Path:
     """runs/PRESET-ENV-seedN, or -seedsN-M-..., in letters that a path may hold."""
     path = Path(preset)
     name = path.resolve().parent.name if path.name == "config.json" else path.name

@@ -1,4 +1,4 @@
-"""Generation as a Markov chain with a density: x_0 ~ N(0, I), x_{k+1} ~ N(mean_k(x_k), diag std_k^2), actions at the end.
+"""Generation as a Markov chain with a density: x_0 ~ N(0, I), x_{k+1} ~ N(mean_k(x_k), diag std_k^2).
 
 A method of policy optimisation through generation is a kernel (where noise enters, and how much) and the steps whose
 densities it learns from: all of them (ReinFlow, Flow-GRPO), the last few (DPPO), a window (MixGRPO).

@@ -41,8 +41,12 @@ class Velocity(eqx.Module):
         return self.last.bias.shape[0]
 
     def __call__(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " d"]:
+        return self.last(self.features(x, t, cond))
+
+    def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
+        """The last hidden layer."""
         act = activation_function(self.activation)
         h = act(self.first(x, time_embedding(t, self.embedding), cond))
         for block in self.blocks:
             h = h + act(block(h))
-        return self.last(h)
+        return h

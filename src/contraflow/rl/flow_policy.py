@@ -1,7 +1,7 @@
 """A conditional flow over actions (or chunks of them), the policy that imitation learns and fine-tuning improves."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from contraflow.nets.velocity import Velocity
 from contraflow.types import EnvSpec, PRNGKey
 
 Obs = Float[Array, " o"]
+Network = Any
+"""A module with a `dim` that takes (x, t, cond) to a vector of that size, as `Velocity` does."""
+CLOCK = 100.0  # times reach the embedding as [0, 100], of which its fastest wave makes sixteen periods
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,21 @@ class FlowPolicy:
         if self.steps < 1 or self.width < 1:
             raise ValueError(f"steps and width must be at least 1, got {self.steps} and {self.width}")
         if self.averaged and (self.predict != "velocity" or not isinstance(self.path, Linear)):
-            raise ValueError("an averaged velocity is defined here on the linear path: use predict='velocity', Linear()")
+            raise ValueError("an averaged velocity lives on the linear path: use predict='velocity' and Linear()")
 
-    def init(self, key: PRNGKey, spec: EnvSpec) -> Velocity:
+    def init(self, key: PRNGKey, spec: EnvSpec) -> Network:
         cond = spec.obs_dim + self.embedding * self.averaged
         return Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=key)
 
-    def output(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
+    def output(self, net: Network, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
         """What the network returns for a step from t to r."""
-        cond = jnp.concatenate([obs, time_embedding(self._clock(r - t), self.embedding)]) if self.averaged else obs
-        return net(x, self._clock(t), cond)
+        return net(x, CLOCK * t, self._condition(t, r, obs))
 
-    def ends(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> tuple[Vector, Vector]:
+    def features(self, net: Network, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Float[Array, " w"]:
+        """Its last hidden layer."""
+        return net.features(x, CLOCK * t, self._condition(t, r, obs))
+
+    def ends(self, net: Network, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> tuple[Vector, Vector]:
         """(x1, x0) predicted at x_t; of an averaged velocity, those that its step to r implies."""
         out = self.output(net, x, t, r, obs)
         if self.predict == "velocity":
@@ -64,23 +70,21 @@ class FlowPolicy:
             x0 = self.path.x0_from_x1(x1, x, t)
         return x1, x0
 
-    def move(self, net: Velocity, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
+    def move(self, net: Network, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
         """x_r from x_t, without noise."""
         if self.averaged or (self.predict == "velocity" and self.clip is None and isinstance(self.path, Linear)):
             return x + (r - t) * self.output(net, x, t, r, obs)
         x1, x0 = self.ends(net, x, t, r, obs)
         return self.path.alpha(r) * x1 + self.path.beta(r) * x0
 
-    def __call__(self, net: Velocity, x0: Vector, obs: Obs, steps: int | None = None) -> Vector:
+    def __call__(self, net: Network, x0: Vector, obs: Obs, steps: int | None = None) -> Vector:
         """x_1 from x_0 in `steps` equal steps (None: the policy's own)."""
-        n = self.steps if steps is None else steps
+        n = steps or self.steps
 
         def step(x, k):
             return self.move(net, x, k / n, (k + 1) / n, obs), None
 
         return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
 
-    @staticmethod
-    def _clock(t: Scalar) -> Scalar:
-        """Times reach the embedding as [0, 100]: its fastest wave has a period of 2 pi."""
-        return 100.0 * t
+    def _condition(self, t: Scalar, r: Scalar, obs: Obs) -> Float[Array, " c"]:
+        return jnp.concatenate([obs, time_embedding(CLOCK * (r - t), self.embedding)]) if self.averaged else obs

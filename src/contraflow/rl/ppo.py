@@ -49,8 +49,8 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
     """The state after `epochs` passes over the rollout, in `minibatches` each.
 
     `agent` has the settings of `PPO`. `surrogate(actor, samples, key)` is the loss of the actor with metrics, of which
-    `kl` may stop the passes; the critic is regressed on A + V. Statistics of observations and rewards move afterwards, so that the first minibatch
-    sees the policy that acted.
+    `kl` may stop the passes; the critic is regressed on A + V. Statistics of observations move afterwards, so that the
+    first minibatch sees the policy that acted.
     """
     done = rollout.terminated | rollout.truncated
     # The scale is that of the rewards themselves, so it may already know them.

@@ -15,7 +15,7 @@ class Running(eqx.Module):
 
     @classmethod
     def start(cls, dim: int) -> "Running":
-        """As if one row had been seen, of mean 0 and variance 1: the identity, nearly forgotten after the first batch."""
+        """As if one row had been seen, of mean 0 and variance 1: the identity at first, soon forgotten."""
         return cls(jnp.zeros(dim), jnp.ones(dim), jnp.ones(()))
 
     def update(self, rows: Float[Array, "n d"], valid: Bool[Array, " n"]) -> "Running":

@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.agents.base import acting_state
-from contraflow.train.artifact import load_policy
+from contraflow.train.artifact import load_policy, policy_folder
 from contraflow.train.evaluate import act_batch
 from contraflow.types import EnvSpec, UserError
 
@@ -39,6 +39,4 @@ def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
 
     `trust` allows a policy whose agent is code outside the library to import that code.
     """
-    folder = Path(path)
-    folder = folder / "policy" if (folder / "policy").is_dir() else folder
-    return Policy(*load_policy(folder, trust), seed=seed)
+    return Policy(*load_policy(policy_folder(Path(path)), trust), seed=seed)

@@ -69,3 +69,8 @@ def check_schema(config: Any, folder: Path) -> None:
         raise UserError(f"{folder} was not written by contraflow (its config.json names no schema)")
     if schema > SCHEMA:
         raise UserError(f"{folder} uses schema {schema}, this release reads up to {SCHEMA}: upgrade contraflow")
+
+
+def policy_folder(path: Path) -> Path:
+    """The policy in a run folder, or the folder itself."""
+    return path / "policy" if (path / "policy").is_dir() else path

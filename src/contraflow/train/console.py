@@ -59,7 +59,7 @@ class Progress:
         self._taken = steps
         if "return" in metrics:
             self._state = f"return {metrics['return']:.1f}"
-        elif self._state == "collecting" and steps > run.collect:
+        elif self._state == "collecting" and steps > getattr(run, "collect", 0):
             self._state = "learning"
         rate = (steps - self._first) / max(now - self._started, 1e-9)
         task = self._bar.tasks[self._task]

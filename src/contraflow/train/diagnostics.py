@@ -13,7 +13,7 @@ from contraflow.agents.rfm import RFM
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.rl.energy import boltzmann
-from contraflow.types import PRNGKey, Transition
+from contraflow.types import PRNGKey
 
 BINS = 16  # of the action histogram
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -22,8 +22,8 @@ REPEATS = 16
 REFERENCE = Reverse(4096, Mixture((Noise(), UniformAction()), (0.5, 0.5)), Fixed(0.0))
 
 
-def diagnose(agent: Agent, state: Any, batch: Transition, key: PRNGKey) -> dict[str, float]:
-    """Diagnostics on the first 16 observations of `batch`, as plain numbers.
+def diagnose(agent: Agent, state: Any, obs: Any, key: PRNGKey) -> dict[str, float]:
+    """Diagnostics on the first 16 of the observations [B, o], as plain numbers.
 
     For every agent: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and `action_entropy` (per dimension, from a
     32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of actions of all dimensions in the i-th of 16
@@ -31,7 +31,7 @@ def diagnose(agent: Agent, state: Any, batch: Transition, key: PRNGKey) -> dict[
     `target_bias/t` (root mean square of the mean target over 16 repeats against 4096 candidates, in units of x1) and
     `q_gap`, the spread of Q over uniform actions divided by lambda.
     """
-    obs = batch.obs[:STATES]
+    obs = jnp.asarray(obs)[:STATES]
     out = _action_law(agent, state, obs, jr.fold_in(key, 0))
     if isinstance(agent, RFM):
         out |= _target_quality(agent, state, obs, jr.fold_in(key, 1))

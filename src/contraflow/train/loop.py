@@ -38,7 +38,12 @@ class Carry(eqx.Module):
 class Phase(Protocol):
     """A kind of iteration and its settings, static under `jit`."""
 
-    def iterate(self, agent: Any, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
+    @property
+    def learns(self) -> bool:
+        """False for a warm-up."""
+        ...
+
+    def iterate(self, agent: Any, env: Any, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         """Act, step, learn. `key` is that of the whole run; metrics hold `episodes` and `episode_return_sum`."""
         ...
 
@@ -97,3 +102,17 @@ def summarise(metrics: dict[str, np.ndarray]) -> dict[str, float]:
     episodes, total = metrics.pop("episodes").sum(), metrics.pop("episode_return_sum").sum()
     means = {name: float(np.mean(value)) for name, value in metrics.items()}
     return means | {"episodes": float(episodes)} | ({"return": float(total / episodes)} if episodes else {})
+
+
+def next_due(run: Any, taken: int) -> int:
+    """The step at which the next evaluation or row of metrics of a run is due."""
+    return min((taken // every + 1) * every for every in (run.eval_every, run.log_every))
+
+
+def check_counts(run: Any, *names: str) -> None:
+    """Refuse settings of a run that must be at least 1, or a negative seed."""
+    for name in names:
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
+    if run.seed < 0:
+        raise ValueError(f"seed must not be negative, got {run.seed}")

@@ -1,6 +1,6 @@
-"""The two phases of off-policy training: random actions into the buffer, then acting and learning."""
+"""Off-policy training: random actions into the buffer, then acting and learning; the settings of such a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from contraflow.agents import RFM, OffPolicyAgent
 from contraflow.agents.base import Agent, acting_state
 from contraflow.data.buffer import Buffer
+from contraflow.envs import make
 from contraflow.envs.base import Env
-from contraflow.train.loop import Carry, Learner
+from contraflow.train.log import TrackerName
+from contraflow.train.loop import Carry, Learner, check_counts, next_due
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Step, Transition
 
 
@@ -24,6 +27,10 @@ class OffPolicy:
     updates: int
     batch_size: int
     n_step: int = 1
+
+    @property
+    def learns(self) -> bool:
+        return not self.random
 
     def iterate(self, agent: Agent, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         """Act, step, store, learn."""
@@ -79,3 +86,68 @@ def learn(
         metrics |= jax.tree.map(jnp.mean, info)
     steps = learner.steps + jnp.sum(step.valid * step.steps, dtype=jnp.int32)
     return Learner(state, buffer, jnp.where(done, 0.0, returns), steps, learner.iteration + 1), metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One agent on one environment with one seed. All step counts are environment steps summed over `num_envs`."""
+
+    env: str = "envpool:CartpoleSwingup-v1"
+    agent: OffPolicyAgent | Agent = field(default_factory=RFM)
+    steps: int = 100_000
+    """Environment steps in all, the random ones included."""
+    collect: int = 5_000
+    """Steps of uniformly random actions before learning starts."""
+    num_envs: int = 1
+    """Environments stepped in parallel."""
+    updates: int = 1
+    """Gradient steps after each step of all environments; updates / num_envs is the update-to-data ratio."""
+    batch_size: int = 256
+    n_step: int = 1
+    """Rewards summed before the value is asked: y = sum_{k<n} gamma^k r_k + gamma^n V(s_n), without correction for the
+    actions in between being those of older policies."""
+    buffer_size: int = 250_000
+    eval_every: int = 10_000
+    eval_episodes: int = 10
+    log_every: int = 1_000
+    seed: int = 0
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+
+    def __post_init__(self):
+        check_counts(
+            self, "steps", "num_envs", "batch_size", "n_step", "buffer_size", "eval_every", "eval_episodes", "log_every"
+        )
+        if self.updates < 0:
+            raise ValueError(f"updates must not be negative, got {self.updates}")
+        if not 0 < self.collect < self.steps:
+            raise ValueError(f"collect must lie between 0 and steps={self.steps}, got {self.collect}")
+        if self.buffer_size < self.num_envs:
+            raise ValueError(f"buffer_size={self.buffer_size} is smaller than num_envs={self.num_envs}")
+        if self.n_step > 1 and not hasattr(self.agent, "gamma"):
+            raise ValueError(f"n_step={self.n_step} needs an agent with a discount `gamma`; use n_step=1")
+
+    def settled(self, trust: bool) -> "Run":
+        """The run as it will be written down: itself."""
+        return self
+
+    def environments(self, trust: bool) -> tuple[Env, Env]:
+        """That of training and that of evaluations."""
+        return (
+            make(self.env, self.num_envs, self.seed, trust=trust),
+            make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust),
+        )
+
+    def learner(self, env: Env, key: PRNGKey) -> Learner:
+        """A fresh one."""
+        return first_learner(self.agent, env.spec, self.buffer_size, key)
+
+    def stretch(self, taken: int) -> tuple[OffPolicy, int]:
+        """The phase at step `taken`, and its iterations until something is due."""
+        warm_up = taken < self.collect
+        milestone = min(self.collect if warm_up else self.steps, next_due(self, taken))
+        phase = OffPolicy(warm_up, 0 if warm_up else self.updates, self.batch_size, self.n_step)
+        return phase, max(1, -(-(milestone - taken) // self.num_envs))
+
+    def typical_obs(self, carry: Carry, key: PRNGKey) -> Any:
+        """Observations [B, o] of late, to look at the agent with."""
+        return carry.learner.buffer.sample(key, self.batch_size).obs

@@ -1,6 +1,6 @@
-"""The phase of on-policy training: a rollout of all environments under one policy, then one update from it."""
+"""On-policy training: a rollout of all environments under one policy, then one update from it; its settings."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from contraflow.agents import PPO, OnPolicyAgent
 from contraflow.agents.base import acting_state
+from contraflow.envs import make
 from contraflow.envs.base import Env
-from contraflow.train.loop import Carry, Learner
+from contraflow.envs.chunk import Chunked
+from contraflow.train.log import TrackerName
+from contraflow.train.loop import Carry, Learner, check_counts, next_due
+from contraflow.train.pretrained import settle
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout, Step
 
 
@@ -20,6 +25,10 @@ class OnPolicy:
     """`unroll` steps of all environments, then `agent.update` on the rollout [unroll, N]."""
 
     unroll: int
+
+    @property
+    def learns(self) -> bool:
+        return True
 
     def iterate(self, agent: Any, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         """Act and step `unroll` times, then learn."""
@@ -79,3 +88,61 @@ def learn(agent: Any, learner: Learner, obs: Any, extras: Any, step: Step, key: 
     metrics = {"episodes": jnp.sum(done), "episode_return_sum": jnp.sum(ended)} | info
     steps = learner.steps + jnp.sum(step.steps, dtype=jnp.int32)
     return Learner(state, None, returns, steps, learner.iteration + 1), metrics
+
+
+@dataclass(frozen=True)
+class OnPolicyRun:
+    """One on-policy agent on one environment with one seed. Steps are environment steps summed over `num_envs`."""
+
+    env: str = "envpool:CartpoleSwingup-v1"
+    agent: OnPolicyAgent = field(default_factory=PPO)
+    pretrained: str | None = None
+    """Folder of a run or policy to start from: its networks, normalisation and chunks; None starts from scratch."""
+    steps: int = 1_000_000
+    num_envs: int = 8
+    """Environments stepped in parallel."""
+    unroll: int = 128
+    """Decisions of each environment between two updates."""
+    horizon: int = 1
+    """Actions per decision; those of the pretrained policy where one is given."""
+    execute: int = 1
+    """How many of them are carried out."""
+    eval_every: int = 50_000
+    eval_episodes: int = 10
+    log_every: int = 10_000
+    seed: int = 0
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+
+    def __post_init__(self):
+        check_counts(self, "steps", "num_envs", "unroll", "eval_every", "eval_episodes", "log_every")
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
+
+    def settled(self, trust: bool) -> "OnPolicyRun":
+        """The run with what comes from the pretrained policy."""
+        return settle(self, trust)
+
+    def environments(self, trust: bool) -> tuple[Env, Env]:
+        """That of training and that of evaluations."""
+        return (
+            chunked(make(self.env, self.num_envs, self.seed, trust=trust), self.horizon, self.execute),
+            chunked(make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust), self.horizon, self.execute),
+        )
+
+    def learner(self, env: Env, key: PRNGKey) -> Learner:
+        """A fresh one."""
+        return first_learner(self.agent, env.spec, key)
+
+    def stretch(self, taken: int) -> tuple[OnPolicy, int]:
+        """The phase at step `taken`, and its iterations until something is due."""
+        size = self.unroll * self.num_envs * self.execute
+        return OnPolicy(self.unroll), max(1, -(-(min(self.steps, next_due(self, taken)) - taken) // size))
+
+    def typical_obs(self, carry: Carry, key: PRNGKey) -> Any:
+        """Observations [N, o] of late, to look at the agent with."""
+        return carry.obs
+
+
+def chunked(env: Env, horizon: int, execute: int) -> Env:
+    """`env` with chunks of actions, or itself for single ones."""
+    return env if horizon == 1 else Chunked(env, horizon, execute)

@@ -50,8 +50,8 @@ class Record:
         }
         self._log.evaluation(taken, row)
         if diagnostics:
-            batch = carry.learner.buffer.sample(jr.fold_in(key, 1), run.batch_size)
-            self._log.metrics(taken, diagnose(run.agent, state, batch, jr.fold_in(key, 2)))
+            obs = run.typical_obs(carry, jr.fold_in(key, 1))
+            self._log.metrics(taken, diagnose(run.agent, state, obs, jr.fold_in(key, 2)))
 
     def save(self, taken: int, carry: Carry) -> None:
         """The checkpoint of step `taken`, if it is not there yet, and the policy."""
@@ -63,7 +63,8 @@ class Record:
 
     def finish(self, interrupted: bool) -> np.ndarray:
         """Draw the curve; the returns of the last evaluation, of which an earlier process left only the mean."""
-        plot_curve(self.folder)
+        if self._history or self._returns.size:
+            plot_curve(self.folder)
         if not interrupted and not self._returns.size and self._history:
             return np.array([self._history[-1]["return_mean"]])
         return self._returns

@@ -35,7 +35,6 @@ from contraflow.train.run import (
     interruptible,
     read_config,
     root_keys,
-    stretch,
     write_config,
 )
 from contraflow.types import UserError
@@ -183,7 +182,7 @@ def _drive(
         signals = stack.enter_context(interruptible())
         progress = stack.enter_context(Progress(run, out, taken, quiet, [one.seed for one in runs]))
         while taken < run.steps and live and not signals:
-            phase, n = stretch(run, taken)
+            phase, n = run.stretch(taken)
             before = taken
             carry, metrics = epoch_seeds(phase, run.agent, env, carry, k_run, n)
             taken = _common_step(carry, run)
@@ -211,7 +210,7 @@ def _drive(
                     raise UserError(f"{problem}; {remedy}") from None
                 for s, i in enumerate(live):
                     one = _take(carry, s)
-                    records[i].evaluation(taken, one, returns[s], k_eval[s], diagnostics=not phase.random)
+                    records[i].evaluation(taken, one, returns[s], k_eval[s], diagnostics=phase.learns)
                     records[i].save(taken, one)
                 progress.evaluated(taken, returns.mean(1))
         if signals:

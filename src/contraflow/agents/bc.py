@@ -1,0 +1,154 @@
+"""Imitation of demonstrations by conditional flow matching on chunks of actions; one-step policies too.
+
+    x_t = alpha_t x1 + beta_t x0,   loss |v(x_t, t, s) - (alpha'_t x1 + beta'_t x0)|^2,
+
+x1 the chunk that follows s and x0 ~ N(0, I) (2210.02747; for control Diffusion Policy, 2303.04137). Where the policy
+predicts noise, that is regressed on x0 (DDPM, 2006.11239).
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from contraflow.flow.onestep import Matching, Objective, dispersion
+from contraflow.rl.flow_policy import FlowPolicy, Network
+from contraflow.rl.optim import clipped_adam, start
+from contraflow.rl.running import Running
+from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey
+
+EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]: some paths have no velocity at their ends
+
+
+class BCState(eqx.Module):
+    net: Network
+    average: Network  # exponential moving average, which acts
+    opt: PyTree
+    stats: Running
+    step: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class BC:
+    """Per row one evaluation with gradients, and one to three without for the rows that tie steps together."""
+
+    acting: ClassVar[tuple[str, ...]] = ("average", "stats")
+
+    policy: FlowPolicy = FlowPolicy()
+    objective: Objective = Matching()
+    """Other than `Matching` it needs, and gets, an averaged policy."""
+    transport: float | None = None
+    """eps of the weights exp(-|x0 - x1| / (eps sqrt d)) that favour short paths (W-CFM, 2507.22270); None has none."""
+    dispersion: float = 0.0
+    """Weight of the dispersive loss on the last hidden layer."""
+    ema: float = 0.999
+    lr: float = 3e-4
+    decay_steps: int | None = None
+    """Updates over which the rate falls to a tenth; None keeps it."""
+    max_grad_norm: float | None = 10.0
+
+    def __post_init__(self):
+        if not 0 <= self.ema < 1 or not self.lr > 0:
+            raise ValueError(f"BC needs 0 <= ema < 1 and lr > 0, got {self.ema} and {self.lr}")
+        if self.objective.averaged != self.policy.averaged:
+            object.__setattr__(self, "policy", replace(self.policy, averaged=self.objective.averaged))
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
+        """A fresh network for `spec`'s sizes; statistics come from the data."""
+        net = self.policy.init(key, spec)
+        average = jax.tree.map(jnp.copy, net)
+        return BCState(net, average, start(self._tx, net), Running.start(spec.obs_dim), jnp.zeros((), jnp.int32))
+
+    def act(self, state: BCState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """The end of the flow from a random x_0, clipped."""
+        x0 = jr.normal(key, (state.average.dim,))
+        return jnp.clip(self.policy(state.average, x0, state.stats(obs)), -1.0, 1.0)
+
+    def update(self, state: BCState, batch: Chunks, key: PRNGKey) -> tuple[BCState, Metrics]:
+        """One gradient step on chunks [B, h a]."""
+        obs = jax.vmap(state.stats)(batch.obs)
+        keys = jr.split(key, obs.shape[0])
+        matched = round(self.objective.share * obs.shape[0])
+
+        def loss_fn(net):
+            def rows(fn, part):
+                errors, scale = jax.vmap(lambda *row: fn(net, state.average, *row))(
+                    obs[part], batch.action[part], keys[part]
+                )
+                square = jnp.sum(batch.valid[part] * errors**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)
+                if self.objective.power:
+                    square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
+                return square, scale
+
+            flow, weight = rows(self._match, slice(None, matched))
+            weight = weight / weight.mean()
+            loss = jnp.sum(weight * flow)
+            metrics = {"matching_loss": flow.mean(), "weight_ess": 1.0 / jnp.mean(weight**2)}
+            if matched < obs.shape[0]:
+                tied, _ = rows(self._tie, slice(matched, None))
+                loss, metrics = loss + tied.sum(), metrics | {"tie_loss": tied.mean()}
+            loss = loss / obs.shape[0]
+            if self.dispersion:
+                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(obs, batch.action, keys))
+                loss, metrics = loss + self.dispersion * spread, metrics | {"dispersion": spread}
+            return loss, metrics
+
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.net)
+        updates, opt = self._tx.update(grad, state.opt, state.net)
+        net = eqx.apply_updates(state.net, updates)
+        # The average catches up quickly at first: min(ema, (1 + n) / (10 + n)).
+        rate = jnp.minimum(self.ema, (1.0 + state.step) / (10.0 + state.step))
+        average = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, state.average, net)
+        metrics |= {"actor_loss": loss, "actor_grad_norm": optax.tree.norm(grad)}
+        return BCState(net, average, opt, state.stats, state.step + 1), metrics
+
+    def network(self, state: BCState) -> Network:
+        """What others start from."""
+        return state.average
+
+    def adopt(self, state: BCState, net: Network, stats: Running) -> BCState:
+        """The state with a trained network in it."""
+        return eqx.tree_at(lambda s: (s.net, s.average, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
+
+    def _pair(self, x1: Float[Array, " d"], key: PRNGKey):
+        k_noise, k_rest = jr.split(key)
+        return jr.normal(k_noise, x1.shape), k_rest
+
+    def _match(self, net: Network, slow: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
+        """(error of the network's output at x_t, weight of the pair)."""
+        x0, key = self._pair(x1, key)
+        t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
+        path = self.policy.path
+        x_t = path.perturb(x0, x1, t)
+        target = x0 if self.policy.predict == "noise" else path.d_alpha(t) * x1 + path.d_beta(t) * x0
+        weight = 1.0
+        if self.transport is not None:
+            weight = jnp.exp(-jnp.linalg.norm(x0 - x1) / (self.transport * x1.shape[0] ** 0.5))
+        return self.policy.output(net, x_t, t, t, obs) - target, jnp.asarray(weight)
+
+    def _tie(self, net: Network, slow: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
+        """(error of a step against those that it is made of, 1)."""
+        x0, key = self._pair(x1, key)
+        k_interval, k_target = jr.split(key)
+        t, r = self.objective.interval(k_interval)
+        x_t = self.policy.path.perturb(x0, x1, t)
+
+        def u(net, x, t, r):
+            return self.policy.output(net, x, t, r, obs)
+
+        target = self.objective.target(lambda *a: u(net, *a), lambda *a: u(slow, *a), x1 - x0, x_t, t, r, k_target)
+        return u(net, x_t, t, r) - target, jnp.ones(())
+
+    def _features(self, net: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
+        x0, key = self._pair(x1, key)
+        t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
+        return self.policy.features(net, self.policy.path.perturb(x0, x1, t), t, t, obs)
+
+    @property
+    def _tx(self):
+        return clipped_adam(self.lr, self.max_grad_norm, self.decay_steps)

@@ -1,0 +1,157 @@
+"""Training on demonstrations: gradient steps on chunks of a dataset; the settings of such a run."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int
+
+from contraflow.agents import BC, OfflineAgent
+from contraflow.data.offline import Dataset
+from contraflow.envs import make
+from contraflow.envs.base import Env
+from contraflow.rl.running import Running
+from contraflow.train.log import TrackerName
+from contraflow.train.loop import Carry, Learner, check_counts, next_due
+from contraflow.train.onpolicy import chunked, first_learner
+from contraflow.train.pretrained import settle
+from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey, UserError
+
+TOGETHER = 50  # gradient steps in one compiled program
+
+
+class Rows(eqx.Module):
+    """A dataset on the device, from which chunks are drawn; it stands where other loops have an environment."""
+
+    obs: Float[Array, "n o"]
+    action: Float[Array, "n a"]
+    last: Int[Array, " n"]
+    spec: EnvSpec = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, data: Dataset, horizon: int, execute: int) -> "Rows":
+        data.chunk_index(horizon)  # refuses data without a chunk of this length
+        dims = data.obs.shape[1], data.action.shape[1] * horizon
+        spec = EnvSpec(*dims, num_envs=1, episode_length=None, jittable=False, horizon=horizon, execute=execute)
+        return cls(jnp.asarray(data.obs), jnp.asarray(data.action), jnp.asarray(data.last), spec)
+
+    def reset(self, key: PRNGKey) -> tuple[None, Float[Array, "64 o"]]:
+        """No state; observations to look at a policy with."""
+        return None, self.obs[jr.randint(key, (64,), 0, self.obs.shape[0])]
+
+    def sample(self, key: PRNGKey, n: int) -> Chunks:
+        """n chunks, uniform over rows with replacement; beyond the end of a trajectory its last action is repeated."""
+        rows = jr.randint(key, (n, 1), 0, self.obs.shape[0])
+        places = rows + jnp.arange(self.spec.horizon)[None]
+        at = jnp.minimum(places, self.last[rows])
+        valid = jnp.repeat(places <= self.last[rows], self.action.shape[1], axis=1).astype(jnp.float32)
+        return Chunks(self.obs[rows[:, 0]], self.action[at].reshape(n, -1), valid)
+
+
+@dataclass(frozen=True)
+class Offline:
+    """`updates` gradient steps on `batch_size` chunks each."""
+
+    updates: int
+    batch_size: int
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    def iterate(self, agent: Any, env: Rows, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
+        learner, metrics = learn(self, agent, env, carry.learner, key)
+        return Carry(learner, None, carry.obs), metrics
+
+
+@partial(jax.jit, static_argnames=("phase", "agent"), donate_argnames=("learner",))
+def learn(phase: Offline, agent: Any, rows: Rows, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
+    """The gradient steps of one iteration; a step counts as one."""
+
+    def update(state, i):
+        k_sample, k_update = jr.split(jr.fold_in(key, i))
+        return agent.update(state, rows.sample(k_sample, phase.batch_size), k_update)
+
+    state, info = jax.lax.scan(update, learner.agent, learner.steps + jnp.arange(phase.updates))
+    metrics = {"episodes": jnp.zeros(()), "episode_return_sum": jnp.zeros(())} | jax.tree.map(jnp.mean, info)
+    return Learner(state, None, learner.returns, learner.steps + phase.updates, learner.iteration + 1), metrics
+
+
+@dataclass(frozen=True)
+class OfflineRun:
+    """One agent on one dataset with one seed. Step counts are gradient steps."""
+
+    data: str = ""
+    """Dataset: a folder, a file, or the id of a Minari dataset (docs/data.md)."""
+    env: str = ""
+    """Environment of the evaluations; empty is the one that the data names, or none."""
+    agent: OfflineAgent = field(default_factory=BC)
+    pretrained: str | None = None
+    """Folder of a run or policy whose network to start from; None starts from scratch."""
+    steps: int = 20_000
+    batch_size: int = 256
+    horizon: int = 1
+    """Actions per chunk."""
+    execute: int = 1
+    """How many of them are carried out before the next decision."""
+    eval_every: int = 5_000
+    eval_episodes: int = 10
+    log_every: int = 500
+    seed: int = 0
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+
+    def __post_init__(self):
+        check_counts(self, "steps", "batch_size", "eval_every", "eval_episodes", "log_every")
+        if not 1 <= self.execute <= self.horizon:
+            raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
+
+    def settled(self, trust: bool) -> "OfflineRun":
+        """The run with what comes from the data and the pretrained policy."""
+        from contraflow.data.readers import load
+
+        run = settle(self, trust)
+        return run if run.env or not run.data else replace(run, env=load(run.data).env or "")
+
+    def environments(self, trust: bool) -> tuple[Rows, Env | None]:
+        """The data, and the environment of evaluations if there is one. Raises UserError if they do not fit."""
+        if not self.data:
+            raise UserError("a dataset is missing: give --data (`contraflow record` writes one)")
+        from contraflow.data.readers import load
+
+        rows = Rows.of(load(self.data), self.horizon, self.execute)
+        if not self.env:
+            return rows, None
+        env = chunked(make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust), self.horizon, self.execute)
+        have, want = (rows.spec.obs_dim, rows.spec.action_dim), (env.spec.obs_dim, env.spec.action_dim)
+        if have != want:
+            raise UserError(
+                f"{self.data} has {have[0]} observations and {have[1] // self.horizon} actions, {self.env} "
+                f"{want[0]} and {want[1] // self.horizon}: choose the environment that the data come from"
+            )
+        return rows, env
+
+    def learner(self, env: Rows, key: PRNGKey) -> Learner:
+        """A fresh one, that knows the moments of the observations."""
+        learner = first_learner(self.agent, env.spec, key)
+        stats = Running(env.obs.mean(0), env.obs.var(0), jnp.asarray(float(env.obs.shape[0])))
+        return eqx.tree_at(lambda x: x.agent.stats, learner, stats)
+
+    def stretch(self, taken: int) -> tuple[Offline, int]:
+        """The phase at step `taken`, and its iterations until something is due."""
+        left = min(self.steps, next_due(self, taken)) - taken
+        return (
+            (Offline(TOGETHER, self.batch_size), left // TOGETHER)
+            if left >= TOGETHER
+            else (
+                Offline(left, self.batch_size),
+                1,
+            )
+        )
+
+    def typical_obs(self, carry: Carry, key: PRNGKey) -> Any:
+        """Observations of the data."""
+        return carry.obs

@@ -1,0 +1,95 @@
+"""Average velocities against the flow of a Gaussian, whose steps of any size are known."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from contraflow.flow.onestep import MeanFlow, Shortcut, SplitMeanFlow, dispersion, mean_flow_target, split_target
+
+MEAN, STD = 1.3, 0.4
+
+
+def sigma(t):
+    return jnp.sqrt(t**2 * STD**2 + (1 - t) ** 2)
+
+
+def step(x, t, r):
+    """Where the flow of N(MEAN, STD^2) on the linear path carries x from t to r."""
+    return r * MEAN + sigma(r) / sigma(t) * (x - t * MEAN)
+
+
+def velocity(x, t):
+    return MEAN + (t * STD**2 - (1 - t)) / sigma(t) ** 2 * (x - t * MEAN)
+
+
+def exact(x, t, r):
+    """(x_r - x_t) / (r - t), and the velocity where they meet."""
+    gap = jnp.where(r == t, 1.0, r - t)
+    return jnp.where(r == t, velocity(x, t), (step(x, t, r) - x) / gap)
+
+
+X = jnp.array([0.3, -1.1])
+TIMES = [(0.0, 1.0), (0.1, 0.6), (0.5, 0.75), (0.3, 0.31)]
+
+
+@pytest.mark.parametrize(("t", "r"), TIMES)
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.9])
+def test_two_steps_are_one(t: float, r: float, share: float):
+    t, r = jnp.asarray(t), jnp.asarray(r)
+    np.testing.assert_allclose(split_target(exact, X, t, r, share), exact(X, t, r), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("t", "r"), TIMES[:3])
+def test_the_identity_of_mean_flow(t: float, r: float):
+    t, r = jnp.asarray(t), jnp.asarray(r)
+
+    def u(x, t, r):  # without the case r = t, whose derivative is not that of the limit
+        return (step(x, t, r) - x) / (r - t)
+
+    np.testing.assert_allclose(mean_flow_target(u, velocity(X, t), X, t, r), u(X, t, r), rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_share_is_mean_flow():
+    """(target of SplitMeanFlow - u) / share tends to (target of MeanFlow - u) for any u with u(x, t, t) = v."""
+
+    def u(x, t, r):
+        return velocity(x, t) + (r - t) * jnp.sin(3 * x + t)
+
+    t, r, share = jnp.asarray(0.2), jnp.asarray(0.7), 1e-2
+    small = (split_target(u, X, t, r, share) - u(X, t, r)) / share
+    np.testing.assert_allclose(small, mean_flow_target(u, velocity(X, t), X, t, r) - u(X, t, r), rtol=0.05, atol=0.02)
+
+
+def test_intervals():
+    for objective in (MeanFlow(), SplitMeanFlow()):
+        t, r = jax.vmap(objective.interval)(jr.split(jr.key(0), 4000))
+        assert (t <= r).all() and t.min() >= 0 and r.max() <= 1
+        np.testing.assert_allclose(jnp.mean(r - t), 1 / 3, atol=0.02)
+    shortcut = Shortcut(levels=3)
+    t, r = jax.vmap(shortcut.interval)(jr.split(jr.key(1), 4000))
+    sizes, counts = np.unique(r - t, return_counts=True)
+    np.testing.assert_allclose(sizes, [0.25, 0.5, 1.0])
+    assert counts.min() > 1200
+    np.testing.assert_allclose(jnp.round(t / (r - t)), t / (r - t))
+    assert r.max() == 1
+
+
+def test_shortcut_target_of_the_exact_field():
+    """All levels are consistent, the smallest but for Euler's error of two steps of size 1/16."""
+    objective = Shortcut(levels=4)
+    for size in (1.0, 0.5, 0.25, 0.125):
+        t, r = jnp.asarray(0.5 if size < 1 else 0.0), jnp.asarray(0.5 + size if size < 1 else 1.0)
+        target = objective.target(exact, exact, velocity(X, t), X, t, r, jr.key(0))
+        tolerance = 0.15 if size == 0.125 else 1e-5
+        np.testing.assert_allclose(target, exact(X, t, r), atol=tolerance)
+        if size == 0.125:
+            assert jnp.abs(target - exact(X, t, r)).max() > 1e-4  # velocities indeed
+
+
+def test_dispersion_pushes_neighbours_apart():
+    z = jr.normal(jr.key(0), (64, 137))
+    spread = jax.grad(lambda s: dispersion(s * z))(jnp.ones(()))
+    assert spread < -0.1  # the released form of DM1 has 0 here
+    np.testing.assert_allclose(dispersion(jnp.zeros((5, 3))), 0.0, atol=1e-6)
