@@ -31,7 +31,7 @@ def saved(folder: Path, agent=FLOW, seed: int = 0):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_saved_policy_acts_as_the_trained_one(name: str, tmp_path: Path):
-    agent = AGENTS[name](width=8, depth=1)
+    agent = AGENTS[name](**{} if name == "bc" else {"width": 8, "depth": 1})
     state = saved(tmp_path, agent, seed=3)
     obs = jr.normal(jr.key(1), (5, 3))
     policy = contraflow.load(tmp_path, seed=7)

@@ -38,7 +38,7 @@ train(TINY, out, quiet=True)
 
 def final_carry(folder: Path, run: Run):
     """The newest checkpoint of a run: networks, optimisers, replay, counters, environment."""
-    env, _ = driver._environments(run, True)
+    env, _ = run.environments(True)
     step = checkpoint.latest(folder)
     assert step is not None and step >= run.steps
     return driver.first_carry(run, folder, env, jax.random.split(jax.random.key(run.seed), 3)[0], step)
@@ -155,9 +155,9 @@ HOST = replace(TINY, env="tests.cli_helpers:pointer")
 def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGINT in the middle of a host loop: what was learned and seen is kept, new episodes start."""
     folder, steps = tmp_path / "run", 0
-    whole = driver._environments
+    whole = Run.environments
 
-    def interrupting(run, trust):
+    def interrupting(run: Run, trust: bool):
         env, eval_env = whole(run, trust)
         step = type(env).step
 
@@ -172,10 +172,10 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
         env.__class__ = Interrupting
         return env, eval_env
 
-    monkeypatch.setattr(driver, "_environments", interrupting)
+    monkeypatch.setattr(Run, "environments", interrupting)
     result = train(HOST, folder, trust=True, quiet=True)
     assert result.interrupted and result.steps == 26 and checkpoint.latest(folder) == 26
-    monkeypatch.setattr(driver, "_environments", whole)
+    monkeypatch.setattr(Run, "environments", whole)
     policy = (folder / "policy/model.safetensors").read_bytes()
 
     env, _ = whole(HOST, True)

@@ -54,7 +54,7 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
 
 def final_carry(folder: Path):
     run = read_config(folder, True)
-    env, _ = driver._environments(run, True)
+    env, _ = run.environments(True)
     return driver.first_carry(run, folder, env, driver.root_keys(run)[0], checkpoint.latest(folder))
 
 
@@ -257,7 +257,7 @@ class Fragile(Guess):
 @pytest.mark.slow
 def test_a_failing_seed_does_not_stop_the_others(tmp_path: Path):
     run, out = replace(TINY, agent=Fragile()), tmp_path / "run"
-    env, _ = driver._environments(run, True)
+    env, _ = run.environments(True)
     keys = [jr.split(driver.root_keys(replace(run, seed=seed))[0])[0] for seed in range(12)]
     breaks = [float(run.agent.init(key, env.spec).bias[1][0]) > 0 for key in keys]
     bad, good = (np.flatnonzero(np.array(breaks) == b).tolist() for b in (True, False))

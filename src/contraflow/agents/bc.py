@@ -16,8 +16,10 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from contraflow.flow.couple import Coupling, Independent
 from contraflow.flow.onestep import Matching, Objective, dispersion
-from contraflow.rl.flow_policy import FlowPolicy, Network
+from contraflow.flow.path import Vector
+from contraflow.rl.flow_policy import FlowPolicy, Network, Obs
 from contraflow.rl.optim import clipped_adam, start
 from contraflow.rl.running import Running
 from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey
@@ -42,8 +44,8 @@ class BC:
     policy: FlowPolicy = FlowPolicy()
     objective: Objective = Matching()
     """Other than `Matching` it needs, and gets, an averaged policy."""
-    transport: float | None = None
-    """eps of the weights exp(-|x0 - x1| / (eps sqrt d)) that favour short paths (W-CFM, 2507.22270); None has none."""
+    coupling: Coupling = Independent()
+    """Of x0 and x1, for the rows that are matched to the flow."""
     dispersion: float = 0.0
     """Weight of the dispersive loss on the last hidden layer."""
     ema: float = 0.999
@@ -72,29 +74,30 @@ class BC:
     def update(self, state: BCState, batch: Chunks, key: PRNGKey) -> tuple[BCState, Metrics]:
         """One gradient step on chunks [B, h a]."""
         obs = jax.vmap(state.stats)(batch.obs)
-        keys = jr.split(key, obs.shape[0])
+        k_noise, k_rows = jr.split(key)
+        keys = jr.split(k_rows, obs.shape[0])
         matched = round(self.objective.share * obs.shape[0])
+        x0 = jr.normal(k_noise, batch.action.shape)
+        first, weight = self.coupling(x0[:matched], batch.action[:matched], obs[:matched])
+        rows = obs, jnp.concatenate([first, x0[matched:]]), batch.action, keys
 
         def loss_fn(net):
-            def rows(fn, part):
-                errors, scale = jax.vmap(lambda *row: fn(net, state.average, *row))(
-                    obs[part], batch.action[part], keys[part]
-                )
-                square = jnp.sum(batch.valid[part] * errors**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)
+            def losses(fn, part):
+                error = jax.vmap(lambda *row: fn(net, state.average, *row))(*(x[part] for x in rows))
+                square = jnp.sum(batch.valid[part] * error**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)
                 if self.objective.power:
                     square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
-                return square, scale
+                return square
 
-            flow, weight = rows(self._match, slice(None, matched))
-            weight = weight / weight.mean()
+            flow = losses(self._match, slice(None, matched))
             loss = jnp.sum(weight * flow)
-            metrics = {"matching_loss": flow.mean(), "weight_ess": 1.0 / jnp.mean(weight**2)}
+            metrics = {"matching_loss": flow.mean()}
             if matched < obs.shape[0]:
-                tied, _ = rows(self._tie, slice(matched, None))
+                tied = losses(self._tie, slice(matched, None))
                 loss, metrics = loss + tied.sum(), metrics | {"tie_loss": tied.mean()}
             loss = loss / obs.shape[0]
             if self.dispersion:
-                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(obs, batch.action, keys))
+                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(*rows))
                 loss, metrics = loss + self.dispersion * spread, metrics | {"dispersion": spread}
             return loss, metrics
 
@@ -115,37 +118,25 @@ class BC:
         """The state with a trained network in it."""
         return eqx.tree_at(lambda s: (s.net, s.average, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
 
-    def _pair(self, x1: Float[Array, " d"], key: PRNGKey):
-        k_noise, k_rest = jr.split(key)
-        return jr.normal(k_noise, x1.shape), k_rest
-
-    def _match(self, net: Network, slow: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
-        """(error of the network's output at x_t, weight of the pair)."""
-        x0, key = self._pair(x1, key)
-        t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
-        path = self.policy.path
-        x_t = path.perturb(x0, x1, t)
+    def _match(self, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
+        """Error of the network's output at x_t."""
+        t, path = jr.uniform(key, minval=EDGE, maxval=1 - EDGE), self.policy.path
         target = x0 if self.policy.predict == "noise" else path.d_alpha(t) * x1 + path.d_beta(t) * x0
-        weight = 1.0
-        if self.transport is not None:
-            weight = jnp.exp(-jnp.linalg.norm(x0 - x1) / (self.transport * x1.shape[0] ** 0.5))
-        return self.policy.output(net, x_t, t, t, obs) - target, jnp.asarray(weight)
+        return self.policy.output(net, path.perturb(x0, x1, t), t, t, obs) - target
 
-    def _tie(self, net: Network, slow: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
-        """(error of a step against those that it is made of, 1)."""
-        x0, key = self._pair(x1, key)
+    def _tie(self, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
+        """Error of a step against those that it is made of."""
         k_interval, k_target = jr.split(key)
         t, r = self.objective.interval(k_interval)
         x_t = self.policy.path.perturb(x0, x1, t)
 
-        def u(net, x, t, r):
-            return self.policy.output(net, x, t, r, obs)
+        def u(net):
+            return lambda x, t, r: self.policy.output(net, x, t, r, obs)
 
-        target = self.objective.target(lambda *a: u(net, *a), lambda *a: u(slow, *a), x1 - x0, x_t, t, r, k_target)
-        return u(net, x_t, t, r) - target, jnp.ones(())
+        target = self.objective.target(u(net), u(slow), x1 - x0, x_t, t, r, k_target)
+        return u(net)(x_t, t, r) - target
 
-    def _features(self, net: Network, obs: Float[Array, " o"], x1: Float[Array, " d"], key: PRNGKey):
-        x0, key = self._pair(x1, key)
+    def _features(self, net: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
         t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
         return self.policy.features(net, self.policy.path.perturb(x0, x1, t), t, t, obs)
 

@@ -1,6 +1,6 @@
 """Diffusion policy policy optimisation, DPPO (arXiv 2409.00588): PPO on the last denoising steps.
 
-x_0 ~ N(0, I), and each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with DDPM's deviation
+x_0 ~ N(0, I); each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with DDPM's deviation
 or `min_std`, whichever is larger. The first steps stay those of the pretrained network, the last `learned` are
 improved, each a decision of its own: its ratio is clipped by itself, and its advantage is that of the action,
 discounted for noise.

@@ -39,7 +39,7 @@ def problems(data: Dataset) -> list[str]:
     if saturated > SATURATED:
         found.append(f"{saturated:.0%} of the action values lie at a bound; tanh policies have no density there")
     if not data.terminated.any():
-        found.append("nothing terminates: every value goes on beyond the end of its trajectory")
+        found.append("nothing terminates: right only where no episode ends but by its time limit")
     if data.reward.min() == data.reward.max():
         found.append(f"every reward is {data.reward[0]:g}")
     within = np.flatnonzero(~data.end)

@@ -15,6 +15,7 @@ import numpy as np
 from contraflow.types import UserError
 
 ENV, NOTES = "contraflow_env", "contraflow_notes"
+FORMATS = ("hdf5", "arrow", "parquet")
 ROOT = "MINARI_DATASETS_PATH"  # the variable that Minari reads
 
 
@@ -48,8 +49,10 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     name = meta.get("dataset_id") or folder.parent.name
     spaces = {key: json.loads(meta.get(f"{key}_space") or "null") for key in ("observation", "action")}
     _check_spaces(name, **spaces)
+    if meta["data_format"] not in FORMATS:
+        raise UserError(f"dataset {name} has the format {meta['data_format']}; only {', '.join(FORMATS)} are read")
     try:
-        episodes = _read_hdf5(folder) if meta["data_format"] == "hdf5" else _read_arrow(folder, meta["data_format"])
+        episodes = _read_hdf5(folder) if meta["data_format"] == FORMATS[0] else _read_arrow(folder, meta["data_format"])
     except ImportError as error:
         raise UserError(f'dataset {name} cannot be read ({error}): pip install "contraflow[offline]"') from None
     except (OSError, ValueError, KeyError) as error:
@@ -171,7 +174,7 @@ def staging(top: Path) -> Iterator[tuple[Path, Any]]:
     """(folder, Minari): an empty folder in `top` that Minari takes for its own; gone afterwards."""
     minari = package()
     top.mkdir(parents=True, exist_ok=True)
-    stage, before = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=top)), os.environ.get(ROOT)
+    stage, before = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=top.resolve())), os.environ.get(ROOT)
     os.environ[ROOT] = str(stage)
     try:
         yield stage, minari

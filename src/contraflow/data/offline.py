@@ -60,7 +60,9 @@ class Dataset:
     @property
     def raw_action(self) -> Float32[np.ndarray, "n a"]:
         """Actions in [low, high], as the environment proper takes them."""
-        return np.clip(self.low + (self.action + 1) * ((self.high - self.low) / 2), self.low, self.high)
+        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
+        raw = (low + high) / 2 + self.action * ((high - low) / 2)
+        return np.clip(raw.astype(np.float32), self.low, self.high)
 
     def moments(self) -> tuple[Float32[np.ndarray, " o"], Float32[np.ndarray, " o"]]:
         """Mean and standard deviation of `obs`; the deviation of a column that does not vary is 1."""
@@ -123,7 +125,7 @@ def build(
         said.append("the last trajectory is cut off: its end counts as truncation")
         rows["end"] = np.concatenate([rows["end"][:-1], [True]])
     low, high = _bounds(name, rows["action"], low, high, said)
-    unit = (rows["action"] - low) / ((high - low) / 2) - 1
+    unit = (rows["action"] - (low + high) / 2) / ((high - low) / 2)
     outside = (abs(unit) > 1 + ROUNDING).any(1)
     if outside.any():
         at, share = int(outside.argmax()), float(outside.mean())

@@ -5,6 +5,7 @@ The files are read directly; a package is imported only where its format needs o
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -173,17 +174,21 @@ def _same_length(rows: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> N
 def _relabelled(rows: dict[str, Any], task: str) -> dict[str, Any]:
     """Rewards and masks of every state under a single-task id of OGBench."""
     try:
-        import gymnasium
-        import ogbench  # noqa: F401 - registers its environments
-        from ogbench.relabel_utils import relabel_dataset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dm_control looks for a display
+            import gymnasium
+            import ogbench  # noqa: F401 - registers its environments
+            from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:
         raise UserError(f'rewards of {task} need OGBench ({error}): pip install "contraflow[offline]"') from None
     if "qpos" not in rows:
         raise UserError(f"rewards of {task} need the array qpos: use the file of OGBench as it was published")
     try:
-        env = gymnasium.make(task)
-        relabel_dataset(task, env, rows)
-        env.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Gymnasium's about float64 bounds
+            env = gymnasium.make(task)
+            relabel_dataset(task, env, rows)
+            env.close()
     except (gymnasium.error.Error, AssertionError, KeyError) as error:
         raise UserError(
             f"{task} is no single-task id of OGBench ({error}): like cube-single-singletask-task1-v0"

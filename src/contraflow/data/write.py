@@ -30,10 +30,15 @@ def write(data: Dataset, target: str | Path, kind: str = "hdf5", algorithm: str 
     one observation more than steps, so the successor within a trajectory must be the next row.
     """
     place = check_target(target)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.suffix == ".npz":
-        _write_npz(data, place)
-        return place
+    try:
+        return (
+            _write_npz(data, place) if place.suffix == ".npz" else _write_minari(data, target, place, kind, algorithm)
+        )
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error}); choose another place") from None
+
+
+def _write_minari(data: Dataset, target: str | Path, place: Path, kind: str, algorithm: str | None) -> Path:
     id = str(target) if minari.is_id(target) else f"{re.sub('[^A-Za-z0-9]', '-', place.stem).strip('-') or 'data'}-v0"
     with minari.staging(minari.root() if minari.is_id(target) else place.parent) as (stage, package):
         from gymnasium.spaces import Box
@@ -74,16 +79,17 @@ def _episodes(data: Dataset) -> list[Any]:
     return episodes
 
 
-def _write_npz(data: Dataset, place: Path) -> None:
+def _write_npz(data: Dataset, place: Path) -> Path:
     keys = ("obs", "reward", "next_obs", "terminated", "end", "low", "high")
     arrays: dict[str, Any] = {key: getattr(data, key) for key in keys}
     arrays |= {"action": data.raw_action, "notes": np.array(data.notes, str)}
     if data.env:
         arrays["env"] = np.array(data.env)
+    place.parent.mkdir(parents=True, exist_ok=True)
     temporary = place.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
             np.savez(file, **arrays)
-        temporary.rename(place)
+        return temporary.rename(place)
     finally:
         temporary.unlink(missing_ok=True)

@@ -90,6 +90,11 @@ class Chunked:
         getattr(self.env, "close", lambda: None)()
 
 
+def chunked(env: Env, horizon: int, execute: int) -> Env:
+    """`env` with chunks of actions, or itself for single ones."""
+    return env if horizon == 1 else Chunked(env, horizon, execute)
+
+
 def _joined(xp: Any, total: Step, step: Step, active: Any) -> Step:
     """Both as one step: what is active goes on from `total`, the rest stays."""
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.nets.layers import time_embedding
+from contraflow.nets.transformer import Transformer
 from contraflow.nets.velocity import Velocity
 from contraflow.types import EnvSpec, PRNGKey
 
@@ -36,6 +37,8 @@ class FlowPolicy:
     """Network evaluations per action."""
     clip: float | None = None
     """Bound of the predicted x1 within a step; usual where noise is predicted."""
+    network: Literal["mlp", "transformer"] = "mlp"
+    """A transformer has one token per action of a chunk: for long ones. Its width is a multiple of 4, the heads."""
     width: int = 256
     depth: int = 3
     embedding: int = 32
@@ -43,12 +46,17 @@ class FlowPolicy:
     def __post_init__(self):
         if self.steps < 1 or self.width < 1:
             raise ValueError(f"steps and width must be at least 1, got {self.steps} and {self.width}")
+        if self.network == "transformer" and self.width % 4:
+            raise ValueError(f"the width of a transformer must be a multiple of 4, got {self.width}")
         if self.averaged and (self.predict != "velocity" or not isinstance(self.path, Linear)):
             raise ValueError("an averaged velocity lives on the linear path: use predict='velocity' and Linear()")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> Network:
         cond = spec.obs_dim + self.embedding * self.averaged
-        return Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=key)
+        sizes = spec.action_dim, cond, self.width, self.depth
+        if self.network == "transformer":
+            return Transformer(*sizes, horizon=spec.horizon, embedding=self.embedding, key=key)
+        return Velocity(*sizes, embedding=self.embedding, key=key)
 
     def output(self, net: Network, x: Vector, t: Scalar, r: Scalar, obs: Obs) -> Vector:
         """What the network returns for a step from t to r."""

@@ -1,7 +1,6 @@
 """A policy rolled out, and what happened kept as a dataset."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.random as jr
@@ -11,7 +10,7 @@ from contraflow.data.offline import Dataset, build
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.runtime.policy import Policy
-from contraflow.train.evaluate import act_batch
+from contraflow.runtime.receding import Receding
 from contraflow.types import UserError
 
 COPIES = 16  # environments stepped together
@@ -90,7 +89,7 @@ def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed:
         steps.append({key: np.array(value) for key, value in row.items()})  # copies: an adapter may use its own again
         ended = steps[-1]["valid"] & (steps[-1]["terminated"] | steps[-1]["truncated"])
         done += ended
-        act.forget(ended | ~steps[-1]["valid"])
+        act.reset(ended | ~steps[-1]["valid"])
         obs = out.obs
     table = {key: np.stack([row[key] for row in steps]) for key in steps[0]}
     return _first(table, episodes, quota)
@@ -110,28 +109,20 @@ def _first(table: Rows, episodes: int, quota: int) -> Rows:
 
 
 class _Actor:
-    """Actions [N, a] of one step, as the environment gets them; plans chunks anew where they are used up."""
+    """Actions [N, a] of one step, as the environment gets them."""
 
     def __init__(self, policy: Policy, behaviour: Behaviour, copies: int, seed: int):
-        self._policy, self._behaviour = policy, behaviour
-        self._key, self._rng, self._seen = jr.split(jr.key(seed))[1], np.random.default_rng(seed), 0
-        self._age = np.full(copies, policy.spec.execute)  # actions carried out of each copy's chunk
-        self._plan: Any = np.zeros((copies, policy.spec.horizon, policy.spec.action_dim // policy.spec.horizon))
+        fresh = Policy(policy.agent, policy.spec, policy.env, policy.state, seed)  # numbers its observations from 0
+        self._plans, self._behaviour, self._rng = Receding(fresh, copies), behaviour, np.random.default_rng(seed)
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        policy, rng = self._policy, self._rng
-        due = self._age >= policy.spec.execute
-        if due.any():
-            new = act_batch(policy.agent, policy.state, obs, self._key, self._seen, self._behaviour.explore)
-            self._plan[due] = np.asarray(new).reshape(self._plan.shape)[due]
-            self._age[due], self._seen = 0, self._seen + len(obs)
-        action = self._plan[np.arange(len(obs)), self._age]
-        self._age += 1
-        action = action + self._behaviour.noise * rng.standard_normal(action.shape)
+        rng, noise = self._rng, self._behaviour.noise
+        action = self._plans(obs, self._behaviour.explore)
+        action = action + noise * rng.standard_normal(action.shape)
         guess = rng.random(len(obs)) < self._behaviour.random
         action = np.where(guess[:, None], rng.uniform(-1, 1, action.shape), action)
         return np.clip(action, -1, 1).astype(np.float32)
 
-    def forget(self, copies: np.ndarray) -> None:
-        """Start the next chunk at once: these copies begin another episode."""
-        self._age[copies] = self._policy.spec.execute
+    def reset(self, copies: np.ndarray) -> None:
+        """These copies begin another episode."""
+        self._plans.reset(copies)

@@ -12,6 +12,7 @@ from contraflow.agents.base import acting_state
 from contraflow.agents.sir import SIRState
 from contraflow.envs import make
 from contraflow.envs.base import Env
+from contraflow.envs.chunk import chunked
 from contraflow.rl.select import Argmax, First
 from contraflow.runtime.policy import Policy
 from contraflow.types import UserError
@@ -44,13 +45,13 @@ def environment(
     policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
 ) -> Iterator[Env]:
     """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes differ."""
-    env = make(id, num_envs, seed, trust=trust, render=render)
+    env = chunked(make(id, num_envs, seed, trust=trust, render=render), policy.spec.horizon, policy.spec.execute)
     try:
         have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
         if have != want:
             raise UserError(
-                f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
-                f"{want[1]}: choose an environment like {policy.env}"
+                f"{id} has {have[0]} observations and {have[1] // policy.spec.horizon} actions, the policy was trained "
+                f"for {want[0]} and {want[1] // policy.spec.horizon}: choose an environment like {policy.env}"
             )
         yield env
     finally:

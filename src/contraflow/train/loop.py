@@ -70,7 +70,7 @@ def epoch_seeds(
 def epoch(
     phase: Phase,
     agent: Agent,
-    env: Env,
+    env: Any,
     carry: Carry,
     key: PRNGKey,
     n: int,

@@ -14,10 +14,11 @@ from contraflow.agents import BC, OfflineAgent
 from contraflow.data.offline import Dataset
 from contraflow.envs import make
 from contraflow.envs.base import Env
+from contraflow.envs.chunk import chunked
 from contraflow.rl.running import Running
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
-from contraflow.train.onpolicy import chunked, first_learner
+from contraflow.train.onpolicy import first_learner
 from contraflow.train.pretrained import settle
 from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey, UserError
 

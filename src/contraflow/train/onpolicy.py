@@ -13,7 +13,7 @@ from contraflow.agents import PPO, OnPolicyAgent
 from contraflow.agents.base import acting_state
 from contraflow.envs import make
 from contraflow.envs.base import Env
-from contraflow.envs.chunk import Chunked
+from contraflow.envs.chunk import chunked
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
 from contraflow.train.pretrained import settle
@@ -141,8 +141,3 @@ class OnPolicyRun:
     def typical_obs(self, carry: Carry, key: PRNGKey) -> Any:
         """Observations [N, o] of late, to look at the agent with."""
         return carry.obs
-
-
-def chunked(env: Env, horizon: int, execute: int) -> Env:
-    """`env` with chunks of actions, or itself for single ones."""
-    return env if horizon == 1 else Chunked(env, horizon, execute)

@@ -8,7 +8,6 @@ import jax.random as jr
 import numpy as np
 
 from contraflow import config as settings
-from contraflow.envs.base import Env
 from contraflow.train import checkpoint
 from contraflow.train.artifact import save_policy
 from contraflow.train.diagnostics import diagnose
@@ -21,7 +20,7 @@ from contraflow.types import PRNGKey, UserError
 class Record:
     """Log, best policy, latest policy and checkpoints of `run` in `folder`, continued from step `taken`."""
 
-    def __init__(self, run: Any, folder: Path, env: Env, taken: int):
+    def __init__(self, run: Any, folder: Path, env: Any, taken: int):
         self.run, self.folder = run, folder
         self._spec, self._jittable = env.spec, env.spec.jittable
         self._log = Log(folder, run.trackers, settings.to_json(run), taken)

@@ -1,0 +1,94 @@
+"""The velocity field of a policy over long chunks: attention between the actions of a chunk."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.nets.layers import Linear, layer_norm, time_embedding
+from contraflow.types import PRNGKey
+
+
+class Block(eqx.Module):
+    """Attention and a feed-forward layer, each after a layer norm that the condition scales and shifts, and gated by it
+    (adaLN-Zero, 2212.09748): the identity at first."""
+
+    modulate: Linear
+    mix: Linear  # queries, keys and values
+    join: Linear
+    into: Linear
+    out: Linear
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, width: int, heads: int, *, key: PRNGKey):
+        keys = jr.split(key, 5)
+        modulate = Linear(width, 6 * width, key=keys[0])
+        self.modulate = eqx.tree_at(lambda m: m.weight, modulate, jnp.zeros_like(modulate.weight))
+        self.mix = Linear(width, 3 * width, key=keys[1])
+        self.join = Linear(width, width, key=keys[2])
+        self.into = Linear(width, 4 * width, key=keys[3])
+        self.out = Linear(4 * width, width, key=keys[4])
+        self.heads = heads
+
+    def __call__(self, h: Float[Array, "n w"], cond: Float[Array, " w"]) -> Float[Array, "n w"]:
+        scale1, shift1, gate1, scale2, shift2, gate2 = jnp.split(self.modulate(jax.nn.silu(cond)), 6)
+        n, width = h.shape
+        z = jax.vmap(lambda x: layer_norm(x) * (1 + scale1) + shift1)(h)
+        q, k, v = jnp.split(jax.vmap(self.mix)(z).reshape(n, 3 * self.heads, -1), 3, axis=1)
+        z = jax.nn.dot_product_attention(q, k, v).reshape(n, width)
+        h = h + gate1[None] * jax.vmap(self.join)(z)
+        z = jax.vmap(lambda x: self.out(jax.nn.gelu(self.into(layer_norm(x) * (1 + scale2) + shift2))))(h)
+        return h + gate2[None] * z
+
+
+class Transformer(eqx.Module):
+    """v(x, t, cond) with one token per action of the chunk x (DiT, 2212.09748; for control 2303.04137)."""
+
+    embed: Linear
+    place: Float[Array, "h w"]
+    time: Linear
+    cond: Linear
+    blocks: tuple[Block, ...]
+    last: Linear
+    embedding: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dim: int,
+        cond: int,
+        width: int,
+        depth: int,
+        *,
+        horizon: int,
+        heads: int = 4,
+        embedding: int = 128,
+        key: PRNGKey,
+    ):
+        """dim: size of the chunk, `horizon` actions long; the others as in `Velocity`."""
+        k_embed, k_place, k_time, k_cond, k_last, *k_blocks = jr.split(key, depth + 5)
+        self.embed = Linear(dim // horizon, width, key=k_embed)
+        self.place = 0.02 * jr.normal(k_place, (horizon, width))
+        self.time = Linear(embedding, width, key=k_time)
+        self.cond = Linear(cond, width, key=k_cond)
+        self.blocks = tuple(Block(width, heads, key=k) for k in k_blocks)
+        self.last = Linear(width, dim // horizon, key=k_last)
+        self.embedding = embedding
+
+    @property
+    def dim(self) -> int:
+        return self.place.shape[0] * self.last.bias.shape[0]
+
+    def __call__(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " d"]:
+        return jax.vmap(self.last)(self._tokens(x, t, cond)).reshape(-1)
+
+    def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
+        """The last hidden layer, mean over the tokens."""
+        return self._tokens(x, t, cond).mean(0)
+
+    def _tokens(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, "h w"]:
+        h = jax.vmap(self.embed)(x.reshape(self.place.shape[0], -1)) + self.place
+        c = self.time(time_embedding(t, self.embedding)) + self.cond(cond)
+        for block in self.blocks:
+            h = block(h, c)
+        return jax.vmap(layer_norm)(h)
