@@ -26,7 +26,7 @@ from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import variants
 from contraflow.train.checkpoint import latest
 from contraflow.train.evaluate import evaluate
-from contraflow.train.run import Run, first_carry, read_config
+from contraflow.train.run import first_carry, read_config
 
 CHUNK = 1_000
 AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items()} | {
@@ -35,7 +35,7 @@ AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agen
 
 
 @partial(jax.jit, static_argnames=("run", "agent"), donate_argnames=("state",))
-def study(run: Run, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
+def study(run: Any, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
     """CHUNK updates on batches of the replay."""
     teacher: Any = run.agent
 
@@ -50,7 +50,7 @@ def study(run: Run, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
 
 def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
     """One row per rule of acting of the student `name`."""
-    run = read_config(folder)
+    run: Any = read_config(folder)
     env = make(run.env, run.num_envs, run.seed)
     k_start, k_init, k_learn, k_eval = jr.split(jr.key(run.seed), 4)
     buffer = first_carry(run, folder, env, k_start, latest(folder)).learner.buffer

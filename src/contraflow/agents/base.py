@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
+from contraflow.types import EnvSpec, Metrics, PRNGKey
 
 
 @runtime_checkable
@@ -27,8 +27,13 @@ class Agent(Protocol):
         """One action in [-1, 1]^a for one observation; `explore` False is the evaluation rule."""
         ...
 
-    def update(self, state: Any, batch: Transition, key: PRNGKey) -> tuple[Any, Metrics]:
-        """One gradient step on a batch [B]; metrics are scalars."""
+    def update(self, state: Any, batch: Any, key: PRNGKey, /) -> tuple[Any, Metrics]:
+        """Learn from `Transition` [B] (off-policy) or `Chunks` [B] (imitation): one gradient step; or from a `Rollout`
+        [T, N] (on-policy): all that it is good for. Metrics are scalars.
+
+        An on-policy agent has a fourth method, `sample(state, obs, key)`: an action as `act` draws it to explore, and
+        what `update` must know of it, which comes back in `Rollout.extras`.
+        """
         ...
 
 

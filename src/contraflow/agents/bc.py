@@ -7,7 +7,7 @@ predicts noise, that is regressed on x0 (DDPM, 2006.11239).
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -127,13 +127,14 @@ class BC:
     def _tie(self, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
         """Error of a step against those that it is made of."""
         k_interval, k_target = jr.split(key)
-        t, r = self.objective.interval(k_interval)
+        objective: Any = self.objective  # not `Matching`, which has no such rows
+        t, r = objective.interval(k_interval)
         x_t = self.policy.path.perturb(x0, x1, t)
 
         def u(net):
             return lambda x, t, r: self.policy.output(net, x, t, r, obs)
 
-        target = self.objective.target(u(net), u(slow), x1 - x0, x_t, t, r, k_target)
+        target = objective.target(u(net), u(slow), x1 - x0, x_t, t, r, k_target)
         return u(net)(x_t, t, r) - target
 
     def _features(self, net: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:

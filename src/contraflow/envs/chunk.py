@@ -66,13 +66,14 @@ class Chunked:
         n = self.env.spec.num_envs
         xp: Any = jnp if self.env.spec.jittable else np
         chunk = xp.asarray(action).reshape(n, self.horizon, -1)
-        total, active = None, xp.ones(n, bool)
-        for i in range(self.execute):
+        state, step = self._advance(state, chunk[:, 0], xp.ones(n, bool))
+        total = replace(step, steps=xp.ones(n, int))
+        for i in range(1, self.execute):
+            active = ~(total.terminated | total.truncated)
             if not self.env.spec.jittable and not active.any():
                 break
             state, step = self._advance(state, chunk[:, i], active)
-            total = replace(step, steps=xp.ones(n, int)) if total is None else _joined(xp, total, step, active)
-            active = active & ~(step.terminated | step.truncated)
+            total = _joined(xp, total, step, active)
         return state, total
 
     def _advance(self, state: Any, action: Any, active: Any) -> tuple[Any, Step]:

@@ -99,8 +99,9 @@ class Gymnasium:
         n = self._spec.num_envs
         next_obs, obs = np.zeros((n, self._spec.obs_dim), np.float32), np.zeros((n, self._spec.obs_dim), np.float32)
         reward, terminated, truncated = np.zeros(n, np.float32), np.zeros(n, bool), np.zeros(n, bool)
+        copies: Any = getattr(self._env, "envs")  # noqa: B009 - only a SyncVectorEnv, which `holds`, has them
         for i in np.flatnonzero(active):
-            copy = self._env.envs[i]
+            copy = copies[i]
             raw, reward[i], terminated[i], truncated[i], _ = copy.step(scaled[i])
             next_obs[i] = base.flatten(raw, 1)[0]
             obs[i] = base.flatten(copy.reset()[0], 1)[0] if terminated[i] or truncated[i] else next_obs[i]

@@ -73,12 +73,14 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
         return (actor, critic, actor_opt, critic_opt), metrics | more
 
     nets = (state.actor, state.critic, state.actor_opt, state.critic_opt)
-    nets, metrics = passes(step, nets, data, key, agent.epochs, agent.minibatches, agent.target_kl)
+    trained, metrics = passes(step, nets, data, key, agent.epochs, agent.minibatches, agent.target_kl)
     stats = state.stats
     if agent.normalise_obs:
         flat = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         stats = stats.update(flat, rollout.valid.reshape(-1))
-    return PPOState(*nets, stats, scale, state.step + 1, state.reference), metrics | {"value": data.target.mean()}
+    actor, critic, actor_opt, critic_opt = trained
+    new = PPOState(actor, critic, actor_opt, critic_opt, stats, scale, state.step + 1, state.reference)
+    return new, metrics | {"value": data.target.mean()}
 
 
 def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gamma: float, lam: float) -> Samples:

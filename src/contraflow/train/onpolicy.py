@@ -38,12 +38,14 @@ class OnPolicy:
         def advance(env_state, obs, i):
             action, extras = decide(agent, state, obs, learner.iteration, i, key)
             env_state, step = env.step(env_state, action)
-            return env_state, step, (obs, extras, replace(step, steps=step.steps * step.valid))
+            counted = replace(step, steps=step.steps * step.valid)
+            return env_state, counted, (obs, extras, counted)
 
         if env.spec.jittable:
 
             def body(c, i):
-                env_state, step, row = advance(*c, i)
+                env_state, obs = c
+                env_state, step, row = advance(env_state, obs, i)
                 return (env_state, step.obs), row
 
             (env_state, obs), rows = jax.lax.scan(body, (carry.env, carry.obs), jnp.arange(self.unroll))
@@ -54,7 +56,8 @@ class OnPolicy:
                 obs = step.obs
                 history.append(row)
             rows = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(history))
-        learner, metrics = learn(agent, learner, *rows, key)
+        obs_rows, extras, steps = rows
+        learner, metrics = learn(agent, learner, obs_rows, extras, steps, key)
         return Carry(learner, env_state, obs), metrics
 
 

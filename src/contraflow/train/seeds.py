@@ -18,17 +18,18 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.config import SCHEMA
-from contraflow.envs import make
+from contraflow.envs import jittable
 from contraflow.envs.base import Env
 from contraflow.train import checkpoint
 from contraflow.train.console import Progress
 from contraflow.train.evaluate import evaluate_seeds
 from contraflow.train.log import check_trackers
 from contraflow.train.loop import Carry, epoch_seeds
+from contraflow.train.offline import OfflineRun
 from contraflow.train.record import Record, check_finite
 from contraflow.train.run import (
+    AnyRun,
     Result,
-    Run,
     check_new,
     evaluation_due,
     first_carry,
@@ -43,7 +44,7 @@ INDEX = "seeds.json"
 
 
 def train_seeds(
-    run: Run, seeds: Sequence[int], out: str | Path, *, trust: bool = False, quiet: bool = False
+    run: AnyRun, seeds: Sequence[int], out: str | Path, *, trust: bool = False, quiet: bool = False
 ) -> list[Result]:
     """Train `run` with each of `seeds` (its own is not used) in the new folder `out`; results in their order.
 
@@ -54,6 +55,7 @@ def train_seeds(
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {' '.join(map(str, seeds))}")
     check_new(folder)
+    run = run.settled(trust)
     runs = [replace(run, seed=seed) for seed in seeds]
     check_trackers(run.trackers)
     envs = _environments(run, trust)
@@ -133,15 +135,15 @@ def seed_folders(out: Path) -> list[Path]:
         ) from None
 
 
-def _environments(run: Run, trust: bool) -> tuple[Env, Env]:
+def _environments(run: AnyRun, trust: bool) -> tuple[Any, Any]:
     """For all seeds the same two: what a jittable environment does depends on keys, not on the seed it is made with."""
-    env = make(run.env, run.num_envs, run.seed, trust=trust)
-    if not env.spec.jittable:
+    if isinstance(run, OfflineRun) or not jittable(run.env, trust=trust):
+        what = f"data {run.data}" if isinstance(run, OfflineRun) else f"environment {run.env}"
         raise UserError(
-            f"environment {run.env} is not written in JAX, so its seeds cannot share one program: train them one by "
-            "one with --seed, or choose an environment of jax:, probe: or bandit:"
+            f"{what} is not written in JAX, so its seeds cannot share one program: train them one by one "
+            "with --seed, or choose an environment of jax:, probe: or bandit:"
         )
-    return env, make(run.env, run.eval_episodes, run.seed, trust=trust)
+    return run.environments(trust)
 
 
 @jax.jit
@@ -156,7 +158,7 @@ def _stack(trees: list[Any]) -> Any:
 
 
 def _drive(
-    runs: list[Run], out: Path, folders: Sequence[Path], envs: tuple[Env, Env], restored: int | None, quiet: bool
+    runs: Sequence[AnyRun], out: Path, folders: Sequence[Path], envs: tuple[Env, Env], restored: int | None, quiet: bool
 ) -> dict[int, Result | UserError]:
     """As `run._drive`, for all seeds in step. One that fails is left out from there on; the others are finished."""
     (env, eval_env), run = envs, runs[0]
@@ -219,7 +221,7 @@ def _drive(
     return {run.seed: failed.get(i, results[i]) for i, run in enumerate(runs)}
 
 
-def _common_step(carry: Carry, run: Run) -> int:
+def _common_step(carry: Carry, run: AnyRun) -> int:
     steps = np.unique(carry.learner.steps)
     if len(steps) > 1:  # the rows of some seeds were not valid, those of others were
         raise UserError(f"the seeds of {run.env} fell out of step; train them one by one with --seed")
