@@ -14,7 +14,7 @@ from contraflow.agents.fpo import FPO
 from contraflow.agents.ppo import PPO
 from contraflow.agents.reinflow import ReinFlow
 from contraflow.rl.advantage import gae
-from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.flow_policy import CLOCK, FlowPolicy
 from contraflow.rl.ppo import Samples
 from contraflow.types import EnvSpec, Rollout
 
@@ -177,7 +177,7 @@ class GaussianFlow(eqx.Module):
         return self.mean.shape[0]
 
     def __call__(self, x, t, cond):
-        t = t / 100.0
+        t = t / CLOCK
         var = t**2 * self.std**2 + (1 - t) ** 2
         return self.mean + (t * self.std**2 - (1 - t)) / var * (x - t * self.mean)
 

@@ -16,7 +16,7 @@ from contraflow.types import EnvSpec, PRNGKey
 Obs = Float[Array, " o"]
 Network = Any
 """A module with a `dim` that takes (x, t, cond) to a vector of that size, as `Velocity` does."""
-CLOCK = 100.0  # times reach the embedding as [0, 100], of which its fastest wave makes sixteen periods
+CLOCK = 5.0  # times reach the embedding as [0, 5]: at [0, 100] the derivative that MeanFlow trains on blows up
 
 
 @dataclass(frozen=True)
