@@ -19,7 +19,7 @@ from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.presets import PRESETS
-from contraflow.rl.select import First
+from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant
 
 DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")
@@ -89,11 +89,22 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
+    # After the first seed: what does the paper's law have on WalkerWalk that ours lacks? It is saturated, narrow, and one
+    # of 32 is picked.
+    "why": Matrix(
+        {
+            "cold": RFM(temperature=Constant(0.005)),
+            "colder": RFM(temperature=Constant(0.001)),
+            "rfm-32": RFM(explore=Softmax(32), backup=Softmax(32)),
+            "saturated-32": RFM(base=0.25, explore=Softmax(32), backup=Softmax(32)),
+        },
+        ("WalkerWalk-v1", "CartpoleSwingup-v1"),
+    ),
 }
 
 
 def main(
-    name: Literal["development", "actor-free", "parts"],
+    name: Literal["development", "actor-free", "parts", "why"],
     /,
     out: Path,
     seeds: int = 5,
