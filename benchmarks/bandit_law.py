@@ -76,7 +76,7 @@ def prepare(agent: RFM, width: int = 64) -> RFM:
 
 def start(agent: RFM, dim: int, slope: jax.Array, key: jax.Array) -> RFMState:
     state = agent.init(key, EnvSpec(1, dim, 1, 1, True))
-    critic = known_critic(dim, slope * agent.temperature(state.step), jr.clone(key))
+    critic = known_critic(dim, slope * agent.lam(state), jr.clone(key))
     opt = start_critic(agent._critic_tx, critic)
     return RFMState(state.actor, critic, jax.tree.map(jnp.copy, critic), state.actor_opt, opt, state.step)
 

@@ -57,7 +57,7 @@ def visited(policy: Policy, states: int, num_envs: int = 4, steps: int = 250) ->
 @partial(jax.jit, static_argnames=("agent", "estimator", "repeats"))
 def measure(agent, estimator, state, obs, t, repeats: int):
     """(bias^2, variance), means over the states `obs`."""
-    lam, d = agent.temperature(state.step), state.actor.dim
+    lam, d = agent.lam(state), state.actor.dim
 
     def one(obs, key):
         """(bias^2, variance) at one state, per dimension."""

@@ -20,7 +20,7 @@ from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.presets import PRESETS
 from contraflow.rl.select import First, Softmax
-from contraflow.rl.temperature import Anneal, Constant
+from contraflow.rl.temperature import Anneal, Constant, Tuned
 
 DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")
 
@@ -89,7 +89,7 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
-    # After the first seed: what does the paper's law have on WalkerWalk that ours lacks? It is saturated, narrow, and one
+    # After the first seed: what has the paper's law on WalkerWalk that ours lacks? It is saturated and narrow, and one
     # of 32 is picked.
     "why": Matrix(
         {
@@ -97,6 +97,8 @@ MATRICES = {
             "colder": RFM(temperature=Constant(0.001)),
             "rfm-32": RFM(explore=Softmax(32), backup=Softmax(32)),
             "saturated-32": RFM(base=0.25, explore=Softmax(32), backup=Softmax(32)),
+            "tuned-half": RFM(temperature=Tuned(-0.5)),
+            "tuned-one": RFM(temperature=Tuned(-1.0)),
         },
         ("WalkerWalk-v1", "CartpoleSwingup-v1"),
     ),

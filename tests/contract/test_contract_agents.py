@@ -22,7 +22,7 @@ from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
 from contraflow.rl.select import Argmax, First, Softmax
-from contraflow.rl.temperature import Anneal, Constant
+from contraflow.rl.temperature import Anneal, Constant, Tuned
 from contraflow.runtime.policy import Policy
 from contraflow.train.artifact import load_policy, save_policy
 from contraflow.types import EnvSpec, Transition
@@ -46,6 +46,7 @@ TABLE: dict[str, Any] = {
         estimator=Reverse(8, Mixture((Noise(), UniformAction(), Particles(0.3)), (0.25, 0.25, 0.5)), Fixed(0.0)),
         behaviour=Constant(0.1),
     ),
+    "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4)}), temperature=Tuned(rate=0.1)),
     "sac": SAC(**SMALL, actor_lr=1e-2),
     "sir": SIR(**SMALL, **PICKS, base=0.5),
 }

@@ -26,7 +26,7 @@ from contraflow.rl.energy import boltzmann
 from contraflow.rl.optim import clipped_adam, descend, start
 from contraflow.rl.select import Argmax, First, Selector, Softmax
 from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
-from contraflow.rl.temperature import Constant, Schedule
+from contraflow.rl.temperature import Constant, Schedule, Tuned, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -37,6 +37,7 @@ class RFMState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
+    log_lam: Float[Array, ""] | None = None  # of a tuned temperature, None of the others
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RFM:
     """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for every
     selector with n > 1, and those of the estimator. Per action: n F actor calls and n critic calls."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step")
+    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam")
 
     path: Path = Linear()
     estimator: Estimator = Markov()
@@ -57,8 +58,8 @@ class RFM:
     """The policy's endpoint that is noised to x_t; its particles are the estimator's `support`, that one first."""
     exploit: Selector = Argmax(particles=32)
     """Acting in evaluation."""
-    temperature: Schedule = Constant(0.02)
-    """lambda of the target law and of `backup`."""
+    temperature: Schedule | Tuned = Constant(0.02)
+    """lambda of the target law and of `backup`, whose particles tell the entropy where it is tuned."""
     behaviour: Schedule | None = None
     """Temperature of `explore`; None uses `temperature`."""
     base: float = 1.0
@@ -85,6 +86,8 @@ class RFM:
         check_common(self.gamma, self.tau, width=self.width, actor_lr=self.actor_lr, critic_lr=self.critic_lr)
         if not 0 < self.t_min < 0.5:
             raise ValueError(f"t_min must lie in (0, 0.5), got {self.t_min}")
+        if isinstance(self.temperature, Tuned) and self.backup.particles < 4:
+            raise ValueError(f"a tuned temperature needs at least 4 particles in `backup`, got {self.backup.particles}")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
@@ -103,11 +106,17 @@ class RFM:
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
         critic_opt = start_critic(self._critic_tx, critic)
-        return RFMState(actor, critic, target, start(self._actor_tx, actor), critic_opt, jnp.zeros((), jnp.int32))
+        log_lam = self.temperature.first() if isinstance(self.temperature, Tuned) else None
+        step = jnp.zeros((), jnp.int32)
+        return RFMState(actor, critic, target, start(self._actor_tx, actor), critic_opt, step, log_lam)
+
+    def lam(self, state: RFMState) -> Float[Array, ""]:
+        """The temperature at the state's update."""
+        return self.temperature(state.step) if state.log_lam is None else jnp.exp(state.log_lam)
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by min_i Q_i(s, a)."""
-        lam = (self.behaviour or self.temperature)(state.step)
+        lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
         u, pick = self._particles(state, obs, key, self.explore if explore else self.exploit, lam)
         return jnp.tanh(u[pick])
 
@@ -115,14 +124,15 @@ class RFM:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior = jr.split(key, 5)
         n = batch.reward.shape[0]
-        lam = self.temperature(state.step)
+        lam = self.lam(state)
 
         # 1. Critic: y = r + gamma (1 - terminated) min_i Q'_i(s', a') with a' ~ pi(. | s'); no entropy bonus.
         def next_value(obs, key):
             u, pick = self._particles(state, obs, key, self.backup, lam)
-            return state.target.min(obs, jnp.tanh(u[pick]))
+            return state.target.min(obs, jnp.tanh(u[pick])), jnp.tanh(u)
 
-        y = td_target(batch, jax.vmap(next_value)(batch.next_obs, jr.split(k_next, n)), self.gamma)
+        value, spread = jax.vmap(next_value)(batch.next_obs, jr.split(k_next, n))
+        y = td_target(batch, value, self.gamma)
         critic, critic_opt, critic_loss, _ = fit_critic(self._critic_tx, state.critic, state.critic_opt, batch, y)
 
         # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any law with full support is valid.
@@ -159,11 +169,15 @@ class RFM:
             "eta": post.eta.mean(),
             "temperature": lam,
         }
-        return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1), metrics
+        log_lam = state.log_lam
+        if isinstance(self.temperature, Tuned):
+            metrics["entropy"] = jax.vmap(gaussian_entropy)(spread).mean()
+            log_lam = self.temperature.move(log_lam, metrics["entropy"])
+        return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam), metrics
 
     def endpoints(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, "B n a"]:
         """Latent particles of the policy for each observation; the one that `query` picks comes first."""
-        lam = self.temperature(state.step)
+        lam = self.lam(state)
 
         def one(obs, key):
             u, pick = self._particles(state, obs, key, self.query, lam)
@@ -180,7 +194,7 @@ class RFM:
         """n latent actions u from n noises, and the index the selector picks by Q(s, tanh u) / pick_lam."""
         k_x0, k_pick = jr.split(key)
         x0 = self.path.source_scale * jr.normal(k_x0, (selector.particles, state.actor.dim))
-        cond = self._condition(obs, self.temperature(state.step))
+        cond = self._condition(obs, self.lam(state))
 
         def solve(x):
             return self.solver(lambda x, t: state.actor(x, t, cond), x, self.t_min, 1 - self.t_min)

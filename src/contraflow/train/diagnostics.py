@@ -59,7 +59,7 @@ def _action_law(agent: Agent, state: Any, obs: Float[Array, "B o"], key: PRNGKey
 @partial(jax.jit, static_argnames=("agent",))
 def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
     k_particles, k_x0, k_repeat, k_reference, k_uniform = jr.split(key, 5)
-    lam = agent.temperature(state.step)
+    lam = agent.lam(state)
     support = agent.endpoints(state, obs, k_particles)
     x1 = support[:, 0]
     x0 = jr.normal(k_x0, x1.shape)
