@@ -74,7 +74,7 @@ class BC:
     def update(self, state: BCState, batch: Chunks, key: PRNGKey) -> tuple[BCState, Metrics]:
         """One gradient step on chunks [B, h a]."""
         obs = jax.vmap(state.stats)(batch.obs)
-        k_noise, k_rows = jr.split(key)
+        k_noise, k_rows, k_spread = jr.split(key, 3)
         keys = jr.split(k_rows, obs.shape[0])
         matched = round(self.objective.share * obs.shape[0])
         x0 = jr.normal(k_noise, batch.action.shape)
@@ -97,7 +97,8 @@ class BC:
                 loss, metrics = loss + tied.sum(), metrics | {"tie_loss": tied.mean()}
             loss = loss / obs.shape[0]
             if self.dispersion:
-                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(*rows))
+                again = (*rows[:3], jr.split(k_spread, obs.shape[0]))
+                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(*again))
                 loss, metrics = loss + self.dispersion * spread, metrics | {"dispersion": spread}
             return loss, metrics
 
