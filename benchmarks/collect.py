@@ -1,21 +1,34 @@
-"""The finished cells of a matrix as a table to publish: one row per cell and rule of acting.
+"""The finished cells of a matrix as tables to publish: one row per cell and rule of acting, and one of diagnostics per
+cell and evaluation.
 
-    python benchmarks/collect.py DIR benchmarks/results/study_development.csv
+    python benchmarks/collect.py DIR benchmarks/results/study_development.csv   # and study_development_inside.csv
 
-The table is written anew.
+The tables are written anew.
 """
 
 import csv
 import json
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import tyro
 
+INSIDE = ("saturated", "action_entropy", "action_std", "q_gap", "target_bias", "ess")
+
+
+def write(table: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with table.open("w", newline="") as out:
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows in {table}")
+
 
 def main(matrix: Path, table: Path, /) -> None:
-    """Write `table` from `matrix`."""
-    rows = []
+    """Write `table` and its companion from `matrix`."""
+    rows, inside = [], []
     for file in sorted(matrix.glob("*/*/seed*/final.json")):
         run = json.loads((file.parent / "config.json").read_text())["run"]
         for row in json.loads(file.read_text())["evaluations"]:
@@ -26,11 +39,14 @@ def main(matrix: Path, table: Path, /) -> None:
                 | cost
                 | {"episodes": len(row["returns"]), "return": round(mean(row["returns"]), 1)}
             )
-    with table.open("w", newline="") as out:
-        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows in {table}")
+        cell = {"agent": file.parts[-4], "env": run["env"], "seed": run["seed"]}
+        for line in (file.parent / "metrics.jsonl").read_text().splitlines():
+            values = {k.removeprefix("diagnostics/"): v for k, v in json.loads(line).items()}
+            seen = {k: float(f"{v:.4g}") for k, v in values.items() if k.split("/")[0] in INSIDE and k != "ess"}
+            if "saturated" in seen:
+                inside.append(cell | {"step": values["step"]} | seen)
+    write(table, rows)
+    write(table.with_stem(f"{table.stem}_inside"), inside)
 
 
 if __name__ == "__main__":

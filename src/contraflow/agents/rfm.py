@@ -94,15 +94,8 @@ class RFM:
         k_actor, k_critic = jr.split(key)
         cond = spec.obs_dim + self.embedding * self.condition_on_temperature
         actor = Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=k_actor)
-        critic = QEnsemble(
-            self.num_q,
-            spec.obs_dim,
-            spec.action_dim,
-            self.width,
-            self.depth,
-            normalise=self.normalise_critic,
-            key=k_critic,
-        )
+        sizes = spec.obs_dim, spec.action_dim, self.width, self.depth
+        critic = QEnsemble(self.num_q, *sizes, normalise=self.normalise_critic, key=k_critic)
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
         critic_opt = start_critic(self._critic_tx, critic)
