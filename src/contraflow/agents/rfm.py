@@ -105,7 +105,10 @@ class RFM:
 
     def lam(self, state: RFMState) -> Float[Array, ""]:
         """The temperature at the state's update."""
-        return self.temperature(state.step) if state.log_lam is None else jnp.exp(state.log_lam)
+        if isinstance(self.temperature, Tuned):
+            assert state.log_lam is not None
+            return jnp.exp(state.log_lam)
+        return self.temperature(state.step)
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by min_i Q_i(s, a)."""
@@ -163,7 +166,7 @@ class RFM:
             "temperature": lam,
         }
         log_lam = state.log_lam
-        if isinstance(self.temperature, Tuned):
+        if isinstance(self.temperature, Tuned) and log_lam is not None:
             metrics["entropy"] = jax.vmap(gaussian_entropy)(spread).mean()
             log_lam = self.temperature.move(log_lam, metrics["entropy"])
         return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam), metrics

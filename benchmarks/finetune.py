@@ -1,0 +1,162 @@
+"""Imitate a medium policy, then fine-tune: the runs of docs/finetuning.md, from data to table.
+
+    python benchmarks/finetune.py data cheetah --out DIR          # trains a policy half-way, records it
+    python benchmarks/finetune.py imitate cheetah --out DIR       # a flow and a diffusion, for every seed
+    python benchmarks/finetune.py tune cheetah --out DIR          # every method and seed, in turn; the same again continues
+    python benchmarks/finetune.py table cheetah --out DIR         # benchmarks/results/finetune.csv
+
+Every cell is a run folder, DIR/TASK/METHOD/seedK. `--seeds` and `--methods` choose a part.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from contraflow import load
+from contraflow.agents import BC, DPPO, FPO, PPO, ReinFlow
+from contraflow.data.write import write
+from contraflow.flow.path import VP
+from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.runtime.record import Behaviour, record
+from contraflow.train.log import read_evaluations
+from contraflow.train.offline import OfflineRun
+from contraflow.train.onpolicy import OnPolicyRun
+from contraflow.train.run import progress, read_config, resume, train
+
+PASSES: dict[str, Any] = {"epochs": 10, "minibatches": 16}
+REFERENCE = PPO(epochs=10, minibatches=16, critic_lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`half`: environment steps of PPO before its policy is recorded; `steps`: those of every fine-tuning."""
+
+    env: str
+    half: int
+    steps: int
+    horizon: int = 4
+    episodes: int = 40
+    imitation: int = 10_000
+    source: str = ""
+    """Environment that the recorded policy is trained on, where it is another."""
+
+
+TASKS = {
+    "cheetah": Task("envpool:HalfCheetah-v5", half=600_000, steps=1_000_000),
+    "sparse": Task("envpool:CartpoleSwingupSparse-v1", half=300_000, steps=600_000, source="jax:cartpole-swingup"),
+}
+FLOW = FlowPolicy(width=128, depth=3, steps=4)
+DIFFUSION = FlowPolicy(path=VP(), predict="noise", steps=10, clip=1.0, width=128, depth=3)
+TUNED = ReinFlow(steps=4, actor_lr=2e-4, clip=0.02, entropy=0.0, width=128, depth=2, **PASSES)
+METHODS: dict[str, tuple[str, Any]] = {
+    "reinflow-4": ("flow", TUNED),
+    "reinflow-1": ("flow", replace(TUNED, steps=1)),
+    "dppo-10": ("diffusion", DPPO(learned=10, width=128, depth=2, **PASSES)),
+    "fpo": ("flow", FPO(width=128, depth=2, **PASSES)),
+    "ppo": ("", REFERENCE),
+    "ppo-3x": ("", REFERENCE),
+}
+
+
+def finished(folder: Path) -> bool:
+    return folder.exists() and progress(folder) >= read_config(folder).steps
+
+
+def run(settings: Any, folder: Path) -> None:
+    """Train, go on, or leave alone what is finished."""
+    if finished(folder):
+        return
+    print(f"{folder} ...", flush=True)
+    if folder.exists():
+        resume(folder, quiet=True)
+    else:
+        train(settings, folder, quiet=True)
+    print(f"{folder}: {read_evaluations(folder)[-1]['return_mean']:.1f}", flush=True)
+
+
+def onpolicy(task: Task, agent: Any, seed: int, **more: Any) -> OnPolicyRun:
+    """16 environments; about 8 000 environment steps between two updates."""
+    horizon = more.pop("horizon", 1)
+    settings = {"env": task.env, "steps": task.steps} | more
+    return OnPolicyRun(
+        agent=agent, num_envs=16, unroll=500 // horizon, horizon=horizon, execute=horizon, eval_every=100_000,
+        eval_episodes=16, log_every=50_000, seed=seed, trackers=(), **settings,
+    )  # fmt: skip
+
+
+def data(task: Task, out: Path) -> None:
+    """A policy trained half-way, and a dataset of what it does, its own noise included."""
+    run(onpolicy(task, REFERENCE, 100, env=task.source or task.env, steps=task.half), out / "half")
+    file = out / "data.npz"
+    if not file.exists():
+        rows = record(load(out / "half"), task.episodes, task.env, behaviour=Behaviour(explore=True), seed=0)
+        write(rows, str(file))
+        print(f"{file}: {len(rows)} rows, mean return {rows.returns.mean():.1f}")
+
+
+def imitate(task: Task, out: Path, seeds: tuple[int, ...]) -> None:
+    """A flow and a diffusion on chunks."""
+    for seed in seeds:
+        for name, policy in (("flow", FLOW), ("diffusion", DIFFUSION)):
+            agent = BC(policy, lr=1e-3, decay_steps=task.imitation)
+            settings = OfflineRun(
+                data=str(out / "data.npz"), env=task.env, agent=agent, steps=task.imitation, horizon=task.horizon,
+                execute=task.horizon, eval_every=task.imitation, eval_episodes=16, seed=seed, trackers=(),
+            )  # fmt: skip
+            run(settings, out / name / f"seed{seed}")
+
+
+def tune(task: Task, out: Path, seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
+    """Every method from the imitation of the same seed; PPO from scratch."""
+    for seed in seeds:
+        for name in methods or METHODS:
+            start, agent = METHODS[name]
+            more: dict[str, Any] = {"steps": 3 * task.steps} if name == "ppo-3x" else {}
+            if start:
+                more = {"pretrained": str(out / start / f"seed{seed}"), "horizon": task.horizon}
+            run(onpolicy(task, agent, seed, **more), out / name / f"seed{seed}")
+
+
+def table(name: str, out: Path) -> None:
+    """Rows of all finished runs: every evaluation with its step and seconds."""
+    rows = []
+    for folder in sorted(out.glob("*/seed*")):
+        if finished(folder):
+            for row in read_evaluations(folder):
+                entry = {"task": name, "method": folder.parent.name, "seed": folder.name.removeprefix("seed")}
+                rows.append(entry | {k: row[k] for k in ("step", "seconds", "return_mean")})
+    file = Path(__file__).parent / "results" / f"finetune_{name}.csv"
+    with file.open("w", newline="") as target:
+        writer = csv.DictWriter(target, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows in {file}")
+
+
+def main(
+    what: Literal["data", "imitate", "tune", "table"],
+    task: Literal["cheetah", "sparse"],
+    /,
+    out: Path,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    methods: tuple[str, ...] = (),
+) -> None:
+    """One stage of one task."""
+    chosen, folder = TASKS[task], out / task
+    folder.mkdir(parents=True, exist_ok=True)
+    if what == "data":
+        data(chosen, folder)
+    elif what == "imitate":
+        imitate(chosen, folder, seeds)
+    elif what == "tune":
+        tune(chosen, folder, seeds, methods)
+    else:
+        table(task, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
