@@ -2,7 +2,7 @@
 
     python benchmarks/finetune.py data cheetah --out DIR          # trains a policy half-way, records it
     python benchmarks/finetune.py imitate cheetah --out DIR       # a flow and a diffusion, for every seed
-    python benchmarks/finetune.py tune cheetah --out DIR          # every method and seed, in turn; the same again continues
+    python benchmarks/finetune.py tune cheetah --out DIR          # every method and seed; the same again continues
     python benchmarks/finetune.py table cheetah --out DIR         # benchmarks/results/finetune.csv
 
 Every cell is a run folder, DIR/TASK/METHOD/seedK. `--seeds` and `--methods` choose a part.

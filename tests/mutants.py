@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants_imitation import ROWS
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 900
 
@@ -789,7 +791,11 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if re.search(options.only, m.name) and re.search(options.files, m.file)]
+    chosen = [
+        m
+        for m in (*MUTANTS, *(Mutant(*row) for row in ROWS))
+        if re.search(options.only, m.name) and re.search(options.files, m.file)
+    ]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         source = copy_source(Path(folder))

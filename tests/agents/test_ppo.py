@@ -58,6 +58,17 @@ def test_the_first_ratio_is_one(name: str):
     assert np.isfinite(loss)
 
 
+def test_the_first_minibatch_of_an_update():
+    """One pass in one minibatch: the policy that acted is the one that learns, whatever the statistics are."""
+    agent = replace(AGENTS["ppo"], epochs=1, minibatches=1)
+    state = agent.init(jr.key(0), SPEC)
+    state = replace(state, stats=Running(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 0.25, 1.0]), jnp.asarray(9.0)))
+    _, r = rollout(agent, state, jr.key(1))
+    new, metrics = jax.jit(agent.update)(state, r, jr.key(2))
+    assert abs(float(metrics["kl"])) < 1e-6 and metrics["clip_share"] == 0
+    assert new.stats.count == 9 + 24
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_an_update_moves_what_it_should(name: str):
     agent = AGENTS[name]

@@ -1,8 +1,9 @@
 """On-policy and offline runs: bookkeeping, resume, pretrained policies, learning."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,37 @@ def test_the_update_sees_what_happened():
         np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
     assert rollout.extras.action.shape == (5, 3, 1)
     assert carry.learner.steps == 15 and carry.learner.iteration == 1 and metrics["episodes"] == 6
+
+
+@dataclass(frozen=True)
+class Host:
+    """A probe as a host environment: NumPy in, NumPy out."""
+
+    env: Any
+
+    @property
+    def spec(self):
+        return replace(self.env.spec, jittable=False)
+
+    def reset(self, key):
+        return jax.tree.map(np.asarray, self.env.reset(key))
+
+    def step(self, state, action):
+        state, step = self.env.step(state, jnp.asarray(action))
+        return state, jax.tree.map(np.asarray, step)
+
+
+def test_a_host_environment_gives_the_same_rollout():
+    agent, env = PPO(**SMALL), PROBES["two-step"](3)
+    states = []
+    for one in (env, Host(env)):
+        state, obs = env.reset(jr.key(1))
+        carry = Carry(first_learner(agent, one.spec, jr.key(0)), state, jnp.copy(obs))
+        carry, _, error = epoch(OnPolicy(5), agent, one, carry, jr.key(7), 3)
+        assert error is None and carry.learner.steps == 45
+        states.append(carry.learner.agent)
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_chunks_count_all_their_steps():
