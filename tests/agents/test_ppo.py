@@ -16,6 +16,7 @@ from contraflow.agents.reinflow import ReinFlow
 from contraflow.rl.advantage import gae
 from contraflow.rl.flow_policy import CLOCK, FlowPolicy
 from contraflow.rl.ppo import Samples
+from contraflow.rl.running import Running
 from contraflow.types import EnvSpec, Rollout
 
 SPEC = EnvSpec(3, 2, 4, 10, True)

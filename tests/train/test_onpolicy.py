@@ -56,7 +56,7 @@ def test_the_update_sees_what_happened():
         env_state, step = env.step(env_state, action)
         rows.append((obs, step.reward, step.next_obs, step.terminated))
         obs = step.obs
-    carry, metrics, _ = epoch(OnPolicy(5), agent, env, carry, jr.key(7), 1)
+    carry, metrics, _ = epoch(OnPolicy(5), agent, env, start(agent, env), jr.key(7), 1)
     jax.effects_barrier()
     rollout = seen["rollout"]
     for got, want in zip(
