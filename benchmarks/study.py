@@ -112,13 +112,14 @@ def main(
     seeds: int = 5,
     jobs: int = 2,
     agents: tuple[str, ...] = (),
+    envs: tuple[str, ...] = (),
 ) -> int:
-    """Run the matrix `name`, or those `agents` of it, seed by seed."""
+    """Run the matrix `name`, or those `agents` and `envs` of it, seed by seed."""
     chosen = MATRICES[name]
     named = {agent: chosen.agents[agent] for agent in agents or chosen.agents}
-    envs = [f"envpool:{env}" for env in chosen.envs]
-    cells = matrix.plan(named, envs, seeds, chosen.settings, frozenset(), out)
-    matrix.record(named, envs, seeds, chosen.settings, frozenset(), out)
+    ids = [f"envpool:{env}" for env in envs or chosen.envs]
+    cells = matrix.plan(named, ids, seeds, chosen.settings, frozenset(), out)
+    matrix.record(named, ids, seeds, chosen.settings, frozenset(), out)
     outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, False, not sys.stdout.isatty())
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
