@@ -15,6 +15,7 @@ import tyro
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.compare import matrix
 from contraflow.compare.pool import run_cells
+from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
@@ -58,6 +59,8 @@ MATRICES = {
             "noise-falling": fixed(0.0, temperature=FALLING),
             "gradient": fixed(1.0),
             "gradient-falling": fixed(1.0, temperature=FALLING),
+            # Weight at most 4 on a path that explodes variance, as DQS has it.
+            "gradient-ve": fixed(1.0, path=VE(0.01, 2.0)),
             "sir": SIR(),
             "sir-falling": SIR(temperature=FALLING),
             "sac": SAC(),
