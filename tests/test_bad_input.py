@@ -139,12 +139,12 @@ def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_pa
 
 def test_a_failure_in_an_evaluation_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Evaluation environments are others than those of training: here only they go wrong."""
-    real = driver._environments
+    real = Run.environments
 
     def half(run: Run, trust: bool):
         return real(replace(run, env="tests.cli_helpers:pointer"), trust)[0], real(run, trust)[1]
 
-    monkeypatch.setattr(driver, "_environments", half)
+    monkeypatch.setattr(Run, "environments", half)
     flags = [*GUESS, "--env", "tests.cli_helpers:nan_soon", "--out", str(tmp_path / "run")]
     assert_refused(flags, "non-finite observation", "the run is saved")
     assert checkpoint.latest(tmp_path / "run") == 20

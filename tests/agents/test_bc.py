@@ -36,7 +36,7 @@ class Record(FlowPolicy):
         return super().output(net, x, t, r, obs)
 
 
-@pytest.mark.parametrize("predict", ["velocity", "noise"])
+@pytest.mark.parametrize("predict", ["velocity", pytest.param("noise", marks=pytest.mark.slow)])
 def test_the_loss_by_hand(predict: str):
     """x_t is on the path of the action, the target belongs to it, and masked numbers do not count."""
     path = VP() if predict == "noise" else SMALL.path
@@ -74,6 +74,7 @@ def test_one_update(objective):
     assert action.shape == (4,) and jnp.abs(action).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_transformer_learns_too():
     agent = BC(replace(SMALL, network="transformer"))
     state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))

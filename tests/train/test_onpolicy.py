@@ -150,7 +150,9 @@ def test_imitation(imitated: Path):
     assert first.std(0).max() < 0.2
 
 
-@pytest.mark.parametrize("agent", [ReinFlow(steps=2, anchor=0.1, **SMALL), FPO(**SMALL)])
+@pytest.mark.parametrize(
+    "agent", [pytest.param(ReinFlow(steps=2, anchor=0.1, **SMALL), marks=pytest.mark.slow), FPO(**SMALL)]
+)
 def test_fine_tuning_starts_from_the_artefact(agent, imitated: Path, tmp_path: Path):
     """Before its first update the policy is the pretrained one; chunks and network come with it."""
     run = OnPolicyRun(
@@ -192,6 +194,7 @@ def test_an_average_velocity_comes_with_its_objective():
     assert BC(POLICY, objective=MeanFlow()).policy.averaged and not BC(POLICY).policy.averaged
 
 
+@pytest.mark.slow
 def test_dppo_starts_from_a_diffusion(demonstrations: Path, tmp_path: Path):
     diffusion = FlowPolicy(path=VP(), predict="noise", steps=5, clip=1.0, width=16, depth=1, embedding=8)
     run = OfflineRun(
@@ -211,7 +214,7 @@ def test_dppo_starts_from_a_diffusion(demonstrations: Path, tmp_path: Path):
         driver.train(replace(tuned, pretrained=str(tmp_path / "dppo")), tmp_path / "again", quiet=True)
 
 
-@pytest.mark.parametrize("name", ["action", "obs-action"])
+@pytest.mark.parametrize("name", ["obs-action", pytest.param("action", marks=pytest.mark.slow)])
 def test_ppo_learns_the_probes(name: str):
     agent, env = PPO(width=16, depth=1, minibatches=4, epochs=8, actor_lr=3e-3, critic_lr=3e-3), PROBES[name](8)
     carry, _, _ = epoch(OnPolicy(32), agent, env, start(agent, env), jr.key(5), 40)

@@ -88,21 +88,26 @@ class EnvPool:
         Copies not `active` [N] stand still; their rows are zeros with `valid` False.
         """
         n = self._spec.num_envs
-        ids = np.arange(n, dtype=np.int32) if active is None else np.flatnonzero(active).astype(np.int32)
-        scaled = base.rescale(action, self._low, self._high)[ids]
-        raw, reward, terminated, truncated, info = self._pool.step(scaled, ids)
-        at = info["env_id"]  # rows come back in the order in which threads finish
+        scaled, valid = base.rescale(action, self._low, self._high), np.ones(n, bool)
+        if active is None:
+            raw, reward, terminated, truncated, info = self._pool.step(scaled)
+        else:
+            ids = np.flatnonzero(active).astype(np.int32)
+            raw, reward, terminated, truncated, info = self._pool.step(scaled[ids], ids)
         truncated = truncated | (info["elapsed_step"] >= self._spec.episode_length)
-        next_obs, reward = _placed(n, at, base.flatten(raw, ids.size)), _placed(n, at, np.asarray(reward, np.float32))
-        terminated, truncated = _placed(n, at, terminated), _placed(n, at, truncated)
+        next_obs, reward = base.flatten(raw, len(reward)), np.asarray(reward, np.float32)
+        if active is not None:
+            at = info["env_id"]  # rows come back in the order in which threads finish
+            rows = next_obs, reward, terminated, truncated, valid[: len(at)]
+            next_obs, reward, terminated, truncated, valid = (_placed(n, at, row) for row in rows)
         base.check_finite(self.name, next_obs, reward)
         obs, ended = next_obs, np.flatnonzero(terminated | truncated).astype(np.int32)
         if ended.size:
             fresh, info = self._pool.reset(ended)
             obs = next_obs.copy()
-            obs[info["env_id"]] = base.flatten(fresh, ended.size)
+            obs[info["env_id"]] = base.flatten(fresh, ended.size)  # in the order in which threads finish
             base.check_finite(self.name, obs, reward)
-        return None, Step(obs, next_obs, reward, terminated, truncated, _placed(n, at, np.ones(ids.size, bool)))
+        return None, Step(obs, next_obs, reward, terminated, truncated, valid)
 
     def _build(self, seed: int) -> Any:
         pool = self._make(seed=seed, **self._settings)
