@@ -13,6 +13,7 @@ from contraflow.agents.dppo import DPPO
 from contraflow.agents.fpo import FPO
 from contraflow.agents.ppo import PPO
 from contraflow.agents.reinflow import ReinFlow
+from contraflow.flow.chain import chain_log_prob
 from contraflow.rl.advantage import gae
 from contraflow.rl.flow_policy import CLOCK, FlowPolicy
 from contraflow.rl.ppo import Samples
@@ -146,6 +147,29 @@ def test_reinflow_with_one_step_is_gaussian_ppo():
     np.testing.assert_allclose(loss, wanted, rtol=1e-4)
     np.testing.assert_allclose(metrics["clip_share"], jnp.mean(jnp.abs(ratio - 1) > ppo.clip), atol=1e-6)
     assert 0.05 < metrics["clip_share"] < 0.95
+
+
+def test_the_mean_ratio_is_the_true_one_spread_over_its_factors():
+    """log rho / (K n), also for densities far above 1: small deviations are where a clamp would stop all learning."""
+    agent = ReinFlow(POLICY, steps=2, std=(0.02, 0.02), entropy=0.0, **SMALL)
+    state = start(agent, jr.key(1))
+    new = eqx.tree_at(lambda a: a.velocity.last.bias, state.actor, jnp.array([0.002, -0.001]))
+    r = acted(agent, state, jr.key(3))
+    batch = samples(state, r)
+
+    def log_ratio(a):
+        def one(obs, draw):
+            return jnp.sum(chain_log_prob(agent._kernel(a, obs), draw.chain, range(2)) - draw.log_prob)
+
+        return jax.vmap(one)(batch.obs, batch.extras)
+
+    true = jax.jit(log_ratio)(new)
+    assert float(jnp.abs(true).max()) > 0.02
+    for ratio, factors in (("sum", 1.0), ("mean", 4.0)):
+        kl = jnp.mean(jnp.exp(true / factors) - 1 - true / factors)
+        chosen = replace(agent, ratio=ratio)
+        metrics = jax.jit(lambda a, chosen=chosen: chosen._surrogate(a, batch, jr.key(4), None)[1])(new)
+        np.testing.assert_allclose(metrics["kl"], kl, rtol=0.05, atol=1e-6)
 
 
 def test_dppo_with_one_step_is_gaussian_ppo():

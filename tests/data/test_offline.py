@@ -50,12 +50,11 @@ def test_chunks_stay_within_their_trajectory():
             analytic().chunk_index(horizon)
 
 
-def test_transitions_for_the_agents():
-    batch = analytic().transitions(np.array([3, 7]))
-    np.testing.assert_array_equal(batch.terminated, [True, False])
-    np.testing.assert_array_equal(batch.truncated, [False, True])
-    np.testing.assert_array_equal(batch.next_obs[:, 0], [11, 24])
-    assert batch.span.tolist() == [1, 1] and analytic().transitions().obs.shape == (8, 2)
+def test_ends_and_successors():
+    data = analytic()
+    np.testing.assert_array_equal(data.terminated[[3, 7]], [True, False])
+    np.testing.assert_array_equal(data.end[[3, 7]], [True, True])
+    np.testing.assert_array_equal(data.next_obs[[3, 7], 0], [11, 24])
 
 
 def test_a_step_without_successor_is_left_out_unless_it_terminated():

@@ -91,5 +91,14 @@ def test_shortcut_target_of_the_exact_field():
 def test_dispersion_pushes_neighbours_apart():
     z = jr.normal(jr.key(0), (64, 137))
     spread = jax.grad(lambda s: dispersion(s * z))(jnp.ones(()))
-    assert spread < -0.1  # the released form of DM1 has 0 here
+    assert spread < -0.1
+
+    def released(z):
+        """DM1's: distances not squared, divided by tau and clipped to 10, the farthest pairs counting most."""
+        gap = z[:, None] - z[None]
+        similar = -jnp.sqrt(jnp.sum(gap**2, -1) + 1e-12) / 0.5
+        similar = jnp.clip(jnp.where(jnp.eye(64, dtype=bool), -1e9, similar), -10.0, 10.0)
+        return -jnp.mean(jax.nn.logsumexp(-similar, axis=1))
+
+    assert abs(float(jax.grad(lambda s: released(s * z))(jnp.ones(())))) < 1e-6  # all pairs are clipped
     np.testing.assert_allclose(dispersion(jnp.zeros((5, 3))), 0.0, atol=1e-6)

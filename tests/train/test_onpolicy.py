@@ -141,6 +141,17 @@ def imitated(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def test_resume_of_imitation_is_exact(demonstrations: Path, tmp_path: Path):
+    run = OfflineRun(
+        data=str(demonstrations), agent=BC(POLICY), steps=200, batch_size=16, eval_every=100, log_every=100, trackers=()
+    )
+    driver.train(run, tmp_path / "whole", quiet=True)
+    driver.train(replace(run, steps=100), tmp_path / "parts", quiet=True)
+    driver.resume(tmp_path / "parts", steps=200, quiet=True)
+    whole, parts = (tmp_path / name / "policy/model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
 def test_imitation(imitated: Path):
     policy = contraflow.load(imitated)
     assert policy.spec.horizon == 2 and policy.spec.action_dim == 2

@@ -20,11 +20,9 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.chain import Kernel, chain_log_prob, posterior_std, run_chain
 from contraflow.flow.path import VP
-from contraflow.nets.mlp import MLP
 from contraflow.rl.flow_policy import FlowPolicy, Network
-from contraflow.rl.optim import clipped_adam, start
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
-from contraflow.rl.running import ReturnScale, Running
+from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
+from contraflow.rl.running import Running
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", steps=20, clip=1.0)
@@ -85,11 +83,7 @@ class DPPO:
         """Fresh networks; `contraflow.train.pretrained` puts a trained one in."""
         k_net, k_critic = jr.split(key)
         net = self.policy.init(k_net, spec)
-        critic = MLP(spec.obs_dim, 1, self.width, self.depth, activation="silu", key=k_critic)
-        return PPOState(
-            net, critic, start(self._actor_tx, net), start(self._critic_tx, critic), Running.start(spec.obs_dim),
-            ReturnScale.start(spec.num_envs), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, net),
-        )  # fmt: skip
+        return first_state(self, net, spec, k_critic, reference=jax.tree.map(jnp.copy, net))
 
     def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """The end of a chain, clipped; in evaluation without the additional noise."""
@@ -152,11 +146,3 @@ class DPPO:
             return mean, jnp.full_like(x, jnp.maximum(std, min_std))
 
         return kernel
-
-    @property
-    def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
-
-    @property
-    def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

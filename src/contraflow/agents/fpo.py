@@ -17,11 +17,9 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.flow.path import Linear
-from contraflow.nets.mlp import MLP
 from contraflow.rl.flow_policy import FlowPolicy, Network
-from contraflow.rl.optim import clipped_adam, start
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
-from contraflow.rl.running import ReturnScale, Running
+from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
+from contraflow.rl.running import Running
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]
@@ -76,11 +74,7 @@ class FPO:
         """Fresh networks; `contraflow.train.pretrained` puts a trained one in."""
         k_net, k_critic = jr.split(key)
         net = self.policy.init(k_net, spec)
-        critic = MLP(spec.obs_dim, 1, self.width, self.depth, activation="silu", key=k_critic)
-        return PPOState(
-            net, critic, start(self._actor_tx, net), start(self._critic_tx, critic), Running.start(spec.obs_dim),
-            ReturnScale.start(spec.num_envs), jnp.zeros((), jnp.int32),
-        )  # fmt: skip
+        return first_state(self, net, spec, k_critic)
 
     def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """The end of the ODE from a random x_0, clipped; the same in training and evaluation."""
@@ -129,11 +123,3 @@ class FPO:
 
     def _solve(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
         return self.policy(state.actor, jr.normal(key, (state.actor.dim,)), state.stats(obs))
-
-    @property
-    def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
-
-    @property
-    def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

@@ -15,9 +15,7 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.density import log_normal
 from contraflow.nets.mlp import MLP
-from contraflow.rl.optim import clipped_adam, start
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
-from contraflow.rl.running import ReturnScale, Running
+from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 
@@ -68,11 +66,7 @@ class PPO:
         mean = MLP(spec.obs_dim, spec.action_dim, self.width, self.depth, activation="tanh", key=k_actor)
         mean = eqx.tree_at(lambda m: m.last.weight, mean, 0.01 * mean.last.weight)
         actor = Gaussian(mean, jnp.full(spec.action_dim, jnp.log(self.init_std)))
-        critic = MLP(spec.obs_dim, 1, self.width, self.depth, activation="tanh", key=k_critic)
-        return PPOState(
-            actor, critic, start(self._actor_tx, actor), start(self._critic_tx, critic),
-            Running.start(spec.obs_dim), ReturnScale.start(spec.num_envs), jnp.zeros((), jnp.int32),
-        )  # fmt: skip
+        return first_state(self, actor, spec, k_critic, activation="tanh")
 
     def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """A clipped draw, or the clipped mean in evaluation."""
@@ -99,11 +93,3 @@ class PPO:
         entropy = jnp.sum(actor.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
         metrics = {"actor_loss": loss, "entropy": entropy} | ratio_metrics(log_ratio, self.clip)
         return loss - self.entropy * entropy, metrics
-
-    @property
-    def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
-
-    @property
-    def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

@@ -3,8 +3,8 @@
 x_0 ~ N(0, I), x_{k+1} ~ N(x_k + dt v(x_k, t_k, s), sigma(t_k, s)^2), action clip(x_K, -1, 1). The noise network lets
 gradients of a likelihood reach the velocity; deployment drops it and solves the ODE on the same grid k / K.
 
-Differences to the released code: sampling and scoring share one grid; means are not clipped inside the chain and draws
-not truncated at three deviations, so that the density is exact; the anchor uses random x_0, not x_0 = 0 only.
+Differences to the released code: sampling and scoring share one grid; means are not clipped inside the chain, draws not
+truncated at three deviations and log-densities not clamped, so that the ratio is exact; the anchor uses random x_0.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ from contraflow.flow.chain import chain_log_prob, run_chain
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.mlp import MLP
 from contraflow.rl.flow_policy import CLOCK, FlowPolicy, Network
-from contraflow.rl.optim import clipped_adam, start
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, improve, ratio_metrics, weighted_mean
-from contraflow.rl.running import ReturnScale, Running
+from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
+from contraflow.rl.running import Running
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 
@@ -91,12 +90,8 @@ class ReinFlow:
         noise = MLP(into, spec.action_dim, hidden, 2, activation="tanh", key=k_noise)
         noise = eqx.tree_at(lambda m: m.last.weight, noise, 0.01 * noise.last.weight)
         actor = Noisy(velocity, noise, self._reach(jnp.zeros((), jnp.int32)))
-        critic = MLP(spec.obs_dim, 1, self.width, self.depth, activation="silu", key=k_critic)
-        return PPOState(
-            actor, critic, start(self._actor_tx, actor), start(self._critic_tx, critic), Running.start(spec.obs_dim),
-            ReturnScale.start(spec.num_envs), jnp.zeros((), jnp.int32),
-            jax.tree.map(jnp.copy, velocity) if self.anchor else None,
-        )  # fmt: skip
+        reference = jax.tree.map(jnp.copy, velocity) if self.anchor else None
+        return first_state(self, actor, spec, k_critic, reference=reference)
 
     def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """The end of a noisy chain, or of the ODE in evaluation, clipped."""
@@ -137,9 +132,8 @@ class ReinFlow:
         def one(obs, draw):
             log_prob = chain_log_prob(self._kernel(actor, obs), draw.chain, range(self.steps))
             log_std = jnp.log(jax.vmap(lambda k: self._std(actor, k, obs))(jnp.arange(self.steps)))
-            # Clamped as in the released code, where it keeps a far-off factor from filling the mean.
-            reduce = (lambda x: jnp.clip(x.mean(), -1.0, 1.0)) if self.ratio == "mean" else jnp.sum
-            return reduce(log_prob) - reduce(draw.log_prob), log_std.mean()
+            reduce = jnp.mean if self.ratio == "mean" else jnp.sum
+            return reduce(log_prob - draw.log_prob), log_std.mean()
 
         log_ratio, log_std = jax.vmap(one)(batch.obs, batch.extras)
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
@@ -179,11 +173,3 @@ class ReinFlow:
         progress = jnp.clip((rollouts / self.std_rollouts - 0.35) / 0.65, 0.0, 1.0)
         share = self.std_end + (1 - self.std_end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return 2 * jnp.log(low + share * (high - low))
-
-    @property
-    def _actor_tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
-
-    @property
-    def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

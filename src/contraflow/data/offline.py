@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from contraflow.types import EnvSpec, Transition, UserError
+from contraflow.types import EnvSpec, UserError
 
 ROUNDING = 1e-4  # of half the action range: by so much an action may miss its bounds and is clipped without a word
 
@@ -84,12 +83,6 @@ class Dataset:
             )
         rows = np.arange(len(self), dtype=np.int32)[:, None] + np.arange(horizon, dtype=np.int32)
         return np.minimum(rows, self.last[:, None]), rows <= self.last[:, None]
-
-    def transitions(self, rows: Any = slice(None)) -> Transition:
-        """Rows as the agents take them, on the device; the end of a trajectory that did not terminate is truncation."""
-        fields = (self.obs, self.action, self.reward, self.next_obs, self.terminated, self.end & ~self.terminated)
-        batch = [jnp.asarray(field[rows]) for field in fields]
-        return Transition(*batch, span=jnp.ones(batch[2].shape, jnp.int32))
 
     def check(self, spec: EnvSpec, env: str = "the environment") -> None:
         """Raise UserError unless the sizes are those of an environment; of a chunk, one action counts."""

@@ -14,11 +14,12 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from contraflow.nets.layers import Activation
 from contraflow.nets.mlp import MLP
 from contraflow.rl.advantage import gae, normalise
-from contraflow.rl.optim import descend
+from contraflow.rl.optim import clipped_adam, descend, start
 from contraflow.rl.running import ReturnScale, Running
-from contraflow.types import Metrics, PRNGKey, Rollout
+from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 
 class PPOState(eqx.Module):
@@ -45,8 +46,25 @@ class Samples(eqx.Module):
 Surrogate = Callable[[Any, Samples, PRNGKey], tuple[Float[Array, ""], Metrics]]
 
 
+def first_state(
+    agent: Any, actor: Any, spec: EnvSpec, key: PRNGKey, activation: Activation = "silu", reference: Any = None
+) -> PPOState:
+    """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
+    critic = MLP(spec.obs_dim, 1, agent.width, agent.depth, activation=activation, key=key)
+    actor_tx, critic_tx = _optimisers(agent)
+    stats, scale = Running.start(spec.obs_dim), ReturnScale.start(spec.num_envs)
+    opts = start(actor_tx, actor), start(critic_tx, critic)
+    return PPOState(actor, critic, *opts, stats, scale, jnp.zeros((), jnp.int32), reference)
+
+
+def _optimisers(agent: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    rates = agent.actor_lr, agent.critic_lr
+    actor_tx, critic_tx = (clipped_adam(rate, agent.max_grad_norm, agent.decay_steps) for rate in rates)
+    return actor_tx, critic_tx
+
+
 def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surrogate: Surrogate) -> tuple[Any, Metrics]:
-    """The state after `epochs` passes over the rollout, in `minibatches` each.
+    """The state after `epochs` passes over the rollout [T, N], in `minibatches` each; metrics are scalars.
 
     `agent` has the settings of `PPO`. `surrogate(actor, samples, key)` is the loss of the actor with metrics, of which
     `kl` may stop the passes; the critic is regressed on A + V. Statistics of observations move afterwards, so that the
@@ -57,18 +75,19 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
     scale = state.scale.update(rollout.reward, done, rollout.valid, agent.gamma) if agent.scale_reward else state.scale
     reward = scale(rollout.reward) if agent.scale_reward else rollout.reward
     data = _samples(state, rollout, reward, agent.gamma, agent.lam)
+    actor_tx, critic_tx = _optimisers(agent)
 
     def step(nets, batch, key):
+        """One gradient step of both networks on a minibatch."""
         actor, critic, actor_opt, critic_opt = nets
         (_, metrics), grad = jax.value_and_grad(surrogate, has_aux=True)(actor, batch, key)
-        updates, actor_opt = agent._actor_tx.update(grad, actor_opt, actor)
+        updates, actor_opt = actor_tx.update(grad, actor_opt, actor)
         actor = eqx.apply_updates(actor, updates)
 
         def value_loss(critic):
-            error = jax.vmap(critic)(batch.obs)[:, 0] - batch.target
-            return 0.5 * jnp.sum(batch.weight * error**2) / jnp.maximum(batch.weight.sum(), 1.0)
+            return 0.5 * weighted_mean((jax.vmap(critic)(batch.obs)[:, 0] - batch.target) ** 2, batch.weight)
 
-        critic, critic_opt, loss, _ = descend(agent._critic_tx, value_loss, critic, critic_opt)
+        critic, critic_opt, loss, _ = descend(critic_tx, value_loss, critic, critic_opt)
         more = {"critic_loss": loss, "actor_grad_norm": optax.tree.norm(grad)}
         return (actor, critic, actor_opt, critic_opt), metrics | more
 
@@ -112,6 +131,7 @@ def passes(
     names = jax.eval_shape(step, nets, jax.tree.map(lambda x: x[:size], data), key)[1]
 
     def one(carry, inputs):
+        """One minibatch, unless the passes were stopped."""
         nets, stopped, sums, taken = carry
         index, key = inputs
 
@@ -149,6 +169,7 @@ def ratio_metrics(log_ratio: Float[Array, "*s"], clip: Float[Array, "*s"] | floa
 
 
 def weighted_mean(x: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, ""]:
+    """sum_i w_i x_i / sum_i w_i for weights of 0 and 1; 0 if all are 0."""
     return jnp.sum(weight * x) / jnp.maximum(weight.sum(), 1.0)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from contraflow.agents import BC, OfflineAgent
 from contraflow.data.offline import Dataset
+from contraflow.data.readers import load
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
@@ -31,6 +32,8 @@ class Rows(eqx.Module):
     obs: Float[Array, "n o"]
     action: Float[Array, "n a"]
     last: Int[Array, " n"]
+    mean: Float[Array, " o"]
+    std: Float[Array, " o"]
     spec: EnvSpec = eqx.field(static=True)
 
     @classmethod
@@ -38,7 +41,8 @@ class Rows(eqx.Module):
         data.chunk_index(horizon)  # refuses data without a chunk of this length
         dims = data.obs.shape[1], data.action.shape[1] * horizon
         spec = EnvSpec(*dims, num_envs=1, episode_length=None, jittable=False, horizon=horizon, execute=execute)
-        return cls(jnp.asarray(data.obs), jnp.asarray(data.action), jnp.asarray(data.last), spec)
+        mean, std = map(jnp.asarray, data.moments())
+        return cls(jnp.asarray(data.obs), jnp.asarray(data.action), jnp.asarray(data.last), mean, std, spec)
 
     def reset(self, key: PRNGKey) -> tuple[None, Float[Array, "64 o"]]:
         """No state; observations to look at a policy with."""
@@ -112,8 +116,6 @@ class OfflineRun:
 
     def settled(self, trust: bool) -> "OfflineRun":
         """The run with what comes from the data and the pretrained policy."""
-        from contraflow.data.readers import load
-
         run = settle(self, trust)
         return run if run.env or not run.data else replace(run, env=load(run.data).env or "")
 
@@ -121,24 +123,18 @@ class OfflineRun:
         """The data, and the environment of evaluations if there is one. Raises UserError if they do not fit."""
         if not self.data:
             raise UserError("a dataset is missing: give --data (`contraflow record` writes one)")
-        from contraflow.data.readers import load
-
-        rows = Rows.of(load(self.data), self.horizon, self.execute)
+        data = load(self.data)
+        rows = Rows.of(data, self.horizon, self.execute)
         if not self.env:
             return rows, None
         env = chunked(make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust), self.horizon, self.execute)
-        have, want = (rows.spec.obs_dim, rows.spec.action_dim), (env.spec.obs_dim, env.spec.action_dim)
-        if have != want:
-            raise UserError(
-                f"{self.data} has {have[0]} observations and {have[1] // self.horizon} actions, {self.env} "
-                f"{want[0]} and {want[1] // self.horizon}: choose the environment that the data come from"
-            )
+        data.check(env.spec, self.env)
         return rows, env
 
     def learner(self, env: Rows, key: PRNGKey) -> Learner:
         """A fresh one, that knows the moments of the observations."""
         learner = first_learner(self.agent, env.spec, key)
-        stats = Running(env.obs.mean(0), env.obs.var(0), jnp.asarray(float(env.obs.shape[0])))
+        stats = Running(env.mean, env.std**2, jnp.asarray(float(env.obs.shape[0])))
         return eqx.tree_at(lambda x: x.agent.stats, learner, stats)
 
     def stretch(self, taken: int) -> tuple[Offline, int]:
