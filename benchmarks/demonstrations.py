@@ -163,10 +163,13 @@ def metaworld(
     out: str,
     task: Literal["DrawerOpen", "ButtonPressTopdown"] = "DrawerOpen",
     noise: float = 0.1,
+    speed: float = 1.0,
     after: int = 20,
     seed: int = 0,
 ) -> None:
-    """A hand that moves from waypoint to waypoint, with noisy actions, and stops `after` steps beyond its success."""
+    """A hand that moves from waypoint to waypoint, with noisy actions, and stops `after` steps beyond its success.
+
+    `speed` in (0, 1] bounds how far it moves in a step."""
     check_target(out)
     try:
         import envpool
@@ -176,7 +179,7 @@ def metaworld(
     parts, successes = [], 0
     for batch in range(-(-episodes // copies)):
         pool = envpool.make_gymnasium(id, num_envs=copies, seed=seed * 100_000 + batch * copies)
-        rows, first = _demonstrate(pool, *CONTROLLERS[task], noise, after, np.random.default_rng([seed, batch]))
+        rows, first = _demonstrate(pool, *CONTROLLERS[task], noise, speed, after, np.random.default_rng([seed, batch]))
         pool.close()
         for copy in range(min(copies, episodes - len(parts))):
             steps = len(rows["action"]) if first[copy] < 0 else min(len(rows["action"]), first[copy] + 1 + after)
@@ -185,11 +188,11 @@ def metaworld(
             successes += first[copy] >= 0
     print(f"{successes} of {episodes} succeeded, {successes / episodes:.0%}, {time.perf_counter() - started:.0f} s")
     data = join(parts, name=id, env=f"envpool:{id}", low=-1, high=1)
-    _save(data, out, f"waypoints, noise {noise:g}, stopped {after} steps after the success")
+    _save(data, out, f"waypoints, noise {noise:g}, speed {speed:g}, stopped {after} steps after the success")
 
 
 def _demonstrate(
-    pool: Any, controller: Controller, grip: float, noise: float, after: int, rng: np.random.Generator
+    pool: Any, controller: Controller, grip: float, noise: float, speed: float, after: int, rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(obs [T+1, N, o], action and reward [T, N, ...]), and the step [N] of the first success, -1 without one."""
     limit = 499  # one less than the task's own: its copies would start anew
@@ -197,7 +200,7 @@ def _demonstrate(
     actions, rewards, first = [], [], np.full(copies, -1)
     for step in range(limit):
         ways = [controller(row[:3], row[4:7]) - row[:3] for row in obs[-1]]
-        action = np.array([[*np.clip(10 * way, -1, 1), grip] for way in ways])
+        action = np.array([[*np.clip(10 * way, -speed, speed), grip] for way in ways])
         action[:, :3] += noise * rng.standard_normal((copies, 3))
         actions.append(np.clip(action, -1, 1).astype(np.float32))
         new, reward, *_, info = pool.step(actions[-1])

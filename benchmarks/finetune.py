@@ -1,9 +1,9 @@
 """Imitate a medium policy, then fine-tune: the runs of docs/finetuning.md, from data to table.
 
-    python benchmarks/finetune.py data cheetah --out DIR          # trains a policy half-way, records it
-    python benchmarks/finetune.py imitate cheetah --out DIR       # a flow and a diffusion, for every seed
-    python benchmarks/finetune.py tune cheetah --out DIR          # every method and seed; the same again continues
-    python benchmarks/finetune.py table cheetah --out DIR         # benchmarks/results/finetune.csv
+    python benchmarks/finetune.py data hopper --out DIR          # trains a policy half-way, records it
+    python benchmarks/finetune.py imitate hopper --out DIR       # a flow and a diffusion, for every seed
+    python benchmarks/finetune.py tune hopper --out DIR          # every method and seed; the same again continues
+    python benchmarks/finetune.py table hopper --out DIR         # benchmarks/results/finetune.csv
 
 Every cell is a run folder, DIR/TASK/METHOD/seedK. `--seeds` and `--methods` choose a part.
 """
@@ -36,8 +36,9 @@ class Task:
     """`half`: environment steps of PPO before its policy is recorded; `steps`: those of every fine-tuning."""
 
     env: str
-    half: int
     steps: int
+    half: int = 0
+    """0 where the demonstrations are made by benchmarks/demonstrations.py, at OUT/TASK/data.npz."""
     horizon: int = 4
     episodes: int = 40
     imitation: int = 10_000
@@ -46,20 +47,46 @@ class Task:
 
 
 TASKS = {
-    "cheetah": Task("envpool:HalfCheetah-v5", half=600_000, steps=1_000_000),
-    "sparse": Task("envpool:CartpoleSwingupSparse-v1", half=300_000, steps=600_000, source="jax:cartpole-swingup"),
+    "hopper": Task("envpool:Hopper-v5", steps=600_000, half=200_000),
+    "drawer": Task("envpool:MetaWorld/DrawerOpen-v3", steps=300_000),
+    "sparse": Task("envpool:CartpoleSwingupSparse-v1", steps=600_000, half=300_000, source="jax:cartpole-swingup"),
 }
 FLOW = FlowPolicy(width=128, depth=3, steps=4)
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", steps=10, clip=1.0, width=128, depth=3)
 TUNED = ReinFlow(steps=4, actor_lr=2e-4, clip=0.02, entropy=0.0, width=128, depth=2, **PASSES)
+DENOISED = DPPO(learned=10, width=128, depth=2, **PASSES)
+MATCHED = FPO(epochs=4, minibatches=16, actor_lr=5e-5, pairs=16, width=128, depth=2)
+
+# Four settings of each, tried on the first task with a seed of their own; METHODS has the one that ended best.
+TRIALS: dict[str, tuple[Any, ...]] = {
+    "reinflow-4": (
+        TUNED,
+        replace(TUNED, clip=0.05, actor_lr=3e-4),
+        replace(TUNED, ratio="sum", clip=0.2),
+        replace(TUNED, std=(0.05, 0.15)),
+    ),
+    "dppo-10": (
+        DENOISED,
+        replace(DENOISED, clip=0.05, clip_first=0.05, actor_lr=3e-4),
+        replace(DENOISED, ratio="sum", clip=0.1, clip_first=0.1, actor_lr=2e-4),
+        replace(DENOISED, min_std=0.05),
+    ),
+    "fpo": (
+        MATCHED,
+        replace(MATCHED, epochs=10, actor_lr=2e-5),
+        replace(MATCHED, weight="velocity"),
+        replace(MATCHED, weight="elbo", ratio="sum", clip=0.2),
+    ),
+}
 METHODS: dict[str, tuple[str, Any]] = {
-    "reinflow-4": ("flow", TUNED),
-    "reinflow-1": ("flow", replace(TUNED, steps=1)),
-    "dppo-10": ("diffusion", DPPO(learned=10, width=128, depth=2, **PASSES)),
-    "fpo": ("flow", FPO(width=128, depth=2, **PASSES)),
+    "reinflow-4": ("flow", TRIALS["reinflow-4"][0]),
+    "reinflow-1": ("flow", replace(TRIALS["reinflow-4"][0], steps=1)),
+    "dppo-10": ("diffusion", TRIALS["dppo-10"][2]),
+    "fpo": ("flow", TRIALS["fpo"][3]),
     "ppo": ("", REFERENCE),
     "ppo-3x": ("", REFERENCE),
 }
+TRIAL_STEPS, TRIAL_SEED = 300_000, 9
 
 
 def finished(folder: Path) -> bool:
@@ -79,11 +106,11 @@ def run(settings: Any, folder: Path) -> None:
 
 
 def onpolicy(task: Task, agent: Any, seed: int, **more: Any) -> OnPolicyRun:
-    """16 environments; about 8 000 environment steps between two updates."""
+    """16 environments; 2 000 decisions between two updates."""
     horizon = more.pop("horizon", 1)
     settings = {"env": task.env, "steps": task.steps} | more
     return OnPolicyRun(
-        agent=agent, num_envs=16, unroll=500 // horizon, horizon=horizon, execute=horizon, eval_every=100_000,
+        agent=agent, num_envs=16, unroll=125, horizon=horizon, execute=horizon, eval_every=100_000,
         eval_episodes=16, log_every=50_000, seed=seed, trackers=(), **settings,
     )  # fmt: skip
 
@@ -121,6 +148,16 @@ def tune(task: Task, out: Path, seeds: tuple[int, ...], methods: tuple[str, ...]
             run(onpolicy(task, agent, seed, **more), out / name / f"seed{seed}")
 
 
+def trials(task: Task, out: Path, methods: tuple[str, ...]) -> None:
+    """The settings that METHODS were chosen from."""
+    imitate(task, out, (TRIAL_SEED,))
+    for name in methods or TRIALS:
+        start = out / METHODS[name][0] / f"seed{TRIAL_SEED}"
+        for number, agent in enumerate(TRIALS[name]):
+            settings = onpolicy(task, agent, TRIAL_SEED, steps=TRIAL_STEPS, pretrained=str(start), horizon=task.horizon)
+            run(settings, out / "trials" / name / f"{number}")
+
+
 def table(name: str, out: Path) -> None:
     """Rows of all finished runs: every evaluation with its step and seconds."""
     rows = []
@@ -138,8 +175,8 @@ def table(name: str, out: Path) -> None:
 
 
 def main(
-    what: Literal["data", "imitate", "tune", "table"],
-    task: Literal["cheetah", "sparse"],
+    what: Literal["data", "imitate", "trials", "tune", "table"],
+    task: Literal["hopper", "drawer", "sparse"],
     /,
     out: Path,
     seeds: tuple[int, ...] = (0, 1, 2),
@@ -152,6 +189,8 @@ def main(
         data(chosen, folder)
     elif what == "imitate":
         imitate(chosen, folder, seeds)
+    elif what == "trials":
+        trials(chosen, folder, methods)
     elif what == "tune":
         tune(chosen, folder, seeds, methods)
     else:

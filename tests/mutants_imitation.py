@@ -332,4 +332,25 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "fresh = Learner(run.learner(env, k_init).agent, buffer,",
         ("train/test_onpolicy.py::test_resume_of_imitation_is_exact",),
     ),
+    (
+        "a ratio of FPO may overflow",
+        "agents/fpo.py",
+        "jnp.clip(draw.loss.mean(1) - new.mean(1), -CUT, CUT)",
+        "draw.loss.mean(1) - new.mean(1)",
+        ("agents/test_ppo.py::test_fpo_survives_an_outlier",),
+    ),
+    (
+        "a divergence is saved, and the environment blamed",
+        "train/run.py",
+        "            check_finite(metrics, before, taken, folder)",
+        "            error is None and check_finite(metrics, before, taken, folder)",
+        ("test_bad_input.py::test_a_diverged_policy_is_blamed_before_the_environment_that_it_breaks",),
+    ),
+    (
+        "a state that compiles twice",
+        "agents/ppo.py",
+        "jnp.log(self.init_std), float)",
+        "jnp.log(self.init_std))",
+        ("agents/test_ppo.py::test_an_update_moves_what_it_should",),
+    ),
 )

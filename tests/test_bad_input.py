@@ -163,3 +163,12 @@ def test_the_culprit_of_a_real_agent_is_named(tmp_path: Path):
     args = ["train", "sir", *FLAGS, "--agent.critic-lr", "1e38", "--out", str(tmp_path / "run")]
     assert_refused(args, "error: critic_loss", "last good checkpoint")
     assert checkpoint.latest(tmp_path / "run") is not None
+
+
+def test_a_diverged_policy_is_blamed_before_the_environment_that_it_breaks(tmp_path: Path):
+    """Its actions are NaN, and so is what the simulator makes of them; that state must not become a checkpoint."""
+    flags = "--env gym:Pendulum-v1 --num-envs 2 --unroll 8 --steps 96 --log-every 96 --eval-every 96 --quiet"
+    small = "--agent.width 8 --agent.minibatches 2 --agent.max-grad-norm None --agent.actor-lr 1e38"
+    args = ["train", "ppo", *flags.split(), *small.split(), "--out", str(tmp_path / "run")]
+    assert_refused(args, "actor_", "learning rate")
+    assert checkpoint.latest(tmp_path / "run") in (None, 0)

@@ -89,6 +89,7 @@ def test_an_update_moves_what_it_should(name: str):
     state = start(agent, jr.key(0))
     r = acted(agent, state, jr.key(1))
     new, metrics = jax.jit(agent.update)(state, r, jr.key(2))
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)  # weak types too: nothing compiles twice
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state, new)
     assert all(x > 0 for x in jax.tree.leaves(moved.critic)) and max(jax.tree.leaves(moved.actor)) > 0
     assert new.step == 1 and all(np.isfinite(float(x)) for x in metrics.values())
@@ -243,3 +244,15 @@ def test_fpo_ratio_against_the_density(weight: str, exact: bool):
         )
         true = 0.5 * jnp.sum(((x - old.mean) / 0.5) ** 2 - ((x - new.mean) / 0.5) ** 2)
         assert (abs(float(log_ratio - true)) < 0.045) == exact
+
+
+def test_fpo_survives_an_outlier():
+    """The ELBO's weight reaches 1000: the loss of an action may fall by more than exp can take."""
+    agent = replace(AGENTS["fpo"], weight="elbo", ratio="sum")
+    state = start(agent, jr.key(0))
+    batch = samples(state, acted(agent, state, jr.key(1)))
+    fallen = eqx.tree_at(lambda b: b.extras.loss, batch, batch.extras.loss + 1e4)
+    surrogate = eqx.filter_jit(eqx.filter_value_and_grad(agent._surrogate, has_aux=True))
+    (loss, metrics), grad = surrogate(state.actor, fallen, jr.key(2))
+    assert metrics["clip_share"] > 0.9
+    assert np.isfinite(loss) and all(np.isfinite(x).all() for x in jax.tree.leaves(grad))

@@ -4,7 +4,8 @@ In place of log pi(a | s) stands minus the flow-matching loss of the action take
 
     rho = exp(mean_j l_old,j - mean_j l_new,j),   l_j = w(t_j) |v(x_{t_j}, t_j, s) - (a - eps_j)|^2,
 
-with pairs (t_j, eps_j) drawn when the action is taken and kept. Noise enters at x_0 only.
+with pairs (t_j, eps_j) drawn when the action is taken and kept. Noise enters at x_0 only. log rho is cut at +-3: one
+outlier among weighted losses would own the gradient, or overflow.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from contraflow.rl.running import Running
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
 
 EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]
+CUT = 3.0
 
 
 class Draw(eqx.Module):
@@ -104,7 +106,7 @@ class FPO:
     def _surrogate(self, actor: Network, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
         draw = batch.extras
         new = jax.vmap(lambda *args: self._losses(actor, *args))(batch.obs, draw.action, draw.t, draw.noise)
-        log_ratio = draw.loss.mean(1) - new.mean(1)
+        log_ratio = jnp.clip(draw.loss.mean(1) - new.mean(1), -CUT, CUT)
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
         metrics = {"actor_loss": loss, "matching_loss": new.mean()}
         return loss, metrics | ratio_metrics(log_ratio, self.clip)

@@ -65,7 +65,7 @@ class PPO:
         k_actor, k_critic = jr.split(key)
         mean = MLP(spec.obs_dim, spec.action_dim, self.width, self.depth, activation="tanh", key=k_actor)
         mean = eqx.tree_at(lambda m: m.last.weight, mean, 0.01 * mean.last.weight)
-        actor = Gaussian(mean, jnp.full(spec.action_dim, jnp.log(self.init_std)))
+        actor = Gaussian(mean, jnp.full(spec.action_dim, jnp.log(self.init_std), float))
         return first_state(self, actor, spec, k_critic, activation="tanh")
 
     def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:

@@ -169,7 +169,7 @@ class ReinFlow:
     def _reach(self, rollouts: Any) -> Float[Array, ""]:
         low, high = self.std
         if self.std_rollouts is None:
-            return 2 * jnp.log(jnp.asarray(high))
+            return 2 * jnp.log(jnp.asarray(high, float))
         progress = jnp.clip((rollouts / self.std_rollouts - 0.35) / 0.65, 0.0, 1.0)
         share = self.std_end + (1 - self.std_end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return 2 * jnp.log(low + share * (high - low))
