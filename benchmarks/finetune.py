@@ -8,7 +8,6 @@
 Every cell is a run folder, DIR/TASK/METHOD/seedK. `--seeds` and `--methods` choose a part.
 """
 
-import csv
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +48,7 @@ class Task:
 TASKS = {
     "hopper": Task("envpool:Hopper-v5", steps=600_000, half=200_000),
     "drawer": Task("envpool:MetaWorld/DrawerOpen-v3", steps=300_000),
-    "sparse": Task("envpool:CartpoleSwingupSparse-v1", steps=600_000, half=300_000, source="jax:cartpole-swingup"),
+    "sparse": Task("envpool:CartpoleSwingupSparse-v1", steps=400_000, half=300_000, source="jax:cartpole-swingup"),
 }
 FLOW = FlowPolicy(width=128, depth=3, steps=4)
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", steps=10, clip=1.0, width=128, depth=3)
@@ -83,8 +82,8 @@ METHODS: dict[str, tuple[str, Any]] = {
     "reinflow-1": ("flow", replace(TRIALS["reinflow-4"][0], steps=1)),
     "dppo-10": ("diffusion", TRIALS["dppo-10"][2]),
     "fpo": ("flow", TRIALS["fpo"][3]),
-    "ppo": ("", REFERENCE),
-    "ppo-3x": ("", REFERENCE),
+    "ppo": ("", REFERENCE),  # three times as long
+    "expert": ("", REFERENCE),  # three times as long, where the task has a source
 }
 TRIAL_STEPS, TRIAL_SEED = 300_000, 9
 
@@ -110,8 +109,8 @@ def onpolicy(task: Task, agent: Any, seed: int, **more: Any) -> OnPolicyRun:
     horizon = more.pop("horizon", 1)
     settings = {"env": task.env, "steps": task.steps} | more
     return OnPolicyRun(
-        agent=agent, num_envs=16, unroll=125, horizon=horizon, execute=horizon, eval_every=100_000,
-        eval_episodes=16, log_every=50_000, seed=seed, trackers=(), **settings,
+        agent=agent, num_envs=16, unroll=125, horizon=horizon, execute=horizon, eval_every=task.steps // 20,
+        eval_episodes=8, log_every=50_000, seed=seed, trackers=(), **settings,
     )  # fmt: skip
 
 
@@ -142,7 +141,11 @@ def tune(task: Task, out: Path, seeds: tuple[int, ...], methods: tuple[str, ...]
     for seed in seeds:
         for name in methods or METHODS:
             start, agent = METHODS[name]
-            more: dict[str, Any] = {"steps": 3 * task.steps} if name == "ppo-3x" else {}
+            more: dict[str, Any] = {"steps": 3 * task.steps}
+            if name == "expert":
+                if not task.source:
+                    continue
+                more["env"] = task.source
             if start:
                 more = {"pretrained": str(out / start / f"seed{seed}"), "horizon": task.horizon}
             run(onpolicy(task, agent, seed, **more), out / name / f"seed{seed}")
@@ -158,24 +161,8 @@ def trials(task: Task, out: Path, methods: tuple[str, ...]) -> None:
             run(settings, out / "trials" / name / f"{number}")
 
 
-def table(name: str, out: Path) -> None:
-    """Rows of all finished runs: every evaluation with its step and seconds."""
-    rows = []
-    for folder in sorted(out.glob("*/seed*")):
-        if finished(folder):
-            for row in read_evaluations(folder):
-                entry = {"task": name, "method": folder.parent.name, "seed": folder.name.removeprefix("seed")}
-                rows.append(entry | {k: row[k] for k in ("step", "seconds", "return_mean")})
-    file = Path(__file__).parent / "results" / f"finetune_{name}.csv"
-    with file.open("w", newline="") as target:
-        writer = csv.DictWriter(target, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows in {file}")
-
-
 def main(
-    what: Literal["data", "imitate", "trials", "tune", "table"],
+    what: Literal["data", "imitate", "trials", "tune"],
     task: Literal["hopper", "drawer", "sparse"],
     /,
     out: Path,
@@ -191,10 +178,8 @@ def main(
         imitate(chosen, folder, seeds)
     elif what == "trials":
         trials(chosen, folder, methods)
-    elif what == "tune":
-        tune(chosen, folder, seeds, methods)
     else:
-        table(task, folder)
+        tune(chosen, folder, seeds, methods)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def _drive(run: AnyRun, folder: Path, envs: tuple[Any, Env | None], restored: in
             before = taken
             carry, metrics, error = epoch(phase, run.agent, env, carry, k_run, n, lambda: bool(signals))
             taken = int(carry.learner.steps)
-            check_finite(metrics, before, taken, folder)  # before `error`, which actions of a diverged network may cause
+            check_finite(metrics, before, taken, folder)  # a diverged network may be what caused `error`
             record.metrics(taken, metrics)
             progress.update(taken, metrics)
             due = evaluation_due(run, before, taken)
