@@ -11,6 +11,7 @@ means over EPISODES episodes, whose starts are the same for all policies of a se
 import csv
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +88,7 @@ def returns(name: str, task: Task, out: Path, seeds: tuple[int, ...]) -> None:
 def latency(out: Path) -> None:
     """One action chunk for one observation, dispatch included."""
     obs = np.zeros(load(out / "onestep" / "matching" / "seed0").spec.obs_dim, np.float32)
-    cases = {
-        f"{name}, {steps} steps": lambda policy=policy: policy(obs)
-        for (name, steps), policy in policies(out, 0).items()
-    }
+    cases = {f"{name}, {steps} steps": partial(policy, obs) for (name, steps), policy in policies(out, 0).items()}
     report(paired(cases, rounds=41, inner=20), "matching, 10 steps", "us")
 
 

@@ -30,7 +30,7 @@ from contraflow.train.loop import Carry, epoch
 from contraflow.train.onpolicy import OnPolicy, decide, first_learner, learn
 
 COPIES, UNROLL = 16, 125
-SAME = {"epochs": 10, "minibatches": 16, "width": 64}
+SAME: dict[str, Any] = {"epochs": 10, "minibatches": 16, "width": 64}
 
 
 def looped(agent: Any, env: Env) -> Callable[[], None]:

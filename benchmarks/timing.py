@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
 
 def paired(
-    cases: dict[str, Callable[[], object]],
+    cases: Mapping[str, Callable[[], object]],
     rounds: int = 15,
     inner: int = 1,
     clock: Callable[[], float] = time.perf_counter,

@@ -142,7 +142,7 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "the simulator's bounds are lost",
         "runtime/record.py",
-        'getattr(world, "_low", -ones)',
+        'getattr(world, "low", -ones)',
         'getattr(world, "low", -ones)',
         RECORD,
     ),

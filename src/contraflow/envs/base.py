@@ -15,7 +15,8 @@ from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 class Env(Protocol):
     """N parallel environments.
 
-    - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range.
+    - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range, `low` to `high` if it has
+      these attributes.
     - Observations are flat float32.
     - `Step.next_obs` is the true successor, also at the end of an episode; `Step.obs` is what to act on next.
     - `terminated` and `truncated` are kept apart; an ended environment is reset by the adapter itself.
