@@ -142,8 +142,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "the simulator's bounds are lost",
         "runtime/record.py",
-        'getattr(world, "low", -ones)',
-        'getattr(world, "low", -ones)',
+        "world.spec.low or -ones",
+        "-ones",
         RECORD,
     ),
     (
@@ -352,5 +352,26 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "jnp.log(self.init_std), float)",
         "jnp.log(self.init_std))",
         ("agents/test_ppo.py::test_an_update_moves_what_it_should",),
+    ),
+    (
+        "only the first action of a chunk is scaled",
+        "runtime/policy.py",
+        "np.tile(np.asarray(bound, action.dtype), spec.horizon)",
+        "np.repeat(np.asarray(bound, action.dtype), spec.horizon)",
+        ("runtime/test_policy.py::test_actions_in_the_range_of_the_robot",),
+    ),
+    (
+        "imitation forgets the range of the actions",
+        "train/offline.py",
+        "spec = with_bounds(spec, data.low, data.high)",
+        "pass",
+        ("train/test_onpolicy.py::test_imitation",),
+    ),
+    (
+        "the simulator does not tell its range",
+        "envs/base.py",
+        "low=tuple(low.ravel().tolist()), high=tuple(high.ravel().tolist())",
+        "",
+        ("envs/test_env_gymnasium.py::test_the_range_of_actions_is_told",),
     ),
 )

@@ -80,7 +80,8 @@ class EnvSpec:
     """Sizes of an environment. Actions are presented in [-1, 1]^action_dim; `episode_length` None means unlimited.
 
     An action may be a chunk: `horizon` actions of the environment proper, one after the other in action_dim numbers, of
-    which the first `execute` are carried out (`contraflow.envs.chunk`).
+    which the first `execute` are carried out (`contraflow.envs.chunk`). `low` and `high` are the range of one action of
+    the environment proper, onto which [-1, 1] is mapped; () where it is [-1, 1] itself.
     """
 
     obs_dim: int
@@ -90,6 +91,8 @@ class EnvSpec:
     jittable: bool
     horizon: int = 1
     execute: int = 1
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
 
 
 class UserError(Exception):

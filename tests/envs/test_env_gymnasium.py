@@ -192,6 +192,11 @@ def test_reset_follows_key_and_seed():
     assert not np.allclose(first, start(0, 1))
 
 
+def test_the_range_of_actions_is_told():
+    spec = Gymnasium("Pendulum-v1", 2, 0).spec
+    assert (spec.low, spec.high) == ((-2.0,), (2.0,))
+
+
 def test_dm_control_episode_is_truncated():
     pytest.importorskip("shimmy")
     env = Gymnasium("dm_control/cartpole-swingup-v0", 1)

@@ -60,6 +60,19 @@ def test_one_observation_or_many(tmp_path: Path):
     assert np.array_equal(exploring, wanted)
 
 
+def test_actions_in_the_range_of_the_robot(tmp_path: Path):
+    """The range is saved with the policy, and one of a chunk is that of each of its actions."""
+    spec = EnvSpec(3, 4, 1, None, False, horizon=2, execute=1, low=(-2.0, 0.1), high=(2.0, 0.7))
+    save_policy(tmp_path / "policy", FLOW, spec, "", FLOW.init(jr.key(0), spec))
+    policy = contraflow.load(tmp_path)
+    assert policy.spec == spec
+    unit = np.array([[-1.0, -1.0, 1.0, 1.0], [0.0, 0.5, 0.5, -0.5]], np.float32)
+    np.testing.assert_allclose(policy.raw(unit), [[-2, 0.1, 2, 0.7], [0, 0.55, 1, 0.25]], rtol=1e-6)
+    assert np.array_equal(policy.raw(unit[1]), policy.raw(unit)[1])
+    saved(tmp_path / "unit")
+    assert np.array_equal(contraflow.load(tmp_path / "unit").raw(unit), unit)
+
+
 @pytest.mark.parametrize("shape", [(2,), (4,), (), (2, 4), (1, 1, 3)])
 def test_an_observation_of_another_size_is_refused(shape: tuple[int, ...], tmp_path: Path):
     saved(tmp_path)

@@ -155,6 +155,7 @@ def test_resume_of_imitation_is_exact(demonstrations: Path, tmp_path: Path):
 def test_imitation(imitated: Path):
     policy = contraflow.load(imitated)
     assert policy.spec.horizon == 2 and policy.spec.action_dim == 2
+    assert (policy.spec.low, policy.spec.high) == ((-1.0,), (1.0,))  # the range of the data
     obs = np.array([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]], np.float32)
     first = np.stack([policy(obs)[:, 0] for _ in range(20)])
     np.testing.assert_allclose(first.mean(0), [0.5, -0.5], atol=0.1)

@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,8 +16,7 @@ from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 class Env(Protocol):
     """N parallel environments.
 
-    - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range, `low` to `high` if it has
-      these attributes.
+    - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range.
     - Observations are flat float32.
     - `Step.next_obs` is the true successor, also at the end of an episode; `Step.obs` is what to act on next.
     - `terminated` and `truncated` are kept apart; an ended environment is reset by the adapter itself.
@@ -106,6 +106,11 @@ def rescale(action: Any, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     unit = np.asarray(action, dtype=low.dtype).reshape(-1, *low.shape)
     # Clipped after scaling: rounding can leave the range by one unit in the last place, which some simulators refuse.
     return np.clip(low + (unit + 1) * ((high - low) / 2), low, high)
+
+
+def with_bounds(spec: EnvSpec, low: np.ndarray, high: np.ndarray) -> EnvSpec:
+    """The spec with the range of an action, which a policy is saved with."""
+    return replace(spec, low=tuple(low.ravel().tolist()), high=tuple(high.ravel().tolist()))
 
 
 def derive_seed(seed: int, key: PRNGKey) -> int:

@@ -65,9 +65,11 @@ class EnvPool:
         # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.
         self._settings["max_episode_steps"] = limit + 1
         self._pool = self._build(0)
-        self.low, self.high = base.action_bounds(self.name, self._pool.single_action_space)
+        self._low, self._high = base.action_bounds(self.name, self._pool.single_action_space)
         obs_dim = base.flatten(self._pool.reset()[0], num_envs).shape[1]
-        self._spec = EnvSpec(obs_dim, self.low.size, num_envs, limit, jittable=False)
+        self._spec = base.with_bounds(
+            EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False), self._low, self._high
+        )
 
     @property
     def spec(self) -> EnvSpec:
@@ -88,7 +90,7 @@ class EnvPool:
         Copies not `active` [N] stand still; their rows are zeros with `valid` False.
         """
         n = self._spec.num_envs
-        scaled, valid = base.rescale(action, self.low, self.high), np.ones(n, bool)
+        scaled, valid = base.rescale(action, self._low, self._high), np.ones(n, bool)
         if active is None:
             raw, reward, terminated, truncated, info = self._pool.step(scaled)
         else:

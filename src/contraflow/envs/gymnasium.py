@@ -51,9 +51,11 @@ class Gymnasium:
         self._env, self._mode, self._modes = env, mode, AutoresetMode
         self.holds = mode is AutoresetMode.DISABLED and isinstance(env, SyncVectorEnv)
         _check_observations(self.name, env.single_observation_space)
-        self.low, self.high = base.action_bounds(self.name, env.single_action_space)
+        self._low, self._high = base.action_bounds(self.name, env.single_action_space)
         obs_dim = base.flatten(env.reset(seed=0)[0], num_envs).shape[1]
-        self._spec = EnvSpec(obs_dim, self.low.size, num_envs, _episode_length(env), jittable=False)
+        self._spec = base.with_bounds(
+            EnvSpec(obs_dim, self._low.size, num_envs, _episode_length(env), jittable=False), self._low, self._high
+        )
 
     @property
     def spec(self) -> EnvSpec:
@@ -71,7 +73,7 @@ class Gymnasium:
         Copies not `active` [N] stand still, where `holds` is True; their rows are zeros with `valid` False.
         """
         n = self._spec.num_envs
-        scaled = base.rescale(action, self.low, self.high)
+        scaled = base.rescale(action, self._low, self._high)
         if active is not None:
             return state, self._step_some(scaled, active)
         raw, reward, terminated, truncated, info = self._env.step(scaled)

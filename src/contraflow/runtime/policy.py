@@ -33,6 +33,17 @@ class Policy:
         self._seen += len(batch)
         return actions if obs.ndim == 2 else actions[0]
 
+    def raw(self, action: Any) -> np.ndarray:
+        """Actions [..., a] of this policy in the range of the environment or the data that it was trained on.
+
+        Our own environments take [-1, 1] and need this not; a robot does. [-1, 1] stays where no other range is known.
+        """
+        action, spec = np.asarray(action), self.spec
+        if not spec.low:
+            return action
+        low, high = (np.tile(np.asarray(bound, action.dtype), spec.horizon) for bound in (spec.low, spec.high))
+        return np.clip((low + high) / 2 + action * ((high - low) / 2), low, high)
+
 
 def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
     """The policy in a run folder or a policy folder. Raises UserError if there is none or it is damaged.

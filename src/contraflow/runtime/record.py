@@ -54,7 +54,7 @@ def record(
         _check_sizes(policy, world, id)
         columns = _roll(policy, world, episodes, behaviour, seed, max_steps)
         ones = np.ones(columns["action"].shape[1], np.float32)
-        bounds = {"low": getattr(world, "low", -ones), "high": getattr(world, "high", ones)}
+        bounds = {"low": world.spec.low or -ones, "high": world.spec.high or ones}
     finally:
         getattr(world, "close", lambda: None)()
     data = build(columns, name=id, env=id, low=-1.0, high=1.0)

@@ -14,7 +14,7 @@ from contraflow.agents import BC, OfflineAgent
 from contraflow.data.offline import Dataset
 from contraflow.data.readers import load
 from contraflow.envs import make
-from contraflow.envs.base import Env
+from contraflow.envs.base import Env, with_bounds
 from contraflow.envs.chunk import chunked
 from contraflow.rl.running import Running
 from contraflow.train.log import TrackerName
@@ -41,6 +41,7 @@ class Rows(eqx.Module):
         data.chunk_index(horizon)  # refuses data without a chunk of this length
         dims = data.obs.shape[1], data.action.shape[1] * horizon
         spec = EnvSpec(*dims, num_envs=1, episode_length=None, jittable=False, horizon=horizon, execute=execute)
+        spec = with_bounds(spec, data.low, data.high)
         mean, std = map(jnp.asarray, data.moments())
         return cls(jnp.asarray(data.obs), jnp.asarray(data.action), jnp.asarray(data.last), mean, std, spec)
 
