@@ -101,7 +101,8 @@ def run(settings: Any, folder: Path) -> None:
         resume(folder, quiet=True)
     else:
         train(settings, folder, quiet=True)
-    print(f"{folder}: {read_evaluations(folder)[-1]['return_mean']:.1f}", flush=True)
+    if finished(folder):  # not interrupted
+        print(f"{folder}: {read_evaluations(folder)[-1]['return_mean']:.1f}", flush=True)
 
 
 def onpolicy(task: Task, agent: Any, seed: int, **more: Any) -> OnPolicyRun:

@@ -1,8 +1,10 @@
 """Tables and pictures of the runs of benchmarks/finetune.py, over all tasks.
 
     python benchmarks/finetune_tables.py table --out DIR     # results/finetune*.csv, docs/img/finetune.png
+    python benchmarks/finetune_tables.py finals --out DIR    # results/finetune_TASK.csv, 64 fresh episodes each
     python benchmarks/finetune_tables.py success --out DIR   # share of the drawers that are opened
     python benchmarks/finetune_tables.py fans --out DIR      # docs/img/fans.png, chunks before and after
+    python benchmarks/finetune_tables.py film --out DIR      # docs/img/hopper.gif, one episode before and after
 
 R is the mean of a run's last three evaluations (24 episodes), R_BC the return of the imitation that it started from,
 R_ref the mean over seeds of the best evaluation of PPO in three times the steps, or the expert's return if that is
@@ -55,8 +57,7 @@ def expert(out: Path, task: str) -> float:
     """The return of who gave the demonstrations, or of the same kind of policy trained for longer."""
     if task in SCRIPTED:
         return SCRIPTED[task]
-    folder = out / task / "expert" / "seed0" if TASKS[task].source else out / task / "half"
-    policy = load(folder)
+    policy = load(out / task / "expert" / "seed0" / "best" if TASKS[task].source else out / task / "half")
     with environment(policy, TASKS[task].env, 32, 77) as env:
         return float(evaluate(policy.agent, policy.state, env, jr.key(0), 32).mean())
 
@@ -149,6 +150,39 @@ def _curves(panels: dict[str, Any]) -> None:
     figure.savefig(PICTURES / "finetune.png", dpi=150)
 
 
+def finals(out: Path, task: str, episodes: int = 64) -> None:
+    """The policies at the end of all runs, and PPO's best, on the same fresh episodes; and the way by these numbers."""
+    rows, means = [], {}
+    like = load(out / task / "ppo" / "seed0"), load(out / task / "flow" / "seed0")
+    single, chunked = (environment(policy, TASKS[task].env, 32, 888) for policy in like)
+    with single as single_env, chunked as chunked_env:
+        for name in ("flow", "diffusion", *NAMES, "best ppo"):
+            for seed in range(3):
+                folder = out / task / name.removeprefix("best ") / f"seed{seed}"
+                if not finished(folder):
+                    continue
+                policy = load(folder / "best" if name.startswith("best") else folder)
+                env = chunked_env if policy.spec.horizon > 1 else single_env
+                values = evaluate(policy.agent, policy.state, env, jr.key(seed), episodes)
+                error = values.std() / episodes**0.5
+                rows.append([task, name, seed, round(float(values.mean()), 2), round(float(error), 2)])
+                means[name, seed] = float(values.mean())
+    _write(f"finetune_{task}.csv", ["task", "policy", "seed", "return_mean", "standard_error"], rows)
+    best = [value for (name, _), value in means.items() if name == "best ppo"]
+    reference = max(np.mean(best), expert(out, task))
+    print(f"{task}: reference {reference:.1f} (best of PPO {np.mean(best):.1f})")
+    for name, title in NAMES.items():
+        seeds = [seed for seed in range(3) if (name, seed) in means]
+        after = np.array([means[name, seed] for seed in seeds])
+        before = np.array([means[METHODS[name][0], seed] if METHODS[name][0] else 0.0 for seed in seeds])
+        way = (after - before) / (reference - before)
+        if seeds:
+            print(
+                f"{title:20s} {before.mean():7.1f} -> {after.mean():7.1f} ({', '.join(f'{x:.0f}' for x in after)})  "
+                f"way {way.mean():.2f} ({way.min():.2f} to {way.max():.2f})"
+            )
+
+
 def success(out: Path, episodes: int = 32) -> None:
     """Whether a drawer was ever open within an episode, for all methods and seeds."""
     import envpool
@@ -205,12 +239,41 @@ def fans(out: Path, chunks: int = 200) -> None:
     figure.legend(
         lines, ["imitated", "fine-tuned (ReinFlow, K = 4)"], loc="outside lower center", ncols=2, frameon=False
     )
-    figure.savefig(PICTURES / "fans.png", dpi=150)
+    figure.savefig(PICTURES / "fans.png", dpi=100)
 
 
-def main(what: Literal["table", "success", "fans"], /, out: Path) -> None:
+def film(out: Path, steps: int = 600, every: int = 10) -> None:
+    """Side by side from the same start; an episode that ends keeps its last picture, darker."""
+    import imageio.v3 as iio
+
+    from contraflow.envs.envpool import EnvPool
+
+    films = []
+    for name in ("flow", "reinflow-4"):
+        env = EnvPool("Hopper-v5", 1, 3, render=True, render_size=(160, 160))
+        state, obs = env.reset(jr.key(0))
+        act, frames, total = Receding(load(out / "hopper" / name / "seed0")), [], 0.0
+        for number in range(steps):
+            if number % every == 0:
+                frames.append(env.frame())
+            state, step = env.step(state, act(obs))
+            obs, total = step.obs, total + float(step.reward[0])
+            if step.terminated[0]:
+                break
+        env.close()
+        print(f"{name}: return {total:.0f} in {number + 1} steps")
+        films.append(frames + [frames[-1] // 2] * (-(-steps // every) - len(frames)))
+    both = [np.concatenate(pair, axis=1) for pair in zip(*films, strict=True)]
+    iio.imwrite(PICTURES / "hopper.gif", both, duration=80, loop=0)
+
+
+def main(what: Literal["table", "finals", "success", "fans", "film"], /, out: Path) -> None:
     """One table or picture."""
-    {"table": table, "success": success, "fans": fans}[what](out)
+    if what == "finals":
+        for task in TASKS:
+            finals(out, task)
+    else:
+        {"table": table, "success": success, "fans": fans, "film": film}[what](out)
 
 
 if __name__ == "__main__":
