@@ -84,13 +84,15 @@ def table(out: Path) -> None:
                 after.append(points[-3:, 2].mean())
                 way.append(share[-3:].mean())
                 seconds.append(points[-1, 1])
-                reached.append([points[np.argmax(share >= x), 0] if (share >= x).any() else np.inf for x in LEVELS])
+                first = [np.argmax(share >= x) if (share >= x).any() else None for x in LEVELS]
+                reached.append([[np.inf] * 2 if i is None else points[i, :2] for i in first])
             if not by_seed:
                 print(f"{NAMES[name]:20s} not run")
                 continue
             panels[task][2][name] = np.mean(before)
             times = " / ".join(
-                f"{np.median(x) / 1e3:.0f}k" if np.isfinite(np.median(x)) else "-" for x in np.transpose(reached)
+                f"{step / 1e3:.0f}k, {after_s:.0f} s" if np.isfinite(step) else "-"
+                for step, after_s in np.median(reached, axis=0)
             )
             print(
                 f"{NAMES[name]:20s} n {len(way)}  {np.mean(before):7.1f} -> {np.mean(after):7.1f} "
@@ -261,7 +263,7 @@ def film(out: Path, steps: int = 600, every: int = 10) -> None:
             if step.terminated[0]:
                 break
         env.close()
-        print(f"{name}: return {total:.0f} in {number + 1} steps")
+        print(f"{name}: return {total:.0f} in at most {steps} steps")
         films.append(frames + [frames[-1] // 2] * (-(-steps // every) - len(frames)))
     both = [np.concatenate(pair, axis=1) for pair in zip(*films, strict=True)]
     iio.imwrite(PICTURES / "hopper.gif", both, duration=80, loop=0)
