@@ -49,6 +49,7 @@ def maze(
         return near[rng.integers(len(near))]
 
     def episode() -> tuple[Rows, int, int]:
+        """One walk: its rows, the goals it reached, the goals it had to reach."""
         start = cells[rng.integers(len(cells))]
         goal = goal_from(start, 4 if stitch else None)
         obs, _ = env.reset(options={"task_info": {"task_name": "walk", "init_ij": start, "goal_ij": goal}})
@@ -82,6 +83,7 @@ def cube(episodes: int, out: str, noise: float = 0.1, task: str | None = None, s
     world, oracle = env.unwrapped, CubePlanOracle(env=env, noise=noise)
 
     def episode(number: int) -> tuple[Rows, int, int]:
+        """One episode: its rows, the cubes that were placed, the plans it had for that."""
         obs, info = env.reset(seed=seed * 100_000 + number)
         oracle.reset(obs, info)
         rows, reached, plans = [], 0, 0

@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants_imitation import ROWS
+import mutants_data
+import mutants_imitation
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 900
@@ -793,7 +794,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [
         m
-        for m in (*MUTANTS, *(Mutant(*row) for row in ROWS))
+        for m in (*MUTANTS, *(Mutant(*row) for row in (*mutants_data.ROWS, *mutants_imitation.ROWS)))
         if re.search(options.only, m.name) and re.search(options.files, m.file)
     ]
     begin = time.monotonic()

@@ -132,6 +132,19 @@ def test_a_fall_at_the_limit_is_both():
     assert first_end(fall - 1) == (fall - 1, False, True)
 
 
+def test_rows_belong_to_their_copies():
+    """A step of all copies is that of a part which happens to be all: rows are not in the order of the threads."""
+    pools = [EnvPool("Hopper-v5", 8, seed=3) for _ in range(2)]
+    for pool in pools:
+        pool.reset(KEY)
+    for action in actions(60, 8, 3):
+        _, whole = pools[0].step(None, action)
+        _, part = pools[1].step(None, action, active=np.ones(8, bool))
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert len(np.unique(whole.next_obs[:, 0])) == 8  # copies that can be told apart
+
+
 def test_reset_follows_key_and_seed():
     def start(seed, key=KEY):
         return EnvPool("CheetahRun-v1", 4, seed).reset(key)[1]
