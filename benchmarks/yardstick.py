@@ -15,7 +15,7 @@ removes the part due to a finite number of repeats, so a bias of zero may come o
 `support` asks the same of the chain that starts at a policy's endpoint, at 100 calls of the critic for everybody. There
 x_t lies on the path of the policy, a Gaussian over u: with the target's mean and deviation, but one mode where the
 target has two in every coordinate ("made"), or far off and narrow ("adversarial"). Each repeat draws the endpoint from
-the policy given x_t.
+the policy given x_t, and further endpoints whatever x_t.
 """
 
 import csv
@@ -86,6 +86,12 @@ class GaussianPolicy:
         mean, std = self.moments(target)
         return mean[None] + std[None] * jr.normal(key, (n, mean.shape[0]))
 
+    def support(self, key, target, path, x_t, t, n: int):
+        """[n, d]: one draw given x_t, the others not."""
+        k_first, k_others = jr.split(key)
+        first = self.endpoint(k_first, target, path, x_t, t)
+        return jnp.concatenate([first[None], self.sample(k_others, target, n - 1)])
+
     def endpoint(self, key, target, path, x_t, t):
         """One draw given x_t."""
         (mean, std), a, b = self.moments(target), path.alpha(t), path.beta(t)
@@ -93,11 +99,13 @@ class GaussianPolicy:
         return var * (mean / std**2 + a * x_t / b**2) + jnp.sqrt(var) * jr.normal(key, x_t.shape)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5), static_argnames=("policy",))
-def measure(build, argument, target, t, states: int, repeats: int, key, policy: GaussianPolicy | None = None):
+@partial(jax.jit, static_argnums=(0, 4, 5), static_argnames=("policy", "endpoints"))
+def measure(
+    build, argument, target, t, states: int, repeats: int, key, policy: GaussianPolicy | None = None, endpoints: int = 1
+):
     """(bias^2, variance, median ESS) of the estimator build(argument), per dimension of the velocity.
 
-    Points x_t are those of the target's own path, or of `policy`'s, whose endpoint is then the estimator's support.
+    Points x_t are those of the target's own path, or of `policy`'s, of which `endpoints` are the estimator's support.
     """
     k_x1, k_x0, k_repeat = jr.split(key, 3)
     path, estimator = Linear(), build(argument)
@@ -108,7 +116,7 @@ def measure(build, argument, target, t, states: int, repeats: int, key, policy: 
         if policy is None:
             return estimator(key, path, target, x_t, t)
         k_support, key = jr.split(key)
-        return estimator(key, path, target, x_t, t, policy.endpoint(k_support, target, path, x_t, t)[None])
+        return estimator(key, path, target, x_t, t, policy.support(k_support, target, path, x_t, t, endpoints))
 
     def one(x_t, key):
         exact = target.posterior_mean(path, x_t, t)

@@ -42,21 +42,27 @@ def test_the_loss_by_hand(predict: str):
     path = VP() if predict == "noise" else SMALL.path
     policy = Record(width=16, depth=1, embedding=8, path=path, predict=predict)
     agent = BC(policy)
-    state = agent.init(jr.key(0), SPEC)
+    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
     data = batch(jr.key(1))
     Record.asked.clear()
     _, metrics = jax.jit(agent.update)(state, data, jr.key(2))
     jax.effects_barrier()
     rows = {tuple(np.round(obs, 5)): (x, t) for x, t, _, obs in Record.asked}
     assert len(rows) == 8
-    squares = []
-    for obs, action, valid in zip(data.obs, data.action, data.valid, strict=True):
-        x, t = (jnp.asarray(v) for v in rows[tuple(np.round(np.asarray(obs), 5))])
+
+    @jax.jit
+    def square(obs, action, valid, x, t):
         x0 = path.x0_from_x1(action, x, t)
         target = x0 if predict == "noise" else path.velocity(action, x, t)
         error = FlowPolicy.output(policy, state.net, x, t, t, obs) - target
-        squares.append(jnp.sum(valid * error**2) / valid.sum())
-        assert abs(float(jnp.mean(x0))) < 3
+        return jnp.sum(valid * error**2) / valid.sum(), jnp.mean(x0)
+
+    squares = []
+    for obs, action, valid in zip(data.obs, data.action, data.valid, strict=True):
+        x, t = (jnp.asarray(v) for v in rows[tuple(np.round(np.asarray(obs), 5))])
+        value, x0 = square(obs, action, valid, x, t)
+        squares.append(value)
+        assert abs(float(x0)) < 3
     np.testing.assert_allclose(metrics["matching_loss"], jnp.mean(jnp.stack(squares)), rtol=1e-3)
 
 
@@ -70,7 +76,7 @@ def test_one_update(objective):
     # The average catches up: (1 + 0) / (10 + 0) of the old at the first update.
     for old, net, average in zip(*(jax.tree.leaves(x) for x in (state.net, new.net, new.average)), strict=True):
         np.testing.assert_allclose(average, 0.1 * old + 0.9 * net, atol=1e-6)
-    action = agent.act(new, jnp.ones(3), jr.key(3), False)
+    action = jax.jit(lambda s: agent.act(s, jnp.ones(3), jr.key(3), False))(new)
     assert action.shape == (4,) and jnp.abs(action).max() <= 1
 
 

@@ -44,7 +44,7 @@ def batch(seed=0):
 def start(agent, seed=0):
     """A first state whose target is not the critic, so that it matters which of the two is asked."""
     state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(seed))
-    other = QEnsemble(2, 3, 2, agent.width, agent.depth, key=jr.key(seed + 50))
+    other = jax.jit(lambda k: QEnsemble(2, 3, 2, agent.width, agent.depth, key=k))(jr.key(seed + 50))
     return eqx.tree_at(lambda s: s.target, state, other)
 
 
@@ -196,7 +196,7 @@ def scores(state, u, obs):
     return jax.vmap(lambda x: state.critic.min(obs, jnp.tanh(x)))(u)
 
 
-@pytest.mark.parametrize("selector", [First(), Softmax(1), Argmax(1)])
+@pytest.mark.parametrize("selector", [First(), First(3), Softmax(1), Argmax(1)])
 def test_one_particle_ignores_the_critic(selector):
     agent = replace(BASE, explore=selector, exploit=selector)
     state, obs = start(agent), jnp.ones(3)

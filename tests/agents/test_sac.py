@@ -56,9 +56,9 @@ def test_log_prob_is_the_density_of_the_action(mean, std):
 
 def test_acting():
     state = gaussian_state(0.5, 0.3)
-    greedy = AGENT.act(state, jnp.zeros(1), jr.key(0), False)
+    greedy = jax.jit(lambda s: AGENT.act(s, jnp.zeros(1), jr.key(0), False))(state)
     np.testing.assert_allclose(greedy, np.tanh([0.5]), rtol=1e-6)
-    many = jax.vmap(lambda k: AGENT.act(state, jnp.zeros(1), k, True))(jr.split(jr.key(1), 1000))
+    many = jax.jit(jax.vmap(lambda k: AGENT.act(state, jnp.zeros(1), k, True)))(jr.split(jr.key(1), 1000))
     np.testing.assert_allclose(np.arctanh(many).std(), 0.3, rtol=0.1)
 
 
@@ -107,10 +107,9 @@ def test_optimum_at_fixed_temperature(fixed_alpha):
 def test_backup_subtracts_the_entropy_cost(fixed_alpha):
     """y = r + gamma (min Q' - alpha log pi): with Q' = 0 and r = 0 it is gamma alpha times the entropy."""
     state, _ = fixed_alpha
-    flat = QEnsemble(2, 1, 1, 1, 1, key=jr.key(0))
-    flat = jax.tree.map(jnp.zeros_like, flat)
+    flat = jax.tree.map(jnp.zeros_like, jax.jit(lambda k: QEnsemble(2, 1, 1, 1, 1, key=k))(jr.key(0)))
     agent = SAC(width=8, depth=1)
-    opt = jax.vmap(agent._critic_tx.init)(flat.members)
+    opt = jax.jit(jax.vmap(agent._critic_tx.init))(flat.members)
     state = eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (flat, jax.tree.map(jnp.copy, flat), opt))
     going_on = eqx.tree_at(lambda b: b.terminated, bandit(512), jnp.zeros(512, bool))
     _, metrics = jax.jit(agent.update)(state, going_on, jr.key(1))

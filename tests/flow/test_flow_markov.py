@@ -14,16 +14,18 @@ from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Mixture, Noise
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def residuals(estimator, target, key, n, t):
+@partial(jax.jit, static_argnums=(0, 3, 5))
+def residuals(estimator, target, key, n, t, endpoints=1):
     """(m - x1) times the features 1, x_t, tanh 3 x_t of n joint draws (x1, x_t), in standard errors.
 
-    x1 is a draw of the posterior given x_t, so that an unbiased m has E[(m - x1) f(x_t)] = 0 for every f.
+    x1 is a draw of the posterior given x_t, so that an unbiased m has E[(m - x1) f(x_t)] = 0 for every f. All but the
+    first of the `endpoints` know nothing of x_t.
     """
     k_x1, k_x0, k_m = jr.split(key, 3)
-    x1 = target.sample(k_x1, n)
+    support = target.sample(k_x1, n * endpoints).reshape(n, endpoints, -1)
+    x1 = support[:, 0]
     x_t = jax.vmap(Linear().perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
-    mean = jax.vmap(lambda k, x, u: estimator(k, Linear(), target, x, t, u[None]).mean)(jr.split(k_m, n), x_t, x1)
+    mean = jax.vmap(lambda k, x, u: estimator(k, Linear(), target, x, t, u).mean)(jr.split(k_m, n), x_t, support)
     products = (mean - x1)[None] * jnp.stack([jnp.ones_like(x_t), x_t, jnp.tanh(3 * x_t)])
     return jnp.abs(products.mean(1) / (products.std(1) / jnp.sqrt(n)))
 
@@ -46,6 +48,32 @@ SIX = Separable.two_modes(6, 0.5)
 def test_unbiased_where_the_policy_is_right(estimator, t):
     """With one to four candidates, in six dimensions of two modes each."""
     assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t)).max() < 4.0
+
+
+@pytest.mark.parametrize("t", [0.15, 0.5])
+def test_unbiased_with_several_endpoints(t):
+    """The others start chains too, as often as they explain x_t."""
+    estimator = Markov(2, sizes=(1.0,), control=0.5)
+    assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t), 5).max() < 4.0
+
+
+def test_several_endpoints_are_less_noise():
+    """At small t, where x_t tells little, 16 chains have a 16th of the variance; at large t they start alike."""
+    target, estimator = Gaussian(jnp.zeros(6), 0.7), Markov(1, sizes=(1e-9,))
+
+    @partial(jax.jit, static_argnums=1)
+    def spread(t, endpoints):
+        def one(key):
+            k_x0, k_support, key = jr.split(key, 3)
+            support = target.sample(k_support, endpoints)
+            x_t = Linear().perturb(jr.normal(k_x0, (6,)), support[0], t)
+            exact = target.posterior_mean(Linear(), x_t, t)
+            return jnp.sum((estimator(key, Linear(), target, x_t, t, support).mean - exact) ** 2)
+
+        return jnp.mean(jax.vmap(one)(jr.split(jr.key(0), 4000)))
+
+    ratios = [float(spread(jnp.asarray(t), 16) / spread(jnp.asarray(t), 1)) for t in (0.02, 0.9)]
+    np.testing.assert_allclose(ratios, [1 / 16, 1.0], rtol=0.1)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.6, 0.95])

@@ -196,7 +196,7 @@ class RFM:
             return self.solver(lambda x, t: state.actor(x, t, cond), x, self.t_min, 1 - self.t_min)
 
         u = jax.vmap(solve)(x0)
-        if selector.particles == 1:
+        if selector.particles == 1 or isinstance(selector, First):
             return u, jnp.zeros((), jnp.int32)
         score = jax.vmap(lambda u: state.critic.min(obs, jnp.tanh(u)))(u) / pick_lam
         return u, selector(k_pick, score)

@@ -1,8 +1,8 @@
 """Estimators of the posterior mean E[x1 | x_t], from which all regression targets of flow and diffusion models follow.
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
-(Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoint and moves it by Markov steps: no bias
-once the policy is right. `FromData` needs samples of pi (flow matching).
+(Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoints and moves them by Markov steps: no
+bias once the policy is right. `FromData` needs samples of pi (flow matching).
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -160,26 +160,28 @@ class Reverse:
 
 @dataclass(frozen=True)
 class Markov:
-    """One draw of the posterior by a Markov chain that starts where x_t came from; the mean of its second half.
+    """Draws of the posterior by Markov chains that start where x_t came from; the mean of their second halves.
 
-    `support[0]` must be the endpoint that was noised to x_t. If the policy's law is pi, (support[0], x_t) is a joint
-    draw, support[0] is a draw of the posterior, and a kernel that leaves the posterior invariant keeps it one: the
-    estimate is then unbiased for any number of candidates, where importance sampling needs a number exponential in d.
-    Otherwise each update moves the policy one kernel towards pi.
+    `support[0]` must be the endpoint that was noised to x_t, the others independent endpoints of the same policy. If
+    the policy's law is pi, (support[0], x_t) is a joint draw and support[0] a draw of the posterior. So is one of all
+    endpoints picked with probability ~ N(x_t; alpha u_i, beta^2) (iterated sampling importance resampling), and a
+    kernel that leaves the posterior invariant keeps it one: the estimate is unbiased for any number of candidates,
+    where importance sampling needs a number exponential in d. Otherwise each update moves the policy one kernel towards
+    pi. There are as many chains as endpoints, their starts picked by systematic resampling: all different at small t,
+    where x_t tells little, and all support[0] at large t. What is averaged over them is variance only.
 
-    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`,
-    support[0] among them, by importance weight (iterated sampling importance resampling), then one Metropolis-adjusted
-    Langevin step on log pi(u) + log N(x_t; alpha u, beta^2) for each entry of `sizes`, the variance of the step in
-    units of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves are averaged by their probability (Rao-Blackwell).
-    Without `sizes`, the importance-weighted mean of the candidates.
+    The kernel is local-global (Samsonov et al., 2111.02702): one of `samples` candidates of `proposal`, the start among
+    them, by importance weight, then one Metropolis-adjusted Langevin step on log pi(u) + log N(x_t; alpha u, beta^2)
+    for each entry of `sizes`, the variance of the step in units of d^(-1/3) / (1 + alpha^2 / beta^2). Rejected moves
+    are averaged by their probability (Rao-Blackwell). Without `sizes`, the importance-weighted mean of the candidates.
 
     The mean of the chain's scores s, whose expectation is zero, is added with the weight
     1 / (1 / control^2 + alpha^2 / beta^2): a Stein control variate without variance where pi is Gaussian with standard
     deviation `control`. It is what makes targets near t = 1 precise, where the likelihood alone is nearly Gaussian.
 
-    `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates, in
-    [1, samples]. Critic calls: `samples`, and 1 + len(sizes) with gradients. Raises ValueError for samples < 1, a size
-    <= 0, control < 0, or a call without `support`.
+    `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates of a
+    chain, in [1, samples]. Critic calls with P endpoints: samples - 1 + P, and P (1 + len(sizes)) with gradients.
+    Raises ValueError for samples < 1, a size <= 0, control < 0, or a call without `support`.
     """
 
     samples: int = 16
@@ -210,24 +212,32 @@ class Markov:
             raise ValueError(
                 "Markov starts at the endpoint that was noised to x_t: pass support=[P, d], that one first"
             )
-        k_candidates, k_pick, k_moves, k_accept = jr.split(key, 4)
+        k_candidates, k_starts, k_pick, k_moves, k_accept = jr.split(key, 5)
         a, b, d = path.alpha(t), path.beta(t), x_t.shape[0]
+        chains = support.shape[0]
 
         def log_p(u):
             return log_pi(u) + log_normal(x_t, a * u, b)
 
-        # Global: x1 competes with fresh candidates.
+        def log_weight(u):
+            return log_p(u) - self.proposal.log_prob(u, path, x_t, t, support)
+
+        # Starts: the policy's endpoints, as often as they explain x_t.
+        likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, a * u, b))(support))
+        place = (jnp.arange(chains) + jr.uniform(k_starts)) / chains
+        which = jnp.searchsorted(jnp.cumsum(likelihood)[:-1], place, side="right")
+
+        # Global: each start competes with the same fresh candidates.
         fresh = self.proposal.sample(k_candidates, path, x_t, t, self.samples - 1, support)
-        u = jnp.concatenate([support[:1], fresh])
-        log_w = jax.vmap(lambda u: log_p(u) - self.proposal.log_prob(u, path, x_t, t, support))(u)
-        w = jax.nn.softmax(log_w)
-        ess = 1.0 / jnp.sum(w**2)
-        if not self.sizes:
-            return Posterior(w @ u, jnp.zeros_like(x_t), ess)
+        log_fresh, log_support = jax.vmap(log_weight)(fresh), jax.vmap(log_weight)(support)
+
+        def candidates(i):
+            return jnp.concatenate([support[i][None], fresh]), jnp.concatenate([log_support[i][None], log_fresh])
 
         # Local: Metropolis-adjusted Langevin. The posterior is at most as wide as x0's part alone makes it.
         scale = d ** (-1 / 3) / (1 + (a / b) ** 2)
         weight = self.control**2 / (1 + (self.control * a / b) ** 2)
+        n = len(self.sizes)
 
         def move(state, inputs):
             """One step; state (u, log p(u), its gradient), and its Rao-Blackwell mean with the control variate."""
@@ -241,11 +251,21 @@ class Markov:
             moved = jax.tree.map(lambda x, y: jnp.where(place < accept, x, y), (new, new_p, new_grad), state)
             return moved, accept * (new + weight * new_grad) + (1 - accept) * (u + weight * grad)
 
-        n = len(self.sizes)
-        start = u[jr.categorical(k_pick, log_w)]
-        inputs = jr.normal(k_moves, (n, d)), jr.uniform(k_accept, (n,)), jnp.asarray(self.sizes)
-        _, means = jax.lax.scan(move, (start, *jax.value_and_grad(log_p)(start)), inputs)
-        return Posterior(means[n // 2 :].mean(0), jnp.full_like(x_t, weight * (a / b) ** 2), ess)
+        def chain(i, k_pick, k_moves, k_accept):
+            u, log_w = candidates(i)
+            w = jax.nn.softmax(log_w)
+            ess = 1.0 / jnp.sum(w**2)
+            if not self.sizes:
+                return w @ u, ess
+            start = u[jr.categorical(k_pick, log_w)]
+            inputs = jr.normal(k_moves, (n, d)), jr.uniform(k_accept, (n,)), jnp.asarray(self.sizes)
+            _, means = jax.lax.scan(move, (start, *jax.value_and_grad(log_p)(start)), inputs)
+            return means[n // 2 :].mean(0), ess
+
+        keys = (jr.split(k, chains) for k in (k_pick, k_moves, k_accept))
+        means, ess = jax.vmap(chain)(which, *keys)
+        eta = weight * (a / b) ** 2 if self.sizes else jnp.zeros(())
+        return Posterior(means.mean(0), jnp.full_like(x_t, eta), ess.mean())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Pick one of n candidate actions by score (Q / lambda)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -43,9 +42,12 @@ class Argmax:
 
 @dataclass(frozen=True)
 class First:
-    """One particle, no choice: the policy itself."""
+    """The first, no choice: the policy itself. More than one particle only where others are of use too."""
 
-    particles: ClassVar[int] = 1
+    particles: int = 1
+
+    def __post_init__(self):
+        _check(self.particles)
 
     def __call__(self, key: PRNGKey, score: Float[Array, " n"]) -> Int[Array, ""]:
         return jnp.zeros((), jnp.int32)
