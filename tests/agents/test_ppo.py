@@ -1,6 +1,7 @@
 """PPO, ReinFlow, DPPO, FPO: exact ratios, closed forms of their chains, reductions to each other."""
 
 from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -32,32 +33,33 @@ AGENTS = {
 }
 
 
-def rollout(agent, state, key, T=6, N=4):
-    k = jr.split(key, 5)
-    obs = jr.normal(k[0], (T, N, 3))
-    keys = jr.split(k[1], (T, N))
-    action, extras = jax.vmap(jax.vmap(lambda o, k: agent.sample(state, o, k)))(obs, keys)
-    end = jr.bernoulli(k[2], 0.2, (2, T, N))
-    reward = jr.normal(k[3], (T, N))
-    return action, Rollout(obs, extras, reward, jr.normal(k[4], (T, N, 3)), end[0], end[1], jnp.ones((T, N), bool))
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "reinflow-sum" else ()) for name in AGENTS]
 
 
+@partial(jax.jit, static_argnums=0)
+def start(agent, key):
+    return agent.init(key, SPEC)
+
+
+@partial(jax.jit, static_argnums=0)
+def _acts(agent, state, obs, keys):
+    return jax.vmap(jax.vmap(lambda o, k: agent.sample(state, o, k)))(obs, keys)[1]
+
+
+def acted(agent, state, key, T=6, N=4):
+    """The rows of a rollout under `state`; what is random but the actions comes from NumPy, which compiles nothing."""
+    rng = np.random.default_rng(int(jr.key_data(key)[-1]))
+    obs, following = (jnp.asarray(rng.normal(size=(T, N, 3)), jnp.float32) for _ in range(2))
+    end, reward = jnp.asarray(rng.random((2, T, N)) < 0.2), jnp.asarray(rng.normal(size=(T, N)), jnp.float32)
+    extras = _acts(agent, state, obs, jr.split(key, (T, N)))
+    return Rollout(obs, extras, reward, following, end[0], end[1], jnp.ones((T, N), bool))
+
+
+@jax.jit
 def samples(state, r):
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (r.obs, r.extras, r.reward))
     obs, extras, advantage = flat
     return Samples(jax.vmap(state.stats)(obs), extras, advantage, advantage, jnp.ones(len(advantage)))
-
-
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "reinflow-sum" else ()) for name in AGENTS]
-
-
-def start(agent, key):
-    return jax.jit(lambda k: agent.init(k, SPEC))(key)
-
-
-def acted(agent, state, key):
-    """The rows of a rollout under `state`."""
-    return jax.jit(lambda s, k: rollout(agent, s, k))(state, key)[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -63,15 +63,16 @@ def test_a_small_share_is_mean_flow():
 
 
 def test_intervals():
-    for objective in (MeanFlow(), SplitMeanFlow()):
+    for objective, whole in ((MeanFlow(), 0.0), (SplitMeanFlow(), 0.5)):
         t, r = jax.vmap(objective.interval)(jr.split(jr.key(0), 4000))
         assert (t <= r).all() and t.min() >= 0 and r.max() <= 1
-        np.testing.assert_allclose(jnp.mean(r - t), 1 / 3, atol=0.02)
+        np.testing.assert_allclose(jnp.mean((t == 0) & (r == 1)), whole, atol=0.02)
+        np.testing.assert_allclose(jnp.mean(r - t), whole + (1 - whole) / 3, atol=0.02)
     shortcut = Shortcut(levels=3)
     t, r = jax.vmap(shortcut.interval)(jr.split(jr.key(1), 4000))
     sizes, counts = np.unique(r - t, return_counts=True)
     np.testing.assert_allclose(sizes, [0.25, 0.5, 1.0])
-    assert counts.min() > 1200
+    np.testing.assert_allclose(counts / 4000, [1 / 6, 1 / 6, 2 / 3], atol=0.03)
     np.testing.assert_allclose(jnp.round(t / (r - t)), t / (r - t))
     assert r.max() == 1
 

@@ -50,11 +50,17 @@ class Matching:
     power: ClassVar[float] = 0.0
 
 
+def _whole(key: PRNGKey) -> Array:
+    """Half of the tied steps are the whole one, from 0 to 1, which a policy of one evaluation takes."""
+    return jr.bernoulli(key)
+
+
 @dataclass(frozen=True)
 class Shortcut:
-    """Steps of 1/2, 1/4, ... 2^-levels from their own grid, each equal to two of half its size (2410.12557)."""
+    """Steps of 1, 1/2, ... from their own grid, each equal to two of half its size, 2^-levels the smallest
+    (2410.12557; there all sizes are equally likely, here half are the whole step)."""
 
-    share: float = 0.75
+    share: float = 0.5
     """Of the rows that are matched to the flow; the others tie steps together."""
     levels: int = 5
     averaged: ClassVar[bool] = True
@@ -62,8 +68,8 @@ class Shortcut:
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         """(t, r) of one step."""
-        k_level, k_place = jr.split(key)
-        size = 2.0 ** -jr.randint(k_level, (), 0, self.levels)
+        k_whole, k_level, k_place = jr.split(key, 3)
+        size = jnp.where(_whole(k_whole), 1.0, 2.0 ** -jr.randint(k_level, (), 0, self.levels))
         t = jnp.floor(jr.uniform(k_place) / size) * size
         return t, t + size
 
@@ -97,16 +103,18 @@ class MeanFlow:
 
 @dataclass(frozen=True)
 class SplitMeanFlow:
-    """Any two times, tied at a random one in between (2507.16884)."""
+    """Any two times, tied at a random one in between (2507.16884); for half of them 0 and 1."""
 
-    share: float = 0.75
+    share: float = 0.55
     """Below a half the trivial solutions of the identity win, of which u = 0 is one."""
     averaged: ClassVar[bool] = True
     power: ClassVar[float] = 0.0
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
-        t, r = jnp.sort(jr.uniform(key, (2,)))
-        return t, r
+        k_whole, k_times = jr.split(key)
+        t, r = jnp.sort(jr.uniform(k_times, (2,)))
+        whole = _whole(k_whole)
+        return jnp.where(whole, 0.0, t), jnp.where(whole, 1.0, r)
 
     def target(self, u: Average, slow: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar, key: PRNGKey) -> Vector:
         """By the slow copy."""
