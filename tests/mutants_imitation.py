@@ -212,4 +212,18 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "(_placed(n, np.flatnonzero(active)[::-1], row) for row in rows)",
         ("envs/test_env_envpool.py::test_rows_belong_to_their_copies",),
     ),
+    (
+        "targets of average velocities without a bound",
+        "flow/onestep.py",
+        "return jax.lax.stop_gradient(jnp.clip(share * first + (1 - share) * second, -bound, bound))",
+        "return jax.lax.stop_gradient(share * first + (1 - share) * second)",
+        ("flow/test_flow_onestep.py::test_a_network_that_is_its_own_teacher_cannot_run_away",),
+    ),
+    (
+        "the whole step is as rare as any other",
+        "flow/onestep.py",
+        "return jr.bernoulli(key)",
+        "return jr.bernoulli(key, 0.0)",
+        ("flow/test_flow_onestep.py::test_intervals",),
+    ),
 )

@@ -89,6 +89,15 @@ def test_shortcut_target_of_the_exact_field():
             assert jnp.abs(target - exact(X, t, r)).max() > 1e-4  # velocities indeed
 
 
+@pytest.mark.parametrize("objective", [Shortcut(), SplitMeanFlow()])
+def test_a_network_that_is_its_own_teacher_cannot_run_away(objective):
+    """u = 30 x takes x_q to 16 x and the target beyond that, were they not clipped; the exact field is not."""
+    t, r = jnp.asarray(0.0), jnp.asarray(1.0)
+    wild = lambda x, t, r: 30 * x
+    target = objective.target(wild, wild, velocity(X, t), X, t, r, jr.key(0))
+    assert jnp.abs(target).max() == 5.0
+
+
 def test_dispersion_pushes_neighbours_apart():
     z = jr.normal(jr.key(0), (64, 137))
     spread = jax.grad(lambda s: dispersion(s * z))(jnp.ones(()))

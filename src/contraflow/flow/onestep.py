@@ -18,17 +18,23 @@ from contraflow.types import PRNGKey
 
 Average = Callable[[Vector, Scalar, Scalar], Vector]
 """u(x, t, r)."""
+BOUND = 5.0
+"""Of noisy actions and average velocities: N(0, 1) minus [-1, 1] hardly ever exceeds it, but a network that is its own
+teacher may, and then grows without end."""
 
 
-def split_target(u: Average, x_t: Vector, t: Scalar, r: Scalar, share: Scalar | float) -> Vector:
+def split_target(
+    u: Average, x_t: Vector, t: Scalar, r: Scalar, share: Scalar | float, bound: float = jnp.inf
+) -> Vector:
     """share u(x_t, t, q) + (1 - share) u(x_q, q, r), q = t + share (r - t): two steps in place of one.
 
     SplitMeanFlow (2507.16884); the shortcut target (2410.12557) for share = 1/2; the limit share -> 0 is MeanFlow's.
+    x_q and the target are clipped to +- `bound`.
     """
     q = t + share * (r - t)
     first = u(x_t, t, q)
-    second = u(x_t + (q - t) * first, q, r)
-    return jax.lax.stop_gradient(share * first + (1 - share) * second)
+    second = u(jnp.clip(x_t + (q - t) * first, -bound, bound), q, r)
+    return jax.lax.stop_gradient(jnp.clip(share * first + (1 - share) * second, -bound, bound))
 
 
 def mean_flow_target(u: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar) -> Vector:
@@ -80,7 +86,7 @@ class Shortcut:
         def half(x, t, r):
             return slow(x, t, jnp.where(smallest, t, r))
 
-        return split_target(half, x_t, t, r, 0.5)
+        return split_target(half, x_t, t, r, 0.5, BOUND)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class SplitMeanFlow:
 
     def target(self, u: Average, slow: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar, key: PRNGKey) -> Vector:
         """By the slow copy."""
-        return split_target(slow, x_t, t, r, jr.uniform(key))
+        return split_target(slow, x_t, t, r, jr.uniform(key), BOUND)
 
 
 Objective = Matching | Shortcut | MeanFlow | SplitMeanFlow
