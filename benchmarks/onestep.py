@@ -35,7 +35,7 @@ OBJECTIVES: dict[str, Any] = {
     "split-mean-flow": SplitMeanFlow(),
     "mean-flow": MeanFlow(power=1.0),
 }
-STEPS = {"matching": (1, 2, 4, 10)}  # the others in one
+STEPS = {"matching": (1, 2, 4, 10, 100)}  # the others in one
 UPDATES = 40_000  # 10 000 are enough for `matching`, not for averaged velocities
 
 
