@@ -33,7 +33,8 @@ FALLING = Anneal(0.2, 0.02, steps=16_000)
 FINE = Markov(sizes=(1.0, 0.3, 0.1, 0.03), control=0.1)
 ONE: dict[str, Any] = {"explore": First(), "backup": First()}
 FAST: dict[str, Any] = {"actor_lr": 1e-3, "explore": Softmax(32), "backup": First()}
-SEVERAL: dict[str, Any] = FAST | {"backup": Softmax(4), "query": First(8), "estimator": Markov(sizes=(1.0, 1.0))}
+FOUR: dict[str, Any] = FAST | {"backup": Softmax(4)}
+SEVERAL: dict[str, Any] = FOUR | {"query": First(8), "estimator": Markov(sizes=(1.0, 1.0))}
 
 
 def fixed(eta: float, **fields: Any) -> RFM:
@@ -108,11 +109,11 @@ MATRICES = {
             "fast": RFM(**FAST),
             "fast-saturated": RFM(base=0.25, **FAST),
             # Eight endpoints for each x_t: less noise in the target for 47 instead of 21 calls.
-            "fast-several": RFM(**SEVERAL | {"backup": First()}),
-            "fast-tuned": RFM(temperature=Tuned(-0.5), **FAST | {"backup": Softmax(4)}),
-            "fast-tuned-zero": RFM(temperature=Tuned(0.0), **FAST | {"backup": Softmax(4)}),
-            "fast-tuned-one": RFM(temperature=Tuned(-1.0), **FAST | {"backup": Softmax(4)}),
-            "fast-tuned-quick": RFM(temperature=Tuned(-0.5, start=0.02, rate=3e-3), **FAST | {"backup": Softmax(4)}),
+            "fast-several": RFM(query=First(8), estimator=Markov(sizes=(1.0, 1.0)), **FAST),
+            "fast-tuned": RFM(temperature=Tuned(-0.5), **FOUR),
+            "fast-tuned-zero": RFM(temperature=Tuned(0.0), **FOUR),
+            "fast-tuned-one": RFM(temperature=Tuned(-1.0), **FOUR),
+            "fast-tuned-quick": RFM(temperature=Tuned(-0.5, start=0.02, rate=3e-3), **FOUR),
             "tuned-saturated": RFM(temperature=Tuned(-0.5), base=0.25, explore=Softmax(32), backup=Softmax(4)),
             "fast-tuned-several": RFM(temperature=Tuned(-0.5), **SEVERAL),
             "fast-tuned-one-several": RFM(temperature=Tuned(-1.0), **SEVERAL),
