@@ -9,7 +9,6 @@ of the flow: mean, standard deviation and P(|a| > .95), averaged over dimensions
 and 100 steps of it.
 """
 
-import csv
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from tables import write
 
 from contraflow.agents.rfm import RFM, RFMState
 from contraflow.flow.posterior import Fixed, Reverse
@@ -167,14 +167,6 @@ def compare(name: str, agent: RFM, dim: int, updates: int, batch_size: int, samp
     return rows
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*Row.__dataclass_fields__, "error"])
-        writer.writerows([*vars(r).values(), round(r.error, 4)] for r in rows)
-
-
 def main(
     out: Path = Path(__file__).parent / "results",
     dims: tuple[int, ...] = (1, 2, 6, 20),
@@ -196,7 +188,7 @@ def main(
                 print(r, flush=True)
             print(f"      {time.perf_counter() - begin:.0f} s", flush=True)
             rows += new
-            write(out / "bandit_law.csv", rows)
+            write(out / "bandit_law.csv", [vars(r) | {"error": round(r.error, 4)} for r in rows])
 
 
 if __name__ == "__main__":

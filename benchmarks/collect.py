@@ -6,24 +6,14 @@ cell and evaluation.
 The tables are written anew.
 """
 
-import csv
 import json
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import tyro
+from tables import write
 
 INSIDE = ("saturated", "action_entropy", "action_std", "q_gap", "target_bias", "ess")
-
-
-def write(table: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with table.open("w", newline="") as out:
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows in {table}")
 
 
 def main(matrix: Path, table: Path, /) -> None:

@@ -11,7 +11,6 @@ R_ref the mean over seeds of the best evaluation of PPO in three times the steps
 better. Reported: (R - R_BC) / (R_ref - R_BC), and the first evaluation at which a run has .5, .75 and .9 of the way.
 """
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 from finetune import METHODS, TASKS, finished
+from tables import write
 
 from contraflow import load
 from contraflow.runtime.receding import Receding
@@ -75,7 +75,10 @@ def table(out: Path) -> None:
         for name, by_seed in runs.items():
             way, reached, before, after, seconds = [], [], [], [], []
             for seed, points in by_seed.items():
-                rows += [[task, name, seed, int(s), round(t, 1), round(r, 2)] for s, t, r in points]
+                cell = {"task": task, "method": name, "seed": seed}
+                rows += [
+                    cell | {"step": int(s), "seconds": round(t, 1), "return_mean": round(r, 2)} for s, t, r in points
+                ]
                 points = points[points[:, 0] <= 1.05 * settings.steps]
                 start = METHODS[name][0]
                 base = curve(out / task / start / f"seed{seed}")[-1, 2] if start else 0.0
@@ -99,22 +102,14 @@ def table(out: Path) -> None:
                 f"({', '.join(f'{x:.0f}' for x in after)})  way {np.mean(way):.2f} ({min(way):.2f} to {max(way):.2f})  "
                 f"steps {times}  {np.mean(seconds):.0f} s"
             )
-    _write("finetune.csv", ["task", "method", "seed", "step", "seconds", "return_mean"], rows)
+    write(RESULTS / "finetune.csv", rows)
     tried = [
-        [folder.parent.name, folder.name, int(s), round(r, 2)]
+        {"method": folder.parent.name, "trial": folder.name, "step": int(s), "return_mean": round(r, 2)}
         for folder in sorted(out.glob("*/trials/*/*"))
         for s, _, r in curve(folder)
     ]
-    _write("finetune_trials.csv", ["method", "trial", "step", "return_mean"], tried)
+    write(RESULTS / "finetune_trials.csv", tried)
     _curves(panels)
-
-
-def _write(name: str, head: list[str], rows: list[Any]) -> None:
-    with (RESULTS / name).open("w", newline="") as target:
-        writer = csv.writer(target, lineterminator="\n")
-        writer.writerow(head)
-        writer.writerows(rows)
-    print(f"{len(rows)} rows in {name}")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -167,9 +162,10 @@ def finals(out: Path, task: str, episodes: int = 64) -> None:
                 env = chunked_env if policy.spec.horizon > 1 else single_env
                 values = evaluate(policy.agent, policy.state, env, jr.key(seed), episodes)
                 error = values.std() / episodes**0.5
-                rows.append([task, name, seed, round(float(values.mean()), 2), round(float(error), 2)])
+                row = {"task": task, "policy": name, "seed": seed, "return_mean": round(float(values.mean()), 2)}
+                rows.append(row | {"standard_error": round(float(error), 2)})
                 means[name, seed] = float(values.mean())
-    _write(f"finetune_{task}.csv", ["task", "policy", "seed", "return_mean", "standard_error"], rows)
+    write(RESULTS / f"finetune_{task}.csv", rows)
     best = [value for (name, _), value in means.items() if name == "best ppo"]
     reference = max(np.mean(best), expert(out, task))
     print(f"{task}: reference {reference:.1f} (best of PPO {np.mean(best):.1f})")

@@ -8,7 +8,6 @@ Same data, network, batch and number of updates for all objectives; every seed i
 means over `--episodes` episodes, whose starts are the same for all policies of a seed.
 """
 
-import csv
 import sys
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 from finetune import FLOW, TASKS, Task, run
+from tables import write
 from timing import paired, report
 
 from contraflow import load
@@ -32,6 +32,7 @@ from contraflow.train.offline import OfflineRun
 OBJECTIVES: dict[str, Any] = {
     "matching": Matching(),
     "shortcut": Shortcut(),
+    "shortcut-coarse": Shortcut(levels=3),  # one step is eight Euler steps, not the exact flow
     "split-mean-flow": SplitMeanFlow(),
     "mean-flow": MeanFlow(power=1.0),
 }
@@ -67,20 +68,19 @@ def policies(out: Path, seed: int) -> dict[tuple[str, int], Policy]:
 
 def returns(name: str, task: Task, out: Path, seeds: tuple[int, ...], episodes: int) -> None:
     """Means over episodes, and against ten steps of the flow of the same seed."""
-    rows = []
+    rows, by_key = [], {}
     for seed in seeds:
         chosen = policies(out, seed)
         with environment(chosen["matching", 10], task.env, 32, 50_000 + seed) as env:
             for (objective, steps), policy in chosen.items():
                 values = evaluate(policy.agent, policy.state, env, jr.key(seed), episodes)
                 error = values.std() / episodes**0.5
-                rows.append([name, objective, steps, seed, round(float(values.mean()), 2), round(float(error), 2)])
-    file = Path(__file__).parent / "results" / f"onestep_{name}.csv"
-    with file.open("w", newline="") as target:
-        writer = csv.writer(target, lineterminator="\n")
-        writer.writerow(["task", "objective", "steps", "seed", "return_mean", "standard_error"])
-        writer.writerows(rows)
-    mean = {key: np.mean([row[4] for row in rows if (row[1], row[2]) == key]) for key in {(r[1], r[2]) for r in rows}}
+                row = {"task": name, "objective": objective, "steps": steps, "seed": seed}
+                found = {"return_mean": round(float(values.mean()), 2), "standard_error": round(float(error), 2)}
+                rows.append(row | found)
+                by_key.setdefault((objective, steps), []).append(found["return_mean"])
+    write(Path(__file__).parent / "results" / f"onestep_{name}.csv", rows)
+    mean = {key: np.mean(values) for key, values in by_key.items()}
     for key, value in sorted(mean.items()):
         print(f"{key[0]:16s} {key[1]:2d} steps  {value:8.1f}  x {value / mean['matching', 10]:.3f} of matching in 10")
 

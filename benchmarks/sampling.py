@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from tables import append
 
 from contraflow.flow.path import Linear
 from contraflow.flow.solve import Euler
@@ -110,7 +111,7 @@ def run_study(settings: Settings, file: Path) -> None:
         else:
             new = study_cell(target, Trainer(with_samples(METHODS[method], samples), steps=settings.steps))
         new = [{"target": name, "K": samples, "method": method, **row} for row in new]
-        append(file, new, COLUMNS)
+        append(file, rounded(new), COLUMNS)
         rows += new
         print(
             name,
@@ -161,17 +162,12 @@ def target_errors(settings: Settings, file: Path, queries: int = 128, repeats: i
             for bounded, (bias2, variance) in zip((False, True), pairs, strict=True):
                 common = {"target": name, "K": samples, "method": method, "bounded": bounded, "t": t}
                 rows.append(common | {"bias2": float(bias2), "variance": float(variance), "ess": float(ess)})
-        append(file, rows, columns)
+        append(file, rounded(rows), columns)
         print("targets", name, samples, method, flush=True)
 
 
-def append(file: Path, rows: list[dict], columns: tuple[str, ...]) -> None:
-    fresh = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+def rounded(rows: list[dict]) -> list[dict]:
+    return [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def read(file: Path) -> list[dict]:

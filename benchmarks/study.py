@@ -24,6 +24,7 @@ from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
 DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")
+TEST = ("CheetahRun-v1", "WalkerRun-v1", "QuadrupedWalk-v1", "HalfCheetah-v5")
 
 SETTINGS = matrix.Settings(
     steps=40_000, collect=4_000, num_envs=4, updates=2, batch_size=128, n_step=3, tau=0.02,
@@ -120,11 +121,13 @@ MATRICES = {
         },
         ("WalkerWalk-v1", "CartpoleSwingup-v1"),
     ),
+    # Nothing is chosen here: the settings come from the development tasks.
+    "test": Matrix({"rfm-paper": PRESETS["rfm-paper"].agent}, TEST),
 }
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why"],
+    name: Literal["development", "actor-free", "parts", "why", "test"],
     /,
     out: Path,
     seeds: int = 5,

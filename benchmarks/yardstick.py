@@ -12,13 +12,12 @@ the velocity estimate (E[x1] - x_t) / (1 - t) is repeated with fresh candidates.
 What a network learns is the bias; the variance is averaged over the batch, here of 256. The term subtracted from bias^2
 removes the part due to a finite number of repeats, so a bias of zero may come out slightly negative.
 
-`support` asks the same of the chain that starts at a policy's endpoint, at 100 calls of the critic for everybody. There
+`support` asks the same of chains that start at a policy's endpoints, at 100 calls of the critic unless said. There
 x_t lies on the path of the policy, a Gaussian over u: with the target's mean and deviation, but one mode where the
 target has two in every coordinate ("made"), or far off and narrow ("adversarial"). Each repeat draws the endpoint from
 the policy given x_t, and further endpoints whatever x_t.
 """
 
-import csv
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
+from tables import write
 
 from contraflow.flow.density import Separable
 from contraflow.flow.path import Linear
@@ -99,7 +99,7 @@ class GaussianPolicy:
         return var * (mean / std**2 + a * x_t / b**2) + jnp.sqrt(var) * jr.normal(key, x_t.shape)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5), static_argnames=("policy", "endpoints"))
+@partial(jax.jit, static_argnums=(0, 4, 5, 7, 8))
 def measure(
     build, argument, target, t, states: int, repeats: int, key, policy: GaussianPolicy | None = None, endpoints: int = 1
 ):
@@ -134,14 +134,6 @@ def error(bias2: jax.Array, variance: jax.Array) -> jax.Array:
     return jnp.maximum(bias2, 0.0) + variance / BATCH
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def row(**entries) -> dict:
     return {k: float(f"{float(v):.4g}") if isinstance(v, jax.Array) else v for k, v in entries.items()}
 
@@ -172,11 +164,14 @@ def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature:
     mixture = Mixture((Noise(), UniformAction()), Ramp(0.1, 0.3, 0.9))
     rivals = {name: e for name, e in estimators().items() if name.endswith(" 100") and "mixture" not in name}
     rivals["constant"] = Constant()
+    # Name: estimator, endpoints.
     ours = {
-        "mixture 100": Reverse(100, mixture, Fixed(0)),
-        "Markov, default, 21 calls": Markov(),
-        "Markov 16 + 84": Markov(16, mixture, (1.0,) * 83),
-        "Markov 60 + 40": Markov(60, mixture, (1.0,) * 39),
+        "mixture 100": (Reverse(100, mixture, Fixed(0)), 1),
+        "Markov, default, 21 calls": (Markov(), 1),
+        "Markov, 8 x 2 steps, 47 calls": (Markov(16, mixture, (1.0,) * 2), 8),
+        "Markov, 1 x 83 steps": (Markov(16, mixture, (1.0,) * 83), 1),
+        "Markov, 8 x 8 steps, 95 calls": (Markov(16, mixture, (1.0,) * 8), 8),
+        "Markov, 25 x 2 steps": (Markov(1, mixture, (1.0,) * 2), 25),
     }
     rows = []
     for policy in (GaussianPolicy("made"), GaussianPolicy("adversarial")):
@@ -184,29 +179,20 @@ def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature:
             target = Separable.two_modes(d, temperature)
             keys = [jr.key(seed + 1000 * d + i) for i in range(len(TIMES))]
             best = [float("inf")] * len(TIMES)
-            for name, estimator in (rivals | ours).items():
+            for name, (estimator, endpoints) in ({k: (e, 1) for k, e in rivals.items()} | ours).items():
                 for i, (t, key) in enumerate(zip(TIMES, keys, strict=True)):
-                    time = jnp.asarray(t)
-                    b, v, ess = measure(Given(estimator), 0.0, target, time, states, repeats, key, policy=policy)
-                    rows.append(
-                        row(
-                            policy=policy.name,
-                            d=d,
-                            estimator=name,
-                            t=t,
-                            bias2=b,
-                            variance=v,
-                            error=error(b, v),
-                            ess=ess,
-                        )
+                    b, v, ess = measure(
+                        Given(estimator), 0.0, target, jnp.asarray(t), states, repeats, key, policy, endpoints
                     )
+                    entry = row(policy=policy.name, d=d, estimator=name, endpoints=endpoints, t=t, bias2=b, variance=v)
+                    rows.append(entry | row(error=error(b, v), ess=ess))
                     if name in rivals:
                         best[i] = min(best[i], rows[-1]["error"])
                 cells = "  ".join(
                     f"{r['bias2']:8.2g}/{r['variance']:<8.2g}x{r['error'] / m:<5.2g}"
                     for r, m in zip(rows[-len(TIMES) :], best, strict=True)
                 )
-                print(f"{policy.name:11} d={d:<2} {name:26} {cells}", flush=True)
+                print(f"{policy.name:11} d={d:<2} {name:30} {cells}", flush=True)
     return rows
 
 

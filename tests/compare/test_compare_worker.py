@@ -19,6 +19,7 @@ from contraflow.compare import worker
 from contraflow.compare.matrix import FAILED, FINAL, state
 from contraflow.envs import make
 from contraflow.presets import PRESETS
+from contraflow.rl.select import First
 from contraflow.train import run as driver
 from contraflow.train.artifact import save_policy
 from contraflow.train.log import read_evaluations
@@ -97,6 +98,7 @@ def test_an_interrupted_cell_is_not_failed_and_goes_on(tmp_path: Path, monkeypat
 
 def test_the_cost_of_an_action():
     assert acting_cost(PRESETS["rfm"].agent) == Cost(32, 6, 32)
+    assert acting_cost(RFM(exploit=First(3))) == Cost(3, 6, 0)
     assert acting_cost(PRESETS["rfm-paper"].agent) == Cost(32, 10, 32)
     assert acting_cost(PRESETS["rfm-cartpole"].agent) == Cost(32, 6, 32)
     assert acting_cost(PRESETS["sac"].agent) == Cost(1, 1, 0)

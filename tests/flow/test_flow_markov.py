@@ -11,7 +11,7 @@ import pytest
 from contraflow.flow.density import Gaussian, Separable
 from contraflow.flow.path import Linear
 from contraflow.flow.posterior import Fixed, Markov, Reverse
-from contraflow.flow.proposal import Mixture, Noise
+from contraflow.flow.proposal import Mixture, Noise, Particles
 
 
 @partial(jax.jit, static_argnums=(0, 3, 5))
@@ -113,6 +113,8 @@ def test_refusals():
         Markov(samples=0)
     with pytest.raises(ValueError, match="positive"):
         Markov(sizes=(1.0, 0.0))
+    with pytest.raises(ValueError, match="not Particles"):
+        Markov(proposal=Mixture((Noise(), Particles())))
 
 
 def test_the_test_of_bias_sees_the_bias_of_importance_sampling():

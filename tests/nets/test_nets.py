@@ -18,7 +18,7 @@ O = np.array([0.5, -0.1, 2.0])
 
 
 def built(make, key):
-    """`make(key)` in one compiled program; every small operation by itself takes ten times as long."""
+    """`make(key)` in one compiled program instead of one for every small operation."""
     return jax.jit(make)(key)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
+from contraflow.rl.select import chooses
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ def acting_cost(agent: Any) -> Cost | None:
     """The cost of one action of the evaluation rule; None for an agent that is not ours."""
     if isinstance(agent, RFM):
         n = agent.exploit.particles
-        return Cost(n, agent.solver.nfe, n if n > 1 else 0)
+        return Cost(n, agent.solver.nfe, n if chooses(agent.exploit) else 0)
     if isinstance(agent, SIR):
         return Cost(agent.exploit.particles, 0, agent.exploit.particles)
     return Cost(1, 1, 0) if isinstance(agent, SAC) else None

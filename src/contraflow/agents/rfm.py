@@ -24,7 +24,7 @@ from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.energy import boltzmann
 from contraflow.rl.optim import clipped_adam, descend, start
-from contraflow.rl.select import Argmax, First, Selector, Softmax
+from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
 from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule, Tuned, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
@@ -42,8 +42,9 @@ class RFMState(eqx.Module):
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for every
-    selector with n > 1, and those of the estimator. Per action: n F actor calls and n critic calls."""
+    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for each
+    of these two that has a choice (n > 1, not `First`), and those of the estimator. Per action: n F actor calls; with
+    a choice, n critic calls."""
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam")
 
@@ -196,7 +197,7 @@ class RFM:
             return self.solver(lambda x, t: state.actor(x, t, cond), x, self.t_min, 1 - self.t_min)
 
         u = jax.vmap(solve)(x0)
-        if selector.particles == 1 or isinstance(selector, First):
+        if not chooses(selector):
             return u, jnp.zeros((), jnp.int32)
         score = jax.vmap(lambda u: state.critic.min(obs, jnp.tanh(u)))(u) / pick_lam
         return u, selector(k_pick, score)

@@ -23,18 +23,16 @@ BOUND = 5.0
 teacher may, and then grows without end."""
 
 
-def split_target(
-    u: Average, x_t: Vector, t: Scalar, r: Scalar, share: Scalar | float, bound: float = jnp.inf
-) -> Vector:
+def split_target(u: Average, x_t: Vector, t: Scalar, r: Scalar, share: Scalar | float) -> Vector:
     """share u(x_t, t, q) + (1 - share) u(x_q, q, r), q = t + share (r - t): two steps in place of one.
 
     SplitMeanFlow (2507.16884); the shortcut target (2410.12557) for share = 1/2; the limit share -> 0 is MeanFlow's.
-    x_q and the target are clipped to +- `bound`.
+    x_q and the target are clipped to +-`BOUND`.
     """
     q = t + share * (r - t)
     first = u(x_t, t, q)
-    second = u(jnp.clip(x_t + (q - t) * first, -bound, bound), q, r)
-    return jax.lax.stop_gradient(jnp.clip(share * first + (1 - share) * second, -bound, bound))
+    second = u(jnp.clip(x_t + (q - t) * first, -BOUND, BOUND), q, r)
+    return jax.lax.stop_gradient(jnp.clip(share * first + (1 - share) * second, -BOUND, BOUND))
 
 
 def mean_flow_target(u: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar) -> Vector:
@@ -56,15 +54,16 @@ class Matching:
     power: ClassVar[float] = 0.0
 
 
-def _whole(key: PRNGKey) -> Array:
-    """Half of the tied steps are the whole one, from 0 to 1, which a policy of one evaluation takes."""
-    return jr.bernoulli(key)
+def _or_whole(key: PRNGKey, t: Scalar, r: Scalar) -> tuple[Scalar, Scalar]:
+    """(t, r) or, half the time, (0, 1): the step of a policy of one evaluation, for which random times rarely ask."""
+    whole = jr.bernoulli(key)
+    return jnp.where(whole, 0.0, t), jnp.where(whole, 1.0, r)
 
 
 @dataclass(frozen=True)
 class Shortcut:
     """Steps of 1, 1/2, ... from their own grid, each equal to two of half its size, 2^-levels the smallest
-    (2410.12557; there all sizes are equally likely, here half are the whole step)."""
+    (2410.12557; in its released code all sizes are equally frequent, here half are the whole step)."""
 
     share: float = 0.5
     """Of the rows that are matched to the flow; the others tie steps together."""
@@ -75,9 +74,9 @@ class Shortcut:
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         """(t, r) of one step."""
         k_whole, k_level, k_place = jr.split(key, 3)
-        size = jnp.where(_whole(k_whole), 1.0, 2.0 ** -jr.randint(k_level, (), 0, self.levels))
+        size = 2.0 ** -jr.randint(k_level, (), 0, self.levels)
         t = jnp.floor(jr.uniform(k_place) / size) * size
-        return t, t + size
+        return _or_whole(k_whole, t, t + size)
 
     def target(self, u: Average, slow: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar, key: PRNGKey) -> Vector:
         """By the slow copy; the smallest half steps are velocities."""
@@ -86,7 +85,7 @@ class Shortcut:
         def half(x, t, r):
             return slow(x, t, jnp.where(smallest, t, r))
 
-        return split_target(half, x_t, t, r, 0.5, BOUND)
+        return split_target(half, x_t, t, r, 0.5)
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,11 @@ class SplitMeanFlow:
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         k_whole, k_times = jr.split(key)
         t, r = jnp.sort(jr.uniform(k_times, (2,)))
-        whole = _whole(k_whole)
-        return jnp.where(whole, 0.0, t), jnp.where(whole, 1.0, r)
+        return _or_whole(k_whole, t, r)
 
     def target(self, u: Average, slow: Average, v: Vector, x_t: Vector, t: Scalar, r: Scalar, key: PRNGKey) -> Vector:
         """By the slow copy."""
-        return split_target(slow, x_t, t, r, jr.uniform(key), BOUND)
+        return split_target(slow, x_t, t, r, jr.uniform(key))
 
 
 Objective = Matching | Shortcut | MeanFlow | SplitMeanFlow

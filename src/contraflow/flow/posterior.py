@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.density import LogDensity, log_normal
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.proposal import Mixture, Noise, Proposal, Support
+from contraflow.flow.proposal import Mixture, Noise, Particles, Proposal, Support, systematic
 from contraflow.types import PRNGKey
 
 Weights = Float[Array, " K"]
@@ -181,7 +181,9 @@ class Markov:
 
     `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates of a
     chain, in [1, samples]. Critic calls with P endpoints: samples - 1 + P, and P (1 + len(sizes)) with gradients.
-    Raises ValueError for samples < 1, a size <= 0, control < 0, or a call without `support`.
+    The proposal must not depend on `support` (`Particles` does): its density would then be another one after the move,
+    and the kernel no longer leaves the posterior invariant. Raises ValueError for such a proposal, samples < 1, a
+    size <= 0, control < 0, or a call without `support`.
     """
 
     samples: int = 16
@@ -196,6 +198,8 @@ class Markov:
             raise ValueError(f"Markov(sizes={self.sizes}): step sizes must be positive")
         if self.control < 0:
             raise ValueError(f"Markov(control={self.control}): a standard deviation is not negative")
+        if any(isinstance(part, Particles) for part in getattr(self.proposal, "components", (self.proposal,))):
+            raise ValueError("Markov needs a proposal that does not depend on the policy's endpoints: not Particles")
 
     def __call__(
         self,
@@ -224,15 +228,11 @@ class Markov:
 
         # Starts: the policy's endpoints, as often as they explain x_t.
         likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, a * u, b))(support))
-        place = (jnp.arange(chains) + jr.uniform(k_starts)) / chains
-        which = jnp.searchsorted(jnp.cumsum(likelihood)[:-1], place, side="right")
+        starts = systematic(k_starts, likelihood, chains)
 
         # Global: each start competes with the same fresh candidates.
         fresh = self.proposal.sample(k_candidates, path, x_t, t, self.samples - 1, support)
         log_fresh, log_support = jax.vmap(log_weight)(fresh), jax.vmap(log_weight)(support)
-
-        def candidates(i):
-            return jnp.concatenate([support[i][None], fresh]), jnp.concatenate([log_support[i][None], log_fresh])
 
         # Local: Metropolis-adjusted Langevin. The posterior is at most as wide as x0's part alone makes it.
         scale = d ** (-1 / 3) / (1 + (a / b) ** 2)
@@ -251,20 +251,22 @@ class Markov:
             moved = jax.tree.map(lambda x, y: jnp.where(place < accept, x, y), (new, new_p, new_grad), state)
             return moved, accept * (new + weight * new_grad) + (1 - accept) * (u + weight * grad)
 
-        def chain(i, k_pick, k_moves, k_accept):
-            u, log_w = candidates(i)
+        def chain(start, k_pick, k_moves, k_accept):
+            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
+            mine = jnp.concatenate([support[start][None], fresh])
+            log_w = jnp.concatenate([log_support[start][None], log_fresh])
             w = jax.nn.softmax(log_w)
             ess = 1.0 / jnp.sum(w**2)
             if not self.sizes:
-                return w @ u, ess
-            start = u[jr.categorical(k_pick, log_w)]
+                return w @ mine, ess
+            u = mine[jr.categorical(k_pick, log_w)]
             inputs = jr.normal(k_moves, (n, d)), jr.uniform(k_accept, (n,)), jnp.asarray(self.sizes)
-            _, means = jax.lax.scan(move, (start, *jax.value_and_grad(log_p)(start)), inputs)
+            _, means = jax.lax.scan(move, (u, *jax.value_and_grad(log_p)(u)), inputs)
             return means[n // 2 :].mean(0), ess
 
         keys = (jr.split(k, chains) for k in (k_pick, k_moves, k_accept))
-        means, ess = jax.vmap(chain)(which, *keys)
-        eta = weight * (a / b) ** 2 if self.sizes else jnp.zeros(())
+        means, ess = jax.vmap(chain)(starts, *keys)
+        eta = weight * (a / b) ** 2 if self.sizes else 0.0
         return Posterior(means.mean(0), jnp.full_like(x_t, eta), ess.mean())
 
 

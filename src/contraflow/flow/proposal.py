@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.stats import norm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from contraflow.flow.density import log_normal, log_sech2
 from contraflow.flow.path import AbstractPath, Scalar, Vector
@@ -23,6 +23,13 @@ from contraflow.types import PRNGKey
 
 Samples = Float[Array, "n d"]
 Support = Float[Array, "p d"] | None
+
+
+def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
+    """n indices in order, j about n shares[j] times (by at most one more or less) and exactly so on average: one random
+    offset for all. `shares` sum to 1."""
+    place = (jnp.arange(n) + jr.uniform(key)) / n
+    return jnp.searchsorted(jnp.cumsum(shares)[:-1], place, side="right")
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,8 @@ class Ramp:
 class Mixture:
     """Several proposals at once, q(u) = sum_j r_j q_j(u) (balance heuristic, Veach & Guibas 1995).
 
-    Systematic allocation with one random offset: component j receives r_j n candidates on average, so that dividing by
-    q stays exactly unbiased whatever the shares. `shares` is a tuple or a function of t that returns [J].
+    Systematic allocation: component j receives r_j n candidates on average, so that dividing by q stays exactly
+    unbiased whatever the shares. `shares` is a tuple or a function of t that returns [J].
     """
 
     components: tuple["Noise | UniformAction | Particles", ...] = (Noise(), UniformAction())
@@ -183,9 +190,7 @@ class Mixture:
         k_offset, *keys = jr.split(key, len(self.components) + 1)
         # Every component draws n and one is kept: the shares are traced, and the critic only ever sees the n kept.
         drawn = jnp.stack([c.sample(k, path, x_t, t, n, support) for c, k in zip(self.components, keys, strict=True)])
-        place = (jnp.arange(n) + jr.uniform(k_offset)) / n
-        which = jnp.searchsorted(jnp.cumsum(self._shares(t))[:-1], place, side="right")
-        return drawn[which, jnp.arange(n)]
+        return drawn[systematic(k_offset, self._shares(t), n), jnp.arange(n)]
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
         logs = jnp.stack([c.log_prob(x1, path, x_t, t, support) for c in self.components])

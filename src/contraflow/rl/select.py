@@ -54,3 +54,8 @@ class First:
 
 
 Selector = Softmax | Argmax | First
+
+
+def chooses(selector: Selector) -> bool:
+    """Whether scores matter: no critic needs to be asked otherwise."""
+    return selector.particles > 1 and not isinstance(selector, First)
