@@ -41,7 +41,7 @@ SEVERAL: dict[str, Any] = FOUR | {"query": First(8), "estimator": Markov(sizes=(
 def fixed(eta: float, **fields: Any) -> RFM:
     """RFM with candidates from noise, as many as the default asks the critic for, and a fixed control weight: 0 is
     noise-expectation (QNE), 1 gradient-expectation (iDEM, DQS)."""
-    return RFM(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **ONE, **fields)
+    return RFM(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **(ONE | fields))
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,36 @@ MATRICES = {
         },
         ("WalkerWalk-v1", "CartpoleSwingup-v1"),
     ),
+    # As many trials more for those that had two: six for each in all.
+    "trials": Matrix(
+        {
+            "sac-faster": SAC(actor_lr=3e-3),
+            "sac-fast-cold": SAC(actor_lr=1e-3, init_alpha=0.1),
+            "sac-fast-colder": SAC(actor_lr=1e-3, init_alpha=0.01),
+            "sac-fast-alpha": SAC(actor_lr=1e-3, alpha_lr=3e-3),
+            "sir-cold": SIR(temperature=Constant(0.005)),
+            "sir-half": SIR(base=0.5),
+            "sir-half-falling": SIR(base=0.5, temperature=FALLING),
+            "sir-quarter": SIR(base=0.25),
+            "noise-cold": fixed(0.0, temperature=Constant(0.005)),
+            "noise-fast": fixed(0.0, explore=Softmax(32), actor_lr=1e-3),
+            "noise-fast-falling": fixed(0.0, explore=Softmax(32), actor_lr=1e-3, temperature=FALLING),
+            "noise-fast-tuned": fixed(
+                0.0, explore=Softmax(32), backup=Softmax(4), actor_lr=1e-3, temperature=Tuned(-0.5)
+            ),
+        },
+        DEVELOPMENT,
+    ),
     # Nothing is chosen here: the settings come from the development tasks.
-    "test": Matrix({"rfm-paper": PRESETS["rfm-paper"].agent}, TEST),
+    "test": Matrix(
+        {"rfm-paper": PRESETS["rfm-paper"].agent, "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL)},
+        TEST,
+    ),
 }
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why", "test"],
+    name: Literal["development", "actor-free", "parts", "why", "trials", "test"],
     /,
     out: Path,
     seeds: int = 5,
