@@ -29,7 +29,6 @@ from contraflow.flow.solve import Euler, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First
-from contraflow.rl.td import start_critic
 from contraflow.types import EnvSpec, Transition
 
 SLOPES = (0.0, 2.0)
@@ -71,14 +70,14 @@ def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
 
 def prepare(agent: RFM, width: int = 64) -> RFM:
     """The agent with one particle and a critic that stays where it is put."""
-    return replace(agent, width=width, num_q=1, critic_lr=1e-30, backup=First(), query=First(), exploit=First())
+    frozen = replace(agent.critic, members=1, width=1, depth=1, lr=1e-30)
+    return replace(agent, width=width, critic=frozen, backup=First(), query=First(), exploit=First())
 
 
 def start(agent: RFM, dim: int, slope: jax.Array, key: jax.Array) -> RFMState:
     state = agent.init(key, EnvSpec(1, dim, 1, 1, True))
     critic = known_critic(dim, slope * agent.lam(state), jr.clone(key))
-    opt = start_critic(agent._critic_tx, critic)
-    return RFMState(state.actor, critic, jax.tree.map(jnp.copy, critic), state.actor_opt, opt, state.step)
+    return eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, jax.tree.map(jnp.copy, critic)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))

@@ -40,14 +40,21 @@ def update_products(agent: Any, rows: int = 256) -> int:
     return products(jax.make_jaxpr(agent.update)(state, batch(jr.key(1), rows), jr.key(2)).jaxpr)
 
 
+def with_width(agent: Any, width: int) -> Any:
+    """The agent with all networks of that width."""
+    own = {"width": width} if hasattr(agent, "width") else {}
+    critic = {"critic": replace(agent.critic, width=width)} if hasattr(agent, "critic") else {}
+    return replace(agent, **own, **critic)
+
+
 def main(width: int | None = None, rows: int = 256) -> None:
     """Gigaflops per update of every preset's agent, and the share of the official RFM's."""
     official = update_products(PRESETS["rfm-paper"].agent, rows)
     for name, run in PRESETS.items():
         agent: Any = run.agent
-        agent = agent if width is None else replace(agent, width=width)
+        agent = agent if width is None else with_width(agent, width)
         counted = update_products(agent, rows)
-        print(f"{name:16s} width {agent.width:4d} {counted / 1e9:8.3f} GFLOP   1/{official / counted:.1f} of rfm-paper")
+        print(f"{name:16s} {counted / 1e9:8.3f} GFLOP   1/{official / counted:.1f} of rfm-paper")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ THEN = ("CartpoleSwingup-v1", "FishUpright-v1", "WalkerWalk-v1", "FingerSpin-v1"
 def compared(tasks: tuple[str, ...], out: Path) -> list[str]:
     """The paper's setting: 250 000 steps, one environment, one update per step, width 256; two runs at a time."""
     envs = ",".join(f"envpool:{task}" for task in tasks)
-    settings = "--steps 250000 --collect 10000 --width 256 --eval-every 25000 --eval-episodes 25 --seeds 5 --jobs 2"
+    settings = "--steps 250000 --collect 10000 --eval-every 25000 --eval-episodes 25 --seeds 5 --jobs 2"
+    settings += " --width 256 --critic.width 256"
     agents = "rfm-paper,rfm,sir,sac"
     command = [PYTHON, "-m", "contraflow", "compare", "--agents", agents, "--own", "rfm-paper", "--envs", envs]
     return [*command, *settings.split(), "--out", str(out)]

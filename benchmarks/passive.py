@@ -41,7 +41,7 @@ def study(run: Any, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
 
     def update(state, key):
         k_sample, k_update = jr.split(key)
-        return agent.update(state, buffer.sample(k_sample, run.batch_size, run.n_step, teacher.gamma), k_update)[
+        return agent.update(state, buffer.sample(k_sample, run.batch_size, run.n_step, teacher.critic.gamma), k_update)[
             0
         ], None
 

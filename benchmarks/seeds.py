@@ -9,11 +9,11 @@ shared machine that measures the neighbours too, of the process's own CPU time.
 
 import sys
 import time
-from dataclasses import replace
 
 import jax
 import jax.random as jr
 import tyro
+from flops import with_width
 from timing import paired, report
 
 from contraflow import AGENTS
@@ -38,7 +38,7 @@ def main(
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.platform} ({device.device_kind}), {sys.version.split()[0]}")
     print(f"{agent}, width {width}, {env} x {num_envs}, {updates} update(s) of {batch_size}, {iterations} iterations")
-    world, small = make(env, num_envs), replace(AGENTS[agent](), width=width)
+    world, small = make(env, num_envs), with_width(AGENTS[agent](), width)
     warm_up, learning = OffPolicy(True, 0, batch_size), OffPolicy(False, updates, batch_size)
     keys = jr.split(jr.key(0), seeds)
 

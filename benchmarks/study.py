@@ -20,6 +20,7 @@ from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.presets import PRESETS
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
@@ -27,7 +28,7 @@ DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerW
 TEST = ("CheetahRun-v1", "WalkerRun-v1", "QuadrupedWalk-v1", "HalfCheetah-v5")
 
 SETTINGS = matrix.Settings(
-    steps=40_000, collect=4_000, num_envs=4, updates=2, batch_size=128, n_step=3, tau=0.02,
+    steps=40_000, collect=4_000, num_envs=4, updates=2, batch_size=128, n_step=3, critic=Critics(tau=0.02),
     buffer_size=40_000, eval_every=10_000, eval_episodes=4, final_episodes=8, log_every=2_000,
 )  # fmt: skip
 FALLING = Anneal(0.2, 0.02, steps=16_000)

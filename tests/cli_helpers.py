@@ -18,12 +18,13 @@ import numpy as np
 from contraflow import SIR, Run
 from contraflow.cli import main
 from contraflow.envs.gymnasium import Gymnasium
+from contraflow.rl.critics import Critics
 
 ROOT = Path(__file__).parents[1]
 ENVIRON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
 COMMAND = [sys.executable, "-m", "contraflow"]
 
-SMALL = SIR(width=8, depth=1)  # compiles fastest
+SMALL = SIR(critic=Critics(width=8, depth=1))  # compiles fastest
 TINY = Run(
     env="probe:obs-action", agent=SMALL, steps=40, collect=10, num_envs=2, updates=1, batch_size=8, buffer_size=64,
     eval_every=20, eval_episodes=2, log_every=10, trackers=(),
@@ -50,9 +51,9 @@ FLAGS = [
     "--log-every",
     "10",
     "--trackers",
-    "--agent.width",
+    "--agent.critic.width",
     "8",
-    "--agent.depth",
+    "--agent.critic.depth",
     "1",
     "--quiet",
 ]

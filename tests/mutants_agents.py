@@ -3,12 +3,8 @@
 RFM = "agents/test_rfm.py::"
 SAC = "agents/test_sac.py::"
 CONTRACT = "contract/test_contract_agents.py::"
-JOINT_CLIPPING = """updates, opt_state = tx.update(
-        jax.vmap(jax.grad(lambda q: jnp.mean((jax.vmap(q)(batch.obs, batch.action) - y) ** 2)))(critic.members),
-        opt_state,
-    )
-    members = eqx.apply_updates(critic.members, updates)
-    _, _, loss, norm = jax.vmap(step)(critic.members, start_critic(tx, critic))"""
+CRITICS = ("rl/test_rl_critics.py",)
+HEADS = ("nets/test_heads.py",)
 
 ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
@@ -27,10 +23,10 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "truncation masks the TD target",
-        "rl/td.py",
-        "jnp.where(batch.terminated, 0.0",
-        "jnp.where(batch.terminated | batch.truncated, 0.0",
-        ("rl/test_rl_td.py",),
+        "rl/critics.py",
+        "discount = jnp.where(row.terminated, 0.0",
+        "discount = jnp.where(row.terminated | row.truncated, 0.0",
+        CRITICS,
     ),
     (
         "one key for the candidates of a whole batch",
@@ -42,29 +38,29 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "one key for the noise of a whole batch of actions",
         "agents/sir.py",
-        "jax.vmap(next_value)(batch.next_obs, jr.split(key, batch.reward.shape[0]))",
-        "jax.vmap(lambda o: next_value(o, key))(batch.next_obs)",
+        "keys = jr.split(k_next, batch.reward.shape[0])",
+        "keys = jnp.stack([k_next] * batch.reward.shape[0])",
         (CONTRACT + "test_noise_is_drawn_for_every_sample_of_a_batch[sir]",),
     ),
     (
         "target network not updated",
-        "agents/rfm.py",
-        "target = polyak(critic, state.target, self.tau)",
-        "target = state.target",
+        "rl/critics.py",
+        "return critic, polyak(critic, target, self.tau), opt,",
+        "return critic, target, opt,",
         (CONTRACT + "test_target_moves_by_tau_towards_the_new_critic[rfm]",),
     ),
     (
         "target network moves by 1 - tau",
-        "rl/td.py",
+        "rl/critics.py",
         "incremental_update(online, target, tau)",
         "incremental_update(online, target, 1 - tau)",
-        ("rl/test_rl_td.py",),
+        CRITICS,
     ),
     (
-        "Polyak's arguments swapped in SAC",
-        "agents/sac.py",
-        "polyak(critic, state.target, self.tau)",
-        "polyak(state.target, critic, self.tau)",
+        "Polyak's arguments swapped",
+        "rl/critics.py",
+        "polyak(critic, target, self.tau)",
+        "polyak(target, critic, self.tau)",
         (CONTRACT + "test_target_moves_by_tau_towards_the_new_critic[sac]",),
     ),
     (
@@ -84,29 +80,92 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "entropy cost left out of SAC's backup",
         "agents/sac.py",
-        "return state.target.min(obs, action) - alpha * log_prob",
-        "return state.target.min(obs, action)",
+        "batch, action, k_critic, -alpha * log_prob",
+        "batch, action, k_critic",
         (SAC + "test_backup_subtracts_the_entropy_cost",),
     ),
     (
         "backup asks the online critic",
-        "agents/rfm.py",
-        "return state.target.min(obs, jnp.tanh(u[pick]))",
-        "return state.critic.min(obs, jnp.tanh(u[pick]))",
+        "rl/critics.py",
+        "self.goals(target, batch,",
+        "self.goals(critic, batch,",
         (RFM + "test_update_against_an_independent_one[policy]",),
     ),
     (
         "n-step target discounts the value once",
-        "rl/td.py",
-        "gamma**batch.span",
-        "gamma",
-        ("rl/test_rl_td.py",),
+        "rl/critics.py",
+        "self.gamma**row.span",
+        "self.gamma",
+        CRITICS,
     ),
     (
-        "critics clipped by one joint norm",
-        "rl/td.py",
-        "members, opt_state, loss, norm = jax.vmap(step)(critic.members, opt_state)",
-        JOINT_CLIPPING,
-        ("rl/test_rl_td.py",),
+        "critics are not clipped",
+        "rl/critics.py",
+        "clipped_adam(self.lr, self.max_grad_norm,",
+        "clipped_adam(self.lr, None,",
+        CRITICS,
+    ),
+    (
+        "what follows the end counts if it is infinite",
+        "rl/critics.py",
+        "outs, bonus = jnp.where(row.terminated, 0.0, outs),",
+        "outs, bonus = outs,",
+        CRITICS,
+    ),
+    (
+        "a lower confidence bound above the mean",
+        "nets/critic.py",
+        "-self.rho * spread",
+        "self.rho * spread",
+        CRITICS,
+    ),
+    (
+        "the subset is that of the smallest",
+        "nets/critic.py",
+        "jnp.where(drawn, q, jnp.inf)",
+        "jnp.where(jnp.ones_like(drawn), q, jnp.inf)",
+        CRITICS,
+    ),
+    (
+        "quantiles from above",
+        "nets/heads.py",
+        "(gap < 0)) * huber",
+        "(gap > 0)) * huber",
+        HEADS,
+    ),
+    (
+        "soft bonus left out of the law of the return",
+        "nets/heads.py",
+        "jnp.clip(reward + discount * (self._returns + shift), self.low, self.high)",
+        "jnp.clip(reward + discount * self._returns, self.low, self.high)",
+        HEADS,
+    ),
+    (
+        "laws beyond the range lose their mass",
+        "nets/heads.py",
+        "moved = jnp.clip(reward + discount * (self._returns + shift), self.low, self.high)",
+        "moved = reward + discount * (self._returns + shift)",
+        HEADS,
+    ),
+    (
+        "smoothed targets off by half a bin",
+        "nets/heads.py",
+        "edges = jnp.linspace(self.low - 0.5 * self._spacing, self.high + 0.5 * self._spacing,",
+        "edges = jnp.linspace(self.low, self.high + self._spacing,",
+        HEADS,
+    ),
+    (
+        "networks mixed as outputs, not as laws",
+        "nets/heads.py",
+        "return weights @ jax.nn.softmax(outs, axis=-1)",
+        "return jax.nn.softmax(weights @ outs)",
+        HEADS,
+    ),
+    (
+        "a residual block forgets its input",
+        "nets/layers.py",
+        "return h + self.back(",
+        "return self.back(",
+        ("nets/test_nets.py::test_residual_critic_forward",),
     ),
 )

@@ -106,8 +106,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "maximum over the ensemble",
         "nets/critic.py",
-        "return self(obs, action).min()",
-        "return self(obs, action).max()",
+        "jax.nn.one_hot(jnp.argmin(q), q.shape[0])",
+        "jax.nn.one_hot(jnp.argmax(q), q.shape[0])",
         (RFM + "test_update_against_an_independent_one[policy]",),
     ),
     (

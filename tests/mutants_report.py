@@ -85,8 +85,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "random actions ranked by a critic",
         "compare/worker.py",
-        "random = SIR(exploit=First(), width=1, depth=1)",
-        "random = SIR(width=1, depth=1)",
+        "random = SIR(exploit=First(), critic=Critics(width=1, depth=1))",
+        "random = SIR(critic=Critics(width=1, depth=1))",
         (COMPARE + "test_compare_worker.py" + "::test_random_actions_are_random",),
     ),
     (
@@ -239,8 +239,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "settings that differ are not told",
         "report/page.py",
-        "if name in FAIR and len(present) > 1:",
-        "if False:",
+        "for fair in FAIR) and len(present) > 1:",
+        "for fair in FAIR) and False:",
         (REPORT + "test_report_page.py",),
     ),
     (

@@ -23,7 +23,7 @@ from contraflow.train.run import read_config
         ("train rfn", ["no preset rfn", "did you mean 'rfm'", "contraflow list presets"]),
         ("train --seed 3 rfm", ["the preset comes first"]),
         ("train runs/none", ["runs/none does not exist"]),
-        ("train rfm --agent.gama 0.9", ["Unrecognized options: --agent.gama", "Perhaps you meant", "--agent.gamma"]),
+        ("train rfm --agent.critic.gama 0.9", ["Unrecognized options: --agent.critic.gama", "Perhaps you meant"]),
         ("train rfm --stepz 9", ["Unrecognized options: --stepz", "--steps"]),
         ("train rfm agent.solver:huen", ["no kind huen", "did you mean 'heun'"]),
         ("train rfm agent.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
@@ -34,12 +34,12 @@ from contraflow.train.run import read_config
         ("list agent", ["invalid choice", "agents"]),
         ("list envs nothinglikethis", ["no envs match", "contraflow list envs"]),
         # values out of range
-        ("train rfm --agent.gamma 1.7", ["gamma is a discount in [0, 1], got 1.7"]),
-        ("train rfm --agent.gamma nan", ["gamma is a discount"]),
+        ("train rfm --agent.critic.gamma 1.7", ["gamma is a discount in [0, 1], got 1.7"]),
+        ("train rfm --agent.critic.gamma nan", ["gamma is a discount"]),
         ("train rfm --steps -5", ["steps must be at least 1, got -5"]),
         ("train rfm --steps many", ["--steps", "many"]),
         ("train rfm --agent.width 0", ["width must be positive, got 0"]),
-        ("train rfm --agent.tau 0", ["tau is a target-update rate"]),
+        ("train rfm --agent.critic.tau 0", ["tau is a target-update rate"]),
         ("train rfm --agent.temperature.value -1", ["temperature must be positive"]),
         ("train rfm --agent.estimator.samples 0", ["at least one candidate"]),
         ("train rfm --agent.solver.steps 0", ["at least one step"]),
@@ -160,7 +160,7 @@ def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path):
 
 
 def test_the_culprit_of_a_real_agent_is_named(tmp_path: Path):
-    args = ["train", "sir", *FLAGS, "--agent.critic-lr", "1e38", "--out", str(tmp_path / "run")]
+    args = ["train", "sir", *FLAGS, "--agent.critic.lr", "1e38", "--out", str(tmp_path / "run")]
     assert_refused(args, "error: critic_loss", "last good checkpoint")
     assert checkpoint.latest(tmp_path / "run") is not None
 

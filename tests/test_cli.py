@@ -21,6 +21,7 @@ from contraflow.flow.posterior import Fixed, Markov, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Heun
 from contraflow.presets import PRESETS
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, First
 from contraflow.rl.temperature import Anneal
 from contraflow.train.run import write_config
@@ -50,7 +51,7 @@ assert isinstance(ESTIMATOR, Markov)
         ("--steps 7000 --seed 3 --num-envs 4", replace(BASE, steps=7000, seed=3, num_envs=4)),
         ("--trackers wandb tensorboard", replace(BASE, trackers=("wandb", "tensorboard"))),
         ("--trackers", replace(BASE, trackers=())),
-        ("--agent.gamma .98 --agent.width 8", replace(AGENT, gamma=0.98, width=8)),
+        ("--agent.critic.gamma .98 --agent.width 8", replace(AGENT, critic=Critics(gamma=0.98), width=8)),
         ("--agent.condition-on-temperature", replace(AGENT, condition_on_temperature=True)),
         ("--agent.max-grad-norm None", replace(AGENT, max_grad_norm=None)),
         ("--agent.endpoint buffer", replace(AGENT, endpoint="buffer")),
@@ -60,9 +61,9 @@ assert isinstance(ESTIMATOR, Markov)
         ("--agent.solver.steps 5 agent.solver:heun", replace(AGENT, solver=Heun(5))),
         ("agent.path:cosine agent.exploit:first", replace(AGENT, path=Cosine(), exploit=First())),
         (
-            "agent.estimator:reverse agent.estimator.control:min-variance --agent.gamma 0.5 "
+            "agent.estimator:reverse agent.estimator.control:min-variance --agent.critic.gamma 0.5 "
             "--agent.estimator.control.clip 1",
-            replace(AGENT, gamma=0.5, estimator=Reverse(control=MinVariance(clip=1.0))),
+            replace(AGENT, critic=Critics(gamma=0.5), estimator=Reverse(control=MinVariance(clip=1.0))),
         ),
         (
             "--agent.estimator.samples 9 agent.estimator.proposal:uniform-action agent.estimator:reverse",
@@ -102,7 +103,7 @@ def test_every_kind_has_a_word(field: str):
 
 
 def test_a_preset_may_be_a_run_folder_or_a_file(tmp_path: Path):
-    run = replace(TINY, agent=RFM(gamma=0.5, solver=Heun(3)))
+    run = replace(TINY, agent=RFM(critic=Critics(gamma=0.5), solver=Heun(3)))
     write_config(run, tmp_path)
     assert parsed(preset=str(tmp_path)) == parsed(preset=str(tmp_path / "config.json")) == run
     changed = parsed("--agent.solver.steps", "2", "--seed", "9", preset=str(tmp_path))

@@ -78,8 +78,11 @@ def test_what_a_script_defines_is_named_after_its_file(monkeypatch: pytest.Monke
     [
         ({"stepz": 3}, "no field 'stepz'; did you mean 'steps'"),
         ({"agent": {"kind": "RMF"}}, "unknown kind 'RMF'; did you mean 'RFM'"),
-        ({"agent": {"kind": "RFM", "gama": 0.5}}, "no field 'gama'; did you mean 'gamma'"),
-        ({"agent": {"kind": "RFM", "gamma": 1.7}}, r"gamma is a discount in \[0, 1\], got 1.7"),
+        ({"agent": {"kind": "RFM", "widht": 8}}, "no field 'widht'; did you mean 'width'"),
+        (
+            {"agent": {"kind": "RFM", "critic": {"kind": "Critics", "gamma": 1.7}}},
+            r"agent.critic: gamma is a discount in \[0, 1\], got 1.7",
+        ),
         (
             {"agent": {"kind": "RFM", "solver": {"kind": "Huen"}}},
             "agent.solver: unknown kind 'Huen'; did you mean 'Heun'",

@@ -2,6 +2,7 @@
 
 from contraflow.agents import AGENTS, RFM, SAC, SIR
 from contraflow.config import VERSION as __version__
+from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy, load
 from contraflow.train.run import Result, Run, resume, train
 from contraflow.train.seeds import resume_seeds, train_seeds
@@ -12,6 +13,7 @@ __all__ = [
     "RFM",
     "SAC",
     "SIR",
+    "Critics",
     "EnvSpec",
     "Policy",
     "Result",

@@ -4,6 +4,7 @@ from contraflow.agents import BC, DPPO, FPO, PPO, RFM, SAC, SIR, ReinFlow
 from contraflow.flow.posterior import MinVariance, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant
 from contraflow.train.offline import OfflineRun
@@ -20,13 +21,11 @@ RFM_PAPER = RFM(
     temperature=Constant(0.02),
     condition_on_temperature=True,
     t_min=0.01,
-    gamma=0.99,
-    tau=0.005,
+    critic=Critics(members=2, width=256, depth=2, gamma=0.99, tau=0.005, lr=1e-3, max_grad_norm=10.0),
     width=256,
     depth=2,
     embedding=128,
     actor_lr=3e-4,
-    critic_lr=1e-3,
     max_grad_norm=10.0,
 )
 
@@ -55,7 +54,7 @@ PRESETS: dict[str, AnyRun] = {
             explore=First(),
             backup=First(),
             temperature=Anneal(0.2, 0.02, steps=50_000),
-            tau=0.02,
+            critic=Critics(tau=0.02, decay_steps=58_000),
             embedding=32,
             decay_steps=58_000,
         ),

@@ -17,6 +17,7 @@ from contraflow.flow.proposal import Mixture, Noise
 from contraflow.flow.solve import Euler
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
+from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Constant
@@ -27,8 +28,8 @@ B, LAM = 3, 0.5
 BASE = RFM(
     width=8, depth=1, embedding=4, estimator=Reverse(8, Mixture(), Fixed(0.0)), solver=Euler(2), explore=Softmax(4),
     backup=Softmax(4), query=Softmax(4), exploit=Argmax(4),
-    temperature=Constant(LAM), actor_lr=1e-2, critic_lr=1e-2, tau=0.1, base=0.7,
-    max_grad_norm=0.5,
+    temperature=Constant(LAM), actor_lr=1e-2, base=0.7, max_grad_norm=0.5,
+    critic=Critics(width=8, depth=1, lr=1e-2, tau=0.1, max_grad_norm=0.5),
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def expected(agent, state, data, key):
     for b in range(B):
         u, i = particles(data.next_obs[b], keys_next[b])
         bootstrap = 0.0 if ended[b] else state.target(data.next_obs[b], jnp.tanh(u[i])).min()
-        y.append(data.reward[b] + agent.gamma * bootstrap)
+        y.append(data.reward[b] + agent.critic.gamma * bootstrap)
         u, i = particles(data.obs[b], keys_now[b])
         x1.append(u[i] if agent.endpoint == "policy" else jnp.arctanh(data.action[b]))
     y = jnp.stack(y)
@@ -75,10 +76,10 @@ def expected(agent, state, data, key):
     members = []
     for i in range(2):
         member = jax.tree.map(lambda leaf, i=i: leaf[i], state.critic.members)
-        tx = optax.chain(optax.clip_by_global_norm(agent.max_grad_norm), optax.adam(agent.critic_lr))
-        grad = jax.grad(lambda q: jnp.mean((jax.vmap(q)(data.obs, data.action) - y) ** 2))(member)
+        tx = optax.chain(optax.clip_by_global_norm(agent.max_grad_norm), optax.adam(agent.critic.lr))
+        grad = jax.grad(lambda q: jnp.mean((jax.vmap(q)(data.obs, data.action)[:, 0] - y) ** 2))(member)
         members.append(eqx.apply_updates(member, tx.update(grad, tx.init(member))[0]))
-    critic = lambda obs, a: jnp.minimum(*(q(obs, a) for q in members))
+    critic = lambda obs, a: jnp.minimum(*(q(obs, a)[0] for q in members))
 
     t = jr.uniform(k_t, (B,), minval=agent.t_min, maxval=1 - agent.t_min)
     x0 = jr.normal(k_x0, (B, 2))
@@ -152,8 +153,10 @@ def test_paper_settings():
     assert (p.solver, p.t_min, p.base, p.endpoint, p.behaviour) == (Euler(10), 0.01, 1.0, "policy", None)
     assert (p.explore, p.backup, p.query, p.exploit) == (Softmax(32), Softmax(32), Softmax(32), Argmax(32))
     assert (p.temperature, p.condition_on_temperature) == (Constant(0.02), True)
-    assert (p.gamma, p.tau, p.width, p.depth, p.embedding, p.num_q) == (0.99, 0.005, 256, 2, 128, 2)
-    assert (p.actor_lr, p.critic_lr, p.max_grad_norm, p.decay_steps) == (3e-4, 1e-3, 10.0, None)
+    assert (p.critic.gamma, p.critic.tau, p.critic.members) == (0.99, 0.005, 2)
+    assert (p.width, p.depth, p.embedding, p.critic.width, p.critic.depth) == (256, 2, 128, 256, 2)
+    assert (p.actor_lr, p.critic.lr, p.decay_steps, p.critic.decay_steps) == (3e-4, 1e-3, None, None)
+    assert p.max_grad_norm == p.critic.max_grad_norm == 10.0
 
 
 def latents(state, agent, obs, key, particles):
@@ -193,7 +196,7 @@ def test_explore_picks_at_the_behaviour_temperature():
 
 
 def scores(state, u, obs):
-    return jax.vmap(lambda x: state.critic.min(obs, jnp.tanh(x)))(u)
+    return jax.vmap(lambda x: state.critic.value(obs, jnp.tanh(x)))(u)
 
 
 @pytest.mark.parametrize("selector", [First(), First(3), Softmax(1), Argmax(1)])

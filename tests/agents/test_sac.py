@@ -1,5 +1,6 @@
 """SAC: the density of its actions, its optimum on a bandit with a known Q, its entropy control."""
 
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -12,18 +13,20 @@ from scipy import integrate, optimize, stats
 
 from contraflow.agents.sac import SAC
 from contraflow.nets.critic import QEnsemble
+from contraflow.rl.critics import Critics
 from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
-AGENT = SAC(width=8, depth=1, actor_lr=1e-2, critic_lr=1e-2, alpha_lr=1e-2, tau=0.1)
+CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1, max_grad_norm=None)
+AGENT = SAC(width=8, depth=1, actor_lr=1e-2, alpha_lr=1e-2, critic=CRITIC)
 STEEPNESS, PEAK = 5.0, 0.4
 
 
 class Parabola(QEnsemble):
     """Q(a) = -k |a - m|^2 whatever its parameters."""
 
-    def __call__(self, obs, action):
-        return -STEEPNESS * jnp.sum((action - PEAK) ** 2)[None] * jnp.ones(self.num)
+    def outputs(self, obs, action):
+        return -STEEPNESS * jnp.sum((action - PEAK) ** 2) * jnp.ones((self.num, 1))
 
 
 def gaussian_state(mean, std):
@@ -73,7 +76,7 @@ def train(agent, updates):
     state = agent.init(jr.key(0), SPEC)
     q = lambda key: Parabola(2, 1, 1, 1, 1, key=key)
     critic, target = q(jr.key(1)), q(jr.key(2))
-    opt = jax.vmap(agent._critic_tx.init)(critic.members)
+    opt = jax.vmap(agent.critic._tx.init)(critic.members)
     state = eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (critic, target, opt))
     keys = jr.split(jr.key(3), updates)
     return jax.lax.scan(lambda s, k: agent.update(s, bandit(64), k), state, keys)
@@ -81,7 +84,7 @@ def train(agent, updates):
 
 @pytest.fixture(scope="module")
 def fixed_alpha():
-    return train(SAC(width=8, depth=1, actor_lr=1e-2, critic_lr=1e-2, alpha_lr=1e-30, init_alpha=0.1, tau=0.1), 800)
+    return train(replace(AGENT, alpha_lr=1e-30, init_alpha=0.1), 800)
 
 
 def test_optimum_at_fixed_temperature(fixed_alpha):
@@ -109,7 +112,7 @@ def test_backup_subtracts_the_entropy_cost(fixed_alpha):
     state, _ = fixed_alpha
     flat = jax.tree.map(jnp.zeros_like, jax.jit(lambda k: QEnsemble(2, 1, 1, 1, 1, key=k))(jr.key(0)))
     agent = SAC(width=8, depth=1)
-    opt = jax.jit(jax.vmap(agent._critic_tx.init))(flat.members)
+    opt = jax.jit(jax.vmap(agent.critic._tx.init))(flat.members)
     state = eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (flat, jax.tree.map(jnp.copy, flat), opt))
     going_on = eqx.tree_at(lambda b: b.terminated, bandit(512), jnp.zeros(512, bool))
     _, metrics = jax.jit(agent.update)(state, going_on, jr.key(1))
@@ -118,7 +121,7 @@ def test_backup_subtracts_the_entropy_cost(fixed_alpha):
 
 
 def test_entropy_hits_its_target():
-    agent = SAC(width=8, depth=1, actor_lr=1e-2, critic_lr=1e-2, alpha_lr=5e-3, init_alpha=1.0, target_entropy=-1.5)
+    agent = replace(AGENT, alpha_lr=5e-3, init_alpha=1.0, target_entropy=-1.5)
     _, metrics = train(agent, 4000)
     entropy, alpha = np.asarray(metrics["entropy"]), np.asarray(metrics["temperature"])
     np.testing.assert_allclose(entropy[-1000:].mean(), -1.5, atol=0.05)

@@ -10,6 +10,7 @@ from scipy import stats
 
 from contraflow.agents.sir import SIR
 from contraflow.nets.critic import QEnsemble
+from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Constant
@@ -17,14 +18,15 @@ from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 LAM = 0.5
+CRITIC = Critics(width=8, depth=1)
 
 
 class Waves(QEnsemble):
-    """Two members, of which `min` takes the lower one: sin(3 a) and sin(3 a) + .4 a."""
+    """Two members, of which the lower one counts: sin(3 a) and sin(3 a) + .4 a."""
 
-    def __call__(self, obs, action):
+    def outputs(self, obs, action):
         q = jnp.sum(jnp.sin(3.0 * action))
-        return jnp.stack([q, q + 0.4 * action[0]])
+        return jnp.stack([q, q + 0.4 * action[0]])[:, None]
 
 
 def q(a):
@@ -34,7 +36,7 @@ def q(a):
 def state_of(agent, kind=Waves):
     state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
     critic, target = (kind(2, 1, 1, 1, 1, key=jr.key(i)) for i in (1, 2))
-    opt = jax.vmap(agent._tx.init)(critic.members)
+    opt = jax.vmap(agent.critic._tx.init)(critic.members)
     return eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (critic, target, opt))
 
 
@@ -53,7 +55,7 @@ def q_jnp(a):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [0.5, 1.0, 3.0])
 def test_many_particles_give_the_boltzmann_law(base):
-    agent = SIR(width=8, depth=1, explore=Softmax(400), base=base, temperature=Constant(LAM))
+    agent = SIR(critic=CRITIC, explore=Softmax(400), base=base, temperature=Constant(LAM))
     state = state_of(agent)
     act = jax.jit(jax.vmap(lambda k: agent.act(state, jnp.zeros(1), k, True)))
     a = np.asarray(act(jr.split(jr.key(3), 4000)), float)[:, 0]
@@ -66,7 +68,7 @@ def test_many_particles_give_the_boltzmann_law(base):
 
 
 def test_first_shows_the_base_and_argmax_the_best():
-    base = SIR(width=8, depth=1, explore=First(), exploit=Argmax(500), base=0.5)
+    base = SIR(critic=CRITIC, explore=First(), exploit=Argmax(500), base=0.5)
     state = state_of(base)
     act = jax.jit(jax.vmap(lambda k: base.act(state, jnp.zeros(1), k, True)))
     a = np.asarray(act(jr.split(jr.key(3), 2000)), float)[:, 0]
@@ -78,12 +80,12 @@ def test_first_shows_the_base_and_argmax_the_best():
 class Slope(QEnsemble):
     """Members a and 2: the minimum is a, the maximum 2."""
 
-    def __call__(self, obs, action):
-        return jnp.stack([action[0], jnp.full((), 2.0)])
+    def outputs(self, obs, action):
+        return jnp.stack([action[0], jnp.full((), 2.0)])[:, None]
 
 
 def test_backup_takes_the_minimum_of_the_target_under_the_backup_rule():
-    agent = SIR(width=8, depth=1, backup=Argmax(200), temperature=Constant(LAM))
+    agent = SIR(critic=CRITIC, backup=Argmax(200), temperature=Constant(LAM))
     state = state_of(agent, Slope)
     state = eqx.tree_at(lambda s: s.critic, state, Slope(2, 1, 1, 1, 1, key=jr.key(5)))
     obs = jnp.zeros((4, 1))

@@ -43,7 +43,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
         ({"envs": "probe:action,probe:action"}, ["--envs names probe:action twice"]),
         ({"own": "rfm"}, ["--own rfm is not one of the agents"]),
         ({"collect": "40"}, ["agent sir: collect must lie between 0 and steps=40"]),
-        ({"width": "0"}, ["agent sir: width must be positive"]),
+        ({"critic.width": "0"}, ["width must be positive"]),
         ({"seeds": "0"}, ["seeds and jobs must be at least 1"]),
         ({"jobs": "0"}, ["seeds and jobs must be at least 1"]),
         ({"final_episodes": "0"}, ["final_episodes must be at least 1"]),
@@ -72,7 +72,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: pool.Outcome(0, 2, {}, False))
     assert cli(*flags(tmp_path / "m"))[0] == 0
     assert_refused(flags(tmp_path / "m", steps="50"), "steps = 40, not 50", "another --out")
-    assert_refused(flags(tmp_path / "m", gamma="0.9"), "gamma = 0.99, not 0.9")
+    assert_refused(flags(tmp_path / "m", **{"critic.gamma": "0.9"}), "gamma = 0.99, not 0.9")
     assert cli(*flags(tmp_path / "m", agents="rfm,sir", seeds="3"))[0] == 0
 
 

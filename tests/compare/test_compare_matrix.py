@@ -22,10 +22,11 @@ from contraflow.compare.matrix import (
     steps_taken,
 )
 from contraflow.presets import PRESETS
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Softmax
 from contraflow.train.run import read_config
 
-SETTINGS = Settings(steps=40, collect=10, num_envs=2, width=8, depth=1, critic_lr=0.01)
+SETTINGS = Settings(steps=40, collect=10, num_envs=2, width=8, critic=Critics(depth=1, lr=0.01))
 AGENTS = {"rfm": RFM(), "sac": SAC(), "sir": SIR()}
 NONE: frozenset[str] = frozenset()
 
@@ -44,10 +45,10 @@ def test_all_agents_share_critic_and_budget_but_those_that_keep_their_own(tmp_pa
     cells = plan(agents, ["probe:action"], 1, SETTINGS, frozenset({"paper"}), tmp_path)
     *fair, paper = (cell.run for cell in cells)
     for run in fair:
-        assert (run.agent.width, run.agent.depth, run.agent.critic_lr, run.agent.max_grad_norm) == (8, 1, 0.01, 10.0)
+        assert run.agent.critic == SETTINGS.critic and getattr(run.agent, "width", 8) == 8
     assert paper.agent == PRESETS["rfm-paper"].agent and paper.agent.width == 256
     assert {(run.steps, run.num_envs, run.updates, run.collect) for run in (*fair, paper)} == {(40, 2, 1, 10)}
-    assert replace(fair[0].agent, width=64, depth=2, critic_lr=1e-3) == RFM(), "what is the agent's own stays"
+    assert replace(fair[0].agent, width=64, critic=Critics()) == RFM(), "what is the agent's own stays"
 
 
 def test_an_agent_without_a_shared_setting_keeps_what_it_has(tmp_path: Path):

@@ -21,6 +21,7 @@ from contraflow.config import from_json, to_json
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 from contraflow.runtime.policy import Policy
@@ -29,7 +30,8 @@ from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 B = 8
-SMALL = {"width": 8, "depth": 1, "critic_lr": 1e-2, "tau": 0.1}
+CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
+SMALL = {"width": 8, "depth": 1, "critic": CRITIC}
 PICKS = {"explore": Softmax(3), "backup": Softmax(3), "exploit": Argmax(3)}
 FLOW = SMALL | PICKS | {"embedding": 4, "actor_lr": 1e-2, "solver": Euler(2)}
 
@@ -48,7 +50,7 @@ TABLE: dict[str, Any] = {
     ),
     "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4)}), temperature=Tuned(rate=0.1)),
     "sac": SAC(**SMALL, actor_lr=1e-2),
-    "sir": SIR(**SMALL, **PICKS, base=0.5),
+    "sir": SIR(critic=CRITIC, **PICKS, base=0.5),
 }
 FAMILIES = ("rfm", "sac", "sir")  # one member of each in the default tests
 
@@ -229,7 +231,7 @@ def test_target_moves_by_tau_towards_the_new_critic(case):
     new, _ = case.update(case.trained(0)[0], batch(jr.key(9)), jr.key(10))
     assert int(new.step) == int(old.step) + 1
     assert differs(new.critic, old.critic) and differs(new.target, old.target)
-    tau = case.agent.tau
+    tau = case.agent.critic.tau
     jax.tree.map(
         lambda t, c, n: np.testing.assert_allclose(n, (1 - tau) * t + tau * np.asarray(c), rtol=1e-5, atol=1e-6),
         old.target, new.critic, new.target,
@@ -281,12 +283,12 @@ def test_settings_are_hashable_and_survive_json(case):
     agent = case.agent
     again = from_json(json.loads(json.dumps(to_json(agent))), AnyAgent)
     assert again == agent and hash(again) == hash(agent) and type(again) is type(agent)
-    assert replace(agent, gamma=0.5) != agent
+    assert replace(agent, critic=Critics()) != agent
     with pytest.raises(AttributeError):
-        agent.gamma = 0.5
-    for field, bad in (("gamma", 1.7), ("gamma", -0.1), ("tau", 0.0), ("width", 0), ("critic_lr", -1e-3)):
+        agent.critic = Critics()
+    for field in {"width", "depth", "actor_lr"} & set(vars(agent)):
         with pytest.raises(ValueError, match=field):
-            replace(agent, **{field: bad})
+            replace(agent, **{field: -1})
 
 
 @pytest.mark.parametrize("name", ["sac", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sir", "rfm"))])

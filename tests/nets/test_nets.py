@@ -95,16 +95,28 @@ def test_velocity_forward():
     assert len(v.blocks) == 2
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_critic_forward(normalise):
-    q = built(lambda k: Critic(OBS, ACT, WIDTH, 2, normalise=normalise, key=k), jr.key(3))
-    norm = normalised if normalise else lambda h: h
+@pytest.mark.parametrize("block", ["plain", "normalised"])
+def test_critic_forward(block):
+    q = built(lambda k: Critic(OBS, ACT, WIDTH, 2, outputs=3, block=block, key=k), jr.key(3))
+    norm = normalised if block == "normalised" else lambda h: h
     h = relu(norm(np.concatenate([X, O]) @ np.concatenate(q.first.weights) + q.first.bias))
     for layer in q.hidden:
         h = relu(norm(h @ np.asarray(layer.weight) + layer.bias))
-    want = (h @ np.asarray(q.last.weight) + q.last.bias)[0]
+    want = h @ np.asarray(q.last.weight) + q.last.bias
     np.testing.assert_allclose(q(jnp.asarray(O), jnp.asarray(X)), want, rtol=1e-4, atol=1e-5)
     assert len(q.hidden) == 1
+
+
+def test_residual_critic_forward():
+    q = built(lambda k: Critic(OBS, ACT, WIDTH, 2, block="residual", key=k), jr.key(3))
+    h = np.concatenate([X, O]) @ np.concatenate(q.first.weights) + q.first.bias
+    for layer in q.hidden:
+        inner = relu(normalised(h) @ np.asarray(layer.wide.weight) + layer.wide.bias)
+        assert inner.shape == (4 * WIDTH,)
+        h = h + inner @ np.asarray(layer.back.weight) + layer.back.bias
+    want = normalised(h) @ np.asarray(q.last.weight) + q.last.bias
+    np.testing.assert_allclose(q(jnp.asarray(O), jnp.asarray(X)), want, rtol=1e-4, atol=1e-5)
+    assert len(q.hidden) == 2
 
 
 def test_mlp_forward():
@@ -119,9 +131,11 @@ def test_mlp_forward():
 def test_ensemble_members_are_independent():
     q = built(lambda k: QEnsemble(3, OBS, ACT, WIDTH, 1, key=k), jr.key(5))
     obs, action = jnp.asarray(O), jnp.asarray(X)
-    values, least = jax.jit(lambda q: (q(obs, action), q.min(obs, action)))(q)
+    values, least = jax.jit(lambda q: (q(obs, action), q.value(obs, action)))(q)
     assert values.shape == (3,) and len(np.unique(values)) == 3
-    single = [jax.jit(lambda q, i=i: jax.tree.map(lambda leaf: leaf[i], q.members)(obs, action))(q) for i in range(3)]
+    single = [
+        jax.jit(lambda q, i=i: jax.tree.map(lambda leaf: leaf[i], q.members)(obs, action)[0])(q) for i in range(3)
+    ]
     np.testing.assert_allclose(values, np.stack(single), rtol=1e-5)
     np.testing.assert_allclose(least, values.min())
     # The gradient of one member's value touches that member only.

@@ -100,7 +100,7 @@ def test_what_the_page_says(page: Path):
         "has too few seeds (fewer than 5) for a verdict against sir",
         "rfm is behind sir: -",
         "Critic, widths, batch, updates per step, clipping and evaluation are the same for all agents.",
-        "agent.width 64", "agent.estimator Markov - -",
+        "agent.critic.width 64", "agent.estimator Markov - -",
         "rfm/probe-action/seed0 rfm probe:action 0 40 45 0.2 0 contraflow",
         "cpu: Abacus 3, cores: 2", "jax 0.9.9",
     ):  # fmt: skip
@@ -119,7 +119,7 @@ def test_settings_that_are_not_the_same_are_told(tmp_path: Path, no_charts: None
     assert cli("report", tmp_path / "m", "--out", tmp_path / "r.html")[0] == 0
     words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
     assert "Not the same for all , though a fair comparison would want it: setting paper (own settings) sir" in words
-    assert "agent.width 256 64" in words and "are the same for all agents" not in words
+    assert "agent.critic.width 256 64" in words and "are the same for all agents" not in words
 
 
 def test_runs_without_a_matrix_without_an_actor_free_agent(tmp_path: Path):

@@ -15,12 +15,14 @@ import contraflow
 from contraflow import RFM, SIR, EnvSpec, UserError
 from contraflow.agents import AGENTS
 from contraflow.config import SCHEMA
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import First
 from contraflow.train.artifact import load_policy, save_policy
 from contraflow.train.evaluate import act_batch
 
 SPEC = EnvSpec(3, 2, 4, 100, True)
-FLOW = RFM(width=8, depth=1)
+CRITIC = Critics(width=8, depth=1)
+FLOW = RFM(width=8, depth=1, critic=CRITIC)
 
 
 def saved(folder: Path, agent=FLOW, seed: int = 0):
@@ -31,7 +33,8 @@ def saved(folder: Path, agent=FLOW, seed: int = 0):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_saved_policy_acts_as_the_trained_one(name: str, tmp_path: Path):
-    agent = AGENTS[name](**{} if name == "bc" else {"width": 8, "depth": 1})
+    small = {"width": 8, "depth": 1, "critic": CRITIC}
+    agent = AGENTS[name](**{k: v for k, v in small.items() if k in AGENTS[name].__dataclass_fields__})
     state = saved(tmp_path, agent, seed=3)
     obs = jr.normal(jr.key(1), (5, 3))
     policy = contraflow.load(tmp_path, seed=7)
@@ -116,14 +119,14 @@ def reshape(folder: Path):
         (reshape, r"of shape \(3, 3, 3\), its settings need"),
         (lambda f: edit(f, schema=SCHEMA + 1), "upgrade contraflow"),
         (lambda f: edit(f, schema=None), "names no schema"),
-        (lambda f: save_policy(f / "policy", SIR(width=8), SPEC, "x", SIR(width=8).init(jr.key(0), SPEC)), None),
+        (lambda f: saved(f, SIR(critic=CRITIC)), None),
     ],
 )
 def test_damage_is_named(damage, message: str | None, tmp_path: Path):
     saved(tmp_path)
     damage(tmp_path)
     if message is None:  # a whole policy of another agent over the old one is no damage
-        assert contraflow.load(tmp_path).agent == SIR(width=8)
+        assert contraflow.load(tmp_path).agent == SIR(critic=CRITIC)
     else:
         with pytest.raises(UserError, match=message):
             contraflow.load(tmp_path)
@@ -132,7 +135,7 @@ def test_damage_is_named(damage, message: str | None, tmp_path: Path):
 def test_arrays_of_another_agent_are_named(tmp_path: Path):
     saved(tmp_path)
     config = (tmp_path / "policy/config.json").read_text()
-    saved(tmp_path, SIR(width=8, depth=1))
+    saved(tmp_path, SIR(critic=CRITIC))
     (tmp_path / "policy/config.json").write_text(config)
     with pytest.raises(UserError, match="lacks the array actor"):
         load_policy(tmp_path / "policy")

@@ -18,6 +18,7 @@ from contraflow.envs.probe import PROBES, TwoStep
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture
 from contraflow.flow.solve import Midpoint
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.evaluate import evaluate
@@ -27,7 +28,8 @@ from contraflow.types import Step, UserError
 
 WARM = OffPolicy(True, 0, 16)
 LEARN = OffPolicy(False, 2, 16)
-QUICK = SIR(width=8, depth=1, explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic_lr=1e-2, tau=0.1)
+CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
+QUICK = SIR(explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic=CRITIC)
 
 
 def begin(agent, env, key, buffer_size=64):
@@ -81,7 +83,7 @@ def test_n_step_rows_reach_the_agent():
             two = batch.span == 2
             return state, {"joined": jnp.mean(two), "reward": jnp.sum(jnp.where(two, batch.reward, 0)) / two.sum()}
 
-    env, agent = TwoStep(2), Spy(width=8, depth=1, gamma=0.9)
+    env, agent = TwoStep(2), Spy(critic=Critics(width=8, depth=1, gamma=0.9))
     carry, _, _ = epoch(WARM, agent, env, begin(agent, env, jr.key(0)), jr.key(1), 30)
     for n, want in ((1, 0.0), (3, 0.5)):
         carry, metrics, _ = epoch(replace(LEARN, batch_size=512, n_step=n), agent, env, carry, jr.key(1), 1)
@@ -219,7 +221,7 @@ def values(state, obs, action=0.0):
 
 def test_truncation_is_not_an_end():
     env, gamma = PROBES["truncation"](4), 0.7
-    agent = replace(QUICK, gamma=gamma, width=16)
+    agent = replace(QUICK, critic=replace(CRITIC, gamma=gamma, width=16))
     obs = jnp.arange(5.0)[:, None] / 5
     right, wrong = (study(agent, e, 500) for e in (env, Mistaken(env)))
     np.testing.assert_allclose(values(right, obs), 1 / (1 - gamma), atol=0.25)
@@ -228,13 +230,13 @@ def test_truncation_is_not_an_end():
     assert mistaken[-1] == 1  # so the two cannot be confused: 3.33 against 1
 
 
+LEARNING = Critics(width=32, lr=3e-3, tau=0.02, gamma=0.8)
 LEARNERS = {
     "rfm": RFM(
-        width=32, solver=Midpoint(2), estimator=Reverse(16, Mixture(), Fixed(0.0)), critic_lr=3e-3, actor_lr=1e-3,
-        tau=0.02, gamma=0.8,
+        width=32, solver=Midpoint(2), estimator=Reverse(16, Mixture(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
     ),
-    "sac": SAC(width=32, critic_lr=3e-3, actor_lr=1e-3, alpha_lr=1e-2, init_alpha=0.1, tau=0.02, gamma=0.8),
-    "sir": SIR(width=32, critic_lr=3e-3, tau=0.02, gamma=0.8),
+    "sac": SAC(width=32, actor_lr=1e-3, alpha_lr=1e-2, init_alpha=0.1, critic=replace(LEARNING, max_grad_norm=None)),
+    "sir": SIR(critic=LEARNING),
 }  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def test_probes_are_learned(name, probe):
     }.get(probe, jnp.zeros((1, 1)))
     best = jax.vmap(env.best_action)(obs)
     got = jax.vmap(state.critic.min)(obs, best)
-    np.testing.assert_allclose(got, jax.vmap(lambda o: env.value(o, agent.gamma))(obs), rtol=0.05, atol=0.1)
+    np.testing.assert_allclose(got, jax.vmap(lambda o: env.value(o, agent.critic.gamma))(obs), rtol=0.05, atol=0.1)
     if probe in ("action", "obs-action"):
         act = jax.vmap(lambda o, k: agent.act(state, o, k, False))(obs, jr.split(jr.key(9), obs.shape[0]))
         np.testing.assert_allclose(act, best, atol=0.15)
@@ -265,7 +267,13 @@ def test_probes_are_learned(name, probe):
 def test_a_flow_policy_learns_where_to_go():
     """The quick one of the above: reward 1 - (a - 1/2)^2."""
     agent = replace(
-        LEARNERS["rfm"], width=16, depth=1, embedding=8, actor_lr=3e-3, critic_lr=1e-2, temperature=Constant(0.05)
+        LEARNERS["rfm"],
+        width=16,
+        depth=1,
+        embedding=8,
+        actor_lr=3e-3,
+        critic=replace(LEARNING, width=16, depth=1, lr=1e-2),
+        temperature=Constant(0.05),
     )
     env = PROBES["action"](4)
     state = study(agent, env, 400)

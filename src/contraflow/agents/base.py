@@ -48,14 +48,3 @@ def acting_state(agent: Agent, state: Any) -> Any:
         if field.name not in agent.acting:
             object.__setattr__(out, field.name, None)
     return out
-
-
-def check_common(gamma: float, tau: float, **positive: float) -> None:
-    """Refuse hyperparameters outside their range with one message that names the field."""
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is a discount in [0, 1], got {gamma}")
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau is a target-update rate in (0, 1], got {tau}")
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.agents.base import check_common
 from contraflow.flow.loss import matching_loss
 from contraflow.flow.path import Linear, Path
 from contraflow.flow.posterior import Estimator, Markov
@@ -22,10 +21,10 @@ from contraflow.flow.solve import Midpoint, ODESolver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
+from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
-from contraflow.rl.optim import clipped_adam, descend, start
+from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
-from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule, Tuned, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -70,21 +69,17 @@ class RFM:
     condition_on_temperature: bool = False
     t_min: float = 0.01
     """Times are drawn from, and the flow is solved over, [t_min, 1 - t_min]."""
-    gamma: float = 0.99
-    tau: float = 0.005
+    critic: Critics = Critics()
     width: int = 64
     depth: int = 2
     embedding: int = 128
-    num_q: int = 2
-    normalise_critic: bool = False
     actor_lr: float = 3e-4
-    critic_lr: float = 1e-3
     decay_steps: int | None = None
-    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
+    """Updates over which the learning rate falls to a tenth; None keeps it constant."""
     max_grad_norm: float | None = 10.0
 
     def __post_init__(self):
-        check_common(self.gamma, self.tau, width=self.width, actor_lr=self.actor_lr, critic_lr=self.critic_lr)
+        check_positive(self, "width", "depth", "actor_lr")
         if not 0 < self.t_min < 0.5:
             raise ValueError(f"t_min must lie in (0, 0.5), got {self.t_min}")
         if isinstance(self.temperature, Tuned) and self.backup.particles < 4:
@@ -95,14 +90,10 @@ class RFM:
         k_actor, k_critic = jr.split(key)
         cond = spec.obs_dim + self.embedding * self.condition_on_temperature
         actor = Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=k_actor)
-        sizes = spec.obs_dim, spec.action_dim, self.width, self.depth
-        critic = QEnsemble(self.num_q, *sizes, normalise=self.normalise_critic, key=k_critic)
-        # A copy, because a donated state must not hold one buffer twice.
-        target = jax.tree.map(jnp.copy, critic)
-        critic_opt = start_critic(self._critic_tx, critic)
+        critic, target, critic_opt = self.critic.init(k_critic, spec)
         log_lam = self.temperature.first() if isinstance(self.temperature, Tuned) else None
         step = jnp.zeros((), jnp.int32)
-        return RFMState(actor, critic, target, start(self._actor_tx, actor), critic_opt, step, log_lam)
+        return RFMState(actor, critic, target, start(self._tx, actor), critic_opt, step, log_lam)
 
     def lam(self, state: RFMState) -> Float[Array, ""]:
         """The temperature at the state's update."""
@@ -112,25 +103,26 @@ class RFM:
         return self.temperature(state.step)
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by min_i Q_i(s, a)."""
+        """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
         lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
         u, pick = self._particles(state, obs, key, self.explore if explore else self.exploit, lam)
         return jnp.tanh(u[pick])
 
     def update(self, state: RFMState, batch: Transition, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
-        k_next, k_now, k_t, k_x0, k_posterior = jr.split(key, 5)
+        k_next, k_now, k_t, k_x0, k_posterior, k_critic = jr.split(key, 6)
         n = batch.reward.shape[0]
         lam = self.lam(state)
 
-        # 1. Critic: y = r + gamma (1 - terminated) min_i Q'_i(s', a') with a' ~ pi(. | s'); no entropy bonus.
-        def next_value(obs, key):
+        # 1. Critic, with a' ~ pi(. | s'); no entropy bonus.
+        def next_action(obs, key):
             u, pick = self._particles(state, obs, key, self.backup, lam)
-            return state.target.min(obs, jnp.tanh(u[pick])), jnp.tanh(u)
+            return jnp.tanh(u[pick]), jnp.tanh(u)
 
-        value, spread = jax.vmap(next_value)(batch.next_obs, jr.split(k_next, n))
-        y = td_target(batch, value, self.gamma)
-        critic, critic_opt, critic_loss, _ = fit_critic(self._critic_tx, state.critic, state.critic_opt, batch, y)
+        action, spread = jax.vmap(next_action)(batch.next_obs, jr.split(k_next, n))
+        critic, target, critic_opt, metrics = self.critic.learn(
+            state.critic, state.target, state.critic_opt, batch, action, k_critic
+        )
 
         # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any law with full support is valid.
         t = jr.uniform(k_t, (n,), minval=self.t_min, maxval=1 - self.t_min)
@@ -143,7 +135,7 @@ class RFM:
 
         # 3. The posterior mean of x1 under the critic just updated.
         def posterior(key, x_t, t, obs, support):
-            log_pi = boltzmann(lambda a: critic.min(obs, a), lam, self.base)
+            log_pi = boltzmann(lambda a: critic.value(obs, a), lam, self.base)
             return self.estimator(key, self.path, log_pi, x_t, t, support)
 
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
@@ -155,13 +147,10 @@ class RFM:
 
             return jnp.mean(jax.vmap(one)(post.mean, x_t, t, batch.obs))
 
-        actor, actor_opt, loss, grad_norm = descend(self._actor_tx, actor_loss, state.actor, state.actor_opt)
-        target = polyak(critic, state.target, self.tau)
-        metrics = {
-            "critic_loss": critic_loss,
+        actor, actor_opt, loss, grad_norm = descend(self._tx, actor_loss, state.actor, state.actor_opt)
+        metrics |= {
             "actor_loss": loss,
             "actor_grad_norm": grad_norm,
-            "q": y.mean(),
             "ess": post.ess.mean(),
             "eta": post.eta.mean(),
             "temperature": lam,
@@ -199,13 +188,9 @@ class RFM:
         u = jax.vmap(solve)(x0)
         if not chooses(selector):
             return u, jnp.zeros((), jnp.int32)
-        score = jax.vmap(lambda u: state.critic.min(obs, jnp.tanh(u)))(u) / pick_lam
+        score = jax.vmap(lambda u: state.critic.value(obs, jnp.tanh(u)))(u) / pick_lam
         return u, selector(k_pick, score)
 
     @property
-    def _actor_tx(self):
+    def _tx(self):
         return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
-
-    @property
-    def _critic_tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

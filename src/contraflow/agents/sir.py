@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.agents.base import check_common
 from contraflow.nets.critic import QEnsemble
-from contraflow.rl.optim import clipped_adam
+from contraflow.rl.critics import Critics
+from contraflow.rl.optim import check_positive
 from contraflow.rl.select import Argmax, Selector, Softmax
-from contraflow.rl.td import fit_critic, polyak, start_critic, td_target
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -41,43 +40,29 @@ class SIR:
     base: float = 1.0
     """kappa; the density over u = atanh a is then ~ prod sech^(2 kappa) u_j, the base measure of RFM."""
     temperature: Schedule = Constant(0.02)
-    gamma: float = 0.99
-    tau: float = 0.005
-    width: int = 64
-    depth: int = 2
-    num_q: int = 2
-    normalise_critic: bool = False
-    critic_lr: float = 1e-3
-    decay_steps: int | None = None
-    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
-    max_grad_norm: float | None = 10.0
+    critic: Critics = Critics()
 
     def __post_init__(self):
-        check_common(self.gamma, self.tau, width=self.width, critic_lr=self.critic_lr, base=self.base)
+        check_positive(self, "base")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SIRState:
         """Fresh critics for `spec`'s sizes; the target is a copy."""
-        critic = QEnsemble(
-            self.num_q, spec.obs_dim, spec.action_dim, self.width, self.depth, normalise=self.normalise_critic, key=key
-        )
-        target = jax.tree.map(jnp.copy, critic)
-        opt = start_critic(self._tx, critic)
-        return SIRState(critic, target, opt, jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32))
+        return SIRState(*self.critic.init(key, spec), jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32))
 
     def act(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """One of n actions of the base law, picked by min_i Q_i(s, a)."""
+        """One of n actions of the base law, picked by Q(s, a)."""
         return self._pick(state, obs, key, self.explore if explore else self.exploit)
 
     def update(self, state: SIRState, batch: Transition, key: PRNGKey) -> tuple[SIRState, Metrics]:
-        """One step of the critics and targets on a batch [B]: y = r + gamma (1 - terminated) min_i Q'_i(s', a')."""
-
-        def next_value(obs, key):
-            return state.target.min(obs, self._pick(state, obs, key, self.backup))
-
-        y = td_target(batch, jax.vmap(next_value)(batch.next_obs, jr.split(key, batch.reward.shape[0])), self.gamma)
-        critic, opt, loss, _ = fit_critic(self._tx, state.critic, state.critic_opt, batch, y)
-        new = SIRState(critic, polyak(critic, state.target, self.tau), opt, state.action, state.step + 1)
-        return new, {"critic_loss": loss, "q": y.mean(), "temperature": self.temperature(state.step)}
+        """One step of the critics and targets on a batch [B]."""
+        k_next, k_critic = jr.split(key)
+        keys = jr.split(k_next, batch.reward.shape[0])
+        action = jax.vmap(lambda o, k: self._pick(state, o, k, self.backup))(batch.next_obs, keys)
+        critic, target, opt, metrics = self.critic.learn(
+            state.critic, state.target, state.critic_opt, batch, action, k_critic
+        )
+        metrics["temperature"] = self.temperature(state.step)
+        return SIRState(critic, target, opt, state.action, state.step + 1), metrics
 
     def _pick(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
         k_action, k_pick = jr.split(key)
@@ -87,9 +72,5 @@ class SIR:
             if self.base != 1
             else jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
         )
-        score = jax.vmap(lambda a: state.critic.min(obs, a))(actions) / self.temperature(state.step)
+        score = jax.vmap(lambda a: state.critic.value(obs, a))(actions) / self.temperature(state.step)
         return actions[selector(k_pick, score)]
-
-    @property
-    def _tx(self):
-        return clipped_adam(self.critic_lr, self.max_grad_norm, self.decay_steps)

@@ -19,7 +19,7 @@ from contraflow.train.seeds import resume_seeds, seed_folders, train_seeds
 from contraflow.types import UserError
 
 HELP = """\
-usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.gamma 0.98] ...
+usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.critic.gamma 0.98] ...
        contraflow train PRESET --env jax:pendulum --seeds 0 1 2 3 ...    many seeds in one compiled program
 
 PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from contraflow.config import VERSION, to_json
 from contraflow.envs import jittable
+from contraflow.rl.critics import Critics
 from contraflow.train import checkpoint
 from contraflow.train.run import Run, write_config
 from contraflow.types import UserError
@@ -45,30 +46,23 @@ class Settings:
     log_every: int = 1_000
     final_episodes: int = 10
     """Episodes of each evaluation after training; the same ones for every cell of a task."""
+    critic: Critics = Critics()
+    """Networks of the critics and how they learn."""
     width: int = 64
-    """Width of all networks."""
+    """Width of the actors."""
     depth: int = 2
-    """Hidden layers of all networks."""
-    num_q: int = 2
-    """Critics in the ensemble."""
-    normalise_critic: bool = False
-    critic_lr: float = 1e-3
+    """Hidden layers of the actors."""
     decay_steps: int | None = None
-    """Updates over which the learning rates fall to a tenth; None keeps them constant."""
+    """Updates over which the actors' learning rates fall to a tenth; None keeps them constant."""
     max_grad_norm: float | None = 10.0
-    """Gradients are clipped to this norm; None does not clip."""
-    gamma: float = 0.99
-    tau: float = 0.005
-    """Rate at which target critics follow."""
+    """Gradients of the actors are clipped to this norm; None does not clip."""
 
     def __post_init__(self):
         if self.final_episodes < 1:
             raise ValueError(f"final_episodes must be at least 1, got {self.final_episodes}")
 
 
-NETWORK = (
-    "width", "depth", "num_q", "normalise_critic", "critic_lr", "decay_steps", "max_grad_norm", "gamma", "tau",
-)  # fmt: skip
+NETWORK = ("critic", "width", "depth", "decay_steps", "max_grad_norm")
 """The settings that are fields of agents; the others are fields of `Run`, but for `final_episodes`."""
 
 State = Literal["new", "started", "failed", "done"]

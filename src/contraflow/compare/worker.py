@@ -24,6 +24,7 @@ import jax.random as jr
 from contraflow.agents import SIR
 from contraflow.agents.cost import acting_cost
 from contraflow.compare.matrix import FAILED, FINAL, LOCK, SCHEMA, write_json
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import First
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import OWN, environment, variants
@@ -96,7 +97,7 @@ def final_evaluations(folder: Path, episodes: int, trust: bool) -> list[dict[str
     last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
     rows = [("last", rule, agent, state) for rule, (agent, state) in variants(last).items()]
     rows.append(("best", OWN, best.agent, best.state))
-    random = SIR(exploit=First(), width=1, depth=1)
+    random = SIR(exploit=First(), critic=Critics(width=1, depth=1))
     rows.append(("random", OWN, random, jax.jit(lambda key: random.init(key, last.spec))(jr.key(0))))
     out = []
     with environment(last, last.env, episodes, SEED, trust) as env:

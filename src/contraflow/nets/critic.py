@@ -1,23 +1,74 @@
 """State-action value functions."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_function, layer_norm
+from contraflow.nets.heads import Head, Point
+from contraflow.nets.layers import Activation, Linear, Residual, SplitLinear, activation_function, layer_norm
 from contraflow.types import PRNGKey
+
+Values = Float[Array, " m"]
+Weights = Float[Array, " m"]
+Scalar = Float[Array, ""]
+Block = Literal["plain", "normalised", "residual"]
+"""Hidden layers of a critic: relu(W h + b); with layer norm before relu; or h + W relu(V norm(h)), of four times the
+width inside (SimBa, 2410.09754)."""
+
+
+@dataclass(frozen=True)
+class Min:
+    """min_i Q_i (clipped double Q-learning, 1802.09477)."""
+
+    def __call__(self, q: Values, key: PRNGKey | None = None) -> tuple[Weights, Scalar]:
+        return jax.nn.one_hot(jnp.argmin(q), q.shape[0]), jnp.zeros(())
+
+
+@dataclass(frozen=True)
+class Mean:
+    """mean_i Q_i - rho std_i Q_i: the mean, or a lower confidence bound."""
+
+    rho: float = 0.0
+
+    def __call__(self, q: Values, key: PRNGKey | None = None) -> tuple[Weights, Scalar]:
+        m = q.shape[0]
+        spread = jnp.sqrt(jnp.var(q) + 1e-12) if self.rho else jnp.zeros(())  # the root of 0 has no gradient
+        return jnp.full(m, 1.0 / m), -self.rho * spread
+
+
+@dataclass(frozen=True)
+class SubsetMin:
+    """The minimum over `size` members drawn for each update (REDQ, 2101.05982): needs a key, so for backups only."""
+
+    size: int = 2
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"SubsetMin(size={self.size}): needs at least one member")
+
+    def __call__(self, q: Values, key: PRNGKey | None = None) -> tuple[Weights, Scalar]:
+        assert key is not None
+        drawn = jr.permutation(jr.clone(key), q.shape[0]) < self.size
+        return jax.nn.one_hot(jnp.argmin(jnp.where(drawn, q, jnp.inf)), q.shape[0]), jnp.zeros(())
+
+
+Reduce = Min | Mean
+"""How the values of several critics become one: weights that sum to 1, and what is added."""
 
 
 class Critic(eqx.Module):
-    """Q(s, a): an MLP whose first layer has one weight for the action and one for the observation."""
+    """Outputs of a head at (s, a): a network whose first layer has one weight for the action and one for the state."""
 
     first: SplitLinear
-    hidden: tuple[Linear, ...]
+    hidden: tuple[Linear | Residual, ...]
     last: Linear
     activation: Activation = eqx.field(static=True)
-    normalise: bool = eqx.field(static=True)
+    block: Block = eqx.field(static=True)
 
     def __init__(
         self,
@@ -26,29 +77,36 @@ class Critic(eqx.Module):
         width: int,
         depth: int,
         *,
+        outputs: int = 1,
+        block: Block = "plain",
         activation: Activation = "relu",
-        normalise: bool = False,
         key: PRNGKey,
     ):
-        """depth: hidden layers; normalise: layer norm before each activation."""
-        k_first, k_last, *k_hidden = jr.split(key, depth + 1)
+        """depth: hidden layers in all, or residual blocks after the first layer."""
+        residual = block == "residual"
+        k_first, k_last, *k_hidden = jr.split(key, depth + 1 + residual)
         self.first = SplitLinear((action, obs), width, key=k_first)
-        self.hidden = tuple(Linear(width, width, key=k) for k in k_hidden)
-        self.last = Linear(width, 1, key=k_last)
+        self.hidden = tuple(Residual(width, key=k) if residual else Linear(width, width, key=k) for k in k_hidden)
+        self.last = Linear(width, outputs, key=k_last)
         self.activation = activation
-        self.normalise = normalise
+        self.block = block
 
-    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, ""]:
+    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " k"]:
+        h = self.first(action, obs)
+        if self.block == "residual":
+            for layer in self.hidden:
+                h = layer(h)
+            return self.last(layer_norm(h))
         act = activation_function(self.activation)
-        norm = layer_norm if self.normalise else lambda h: h
-        h = act(norm(self.first(action, obs)))
+        norm = layer_norm if self.block == "normalised" else lambda h: h
+        h = act(norm(h))
         for layer in self.hidden:
             h = act(norm(layer(h)))
-        return self.last(h)[0]
+        return self.last(h)
 
 
 class QEnsemble(eqx.Module):
-    """m critics with stacked parameters and independent initialisations.
+    """m critics with stacked parameters and independent initialisations, and how they make one value.
 
     Evaluation is unrolled over the members: on a CPU one matrix product after another is twice as fast as one batched
     product, and m is small.
@@ -56,15 +114,39 @@ class QEnsemble(eqx.Module):
 
     members: Critic
     num: int = eqx.field(static=True)
+    head: Head = eqx.field(static=True)
+    reduce: Reduce = eqx.field(static=True)
 
-    def __init__(self, num: int, obs: int, action: int, width: int, depth: int, *, key: PRNGKey, **kwargs):
-        self.members = jax.vmap(lambda k: Critic(obs, action, width, depth, key=k, **kwargs))(jr.split(key, num))
-        self.num = num
+    def __init__(
+        self,
+        num: int,
+        obs: int,
+        action: int,
+        width: int,
+        depth: int,
+        *,
+        head: Head = Point(),
+        reduce: Reduce = Min(),
+        key: PRNGKey,
+        **kwargs,
+    ):
+        def member(k):
+            return Critic(obs, action, width, depth, outputs=head.outputs, key=k, **kwargs)
 
-    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " m"]:
+        self.members = jax.vmap(member)(jr.split(key, num))
+        self.num, self.head, self.reduce = num, head, reduce
+
+    def outputs(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, "m k"]:
+        """What the head makes of, member by member."""
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], self.members) for i in range(self.num)]
         return jnp.stack([member(obs, action) for member in each])
 
-    def min(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, ""]:
-        """min_i Q_i(s, a)."""
-        return self(obs, action).min()
+    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " m"]:
+        """Q_i(s, a)."""
+        return jax.vmap(self.head.mean)(self.outputs(obs, action))
+
+    def value(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, ""]:
+        """Q(s, a), one number for all: what policies climb and choose by."""
+        q = self(obs, action)
+        weights, shift = self.reduce(q)
+        return weights @ q + shift

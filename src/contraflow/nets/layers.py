@@ -77,6 +77,21 @@ class SplitLinear(eqx.Module):
         return y
 
 
+class Residual(eqx.Module):
+    """h + W relu(V norm(h)), four times as wide inside (SimBa, 2410.09754)."""
+
+    wide: Linear
+    back: Linear
+
+    def __init__(self, width: int, *, key: PRNGKey):
+        k_wide, k_back = jr.split(key)
+        self.wide = Linear(width, 4 * width, key=k_wide)
+        self.back = Linear(4 * width, width, key=k_back)
+
+    def __call__(self, h: Float[Array, " w"]) -> Float[Array, " w"]:
+        return h + self.back(jax.nn.relu(self.wide(layer_norm(h))))
+
+
 def layer_norm(x: Float[Array, " d"]) -> Float[Array, " d"]:
     """(x - mean) / std, without learned gain or bias."""
     return (x - x.mean()) * jax.lax.rsqrt(x.var() + 1e-6)

@@ -23,9 +23,9 @@ from contraflow.types import UserError
 
 FAIR = (
     "steps", "collect", "num_envs", "updates", "batch_size", "n_step", "eval_every", "eval_episodes", "agent.width",
-    "agent.depth", "agent.num_q", "agent.normalise_critic", "agent.critic_lr", "agent.decay_steps",
-    "agent.max_grad_norm", "agent.gamma", "agent.tau",
+    "agent.depth", "agent.decay_steps", "agent.max_grad_norm", "agent.critic",
 )  # fmt: skip
+"""What a fair comparison wants the same for all, with all that lies below."""
 _CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
 CAPTIONS = {
     "iqm": "Interquartile mean of the scores, over runs and tasks. Below each name, for one action: particles x "
@@ -328,7 +328,7 @@ def _settings(records: Sequence[Record], agents: Sequence[str]) -> str:
     for name in names:
         cells = [" | ".join(sorted(by_agent[agent].get(name, {"-"}))) for agent in agents]
         present = {cell for cell in cells if cell != "-"}
-        if name in FAIR and len(present) > 1:
+        if any(name == fair or name.startswith(f"{fair}.") for fair in FAIR) and len(present) > 1:
             unfair.append([name, *cells])
         elif len(present) == 1 and "-" not in cells and "|" not in cells[0]:
             shared.append([name, cells[0]])

@@ -21,6 +21,13 @@ def clipped_adam(
     return optax.chain(clip, optax.adam(rate))
 
 
+def check_positive(settings: Any, *names: str) -> None:
+    """Refuse settings of which a field is not above 0, with one message that names it."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
+
+
 def start(tx: optax.GradientTransformation, net: Any) -> PyTree:
     """The first optimiser state for the module `net`."""
     return tx.init(net)

@@ -66,7 +66,7 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
 
     def at(t, obs, x0, x1, support, key_repeat, key_reference):
         x_t = agent.path.perturb(x0, x1, t)
-        log_pi = boltzmann(lambda a: state.critic.min(obs, a), lam, agent.base)
+        log_pi = boltzmann(lambda a: state.critic.value(obs, a), lam, agent.base)
         post = jax.vmap(lambda k: agent.estimator(k, agent.path, log_pi, x_t, t, support))(
             jr.split(key_repeat, REPEATS)
         )
@@ -89,5 +89,5 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
         for i, t in enumerate(TIMES)
     }
     actions = jr.uniform(k_uniform, (64, x1.shape[1]), minval=-1.0, maxval=1.0)
-    q = jax.vmap(lambda o: jax.vmap(lambda a: state.critic.min(o, a))(actions))(obs)
+    q = jax.vmap(lambda o: jax.vmap(lambda a: state.critic.value(o, a))(actions))(obs)
     return out | {"q_gap": jnp.mean(q.max(1) - q.min(1)) / lam}

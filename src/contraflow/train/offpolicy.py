@@ -79,13 +79,18 @@ def learn(
 
         def update(state, key):
             k_sample, k_update = jr.split(key)
-            gamma = getattr(agent, "gamma") if phase.n_step > 1 else 1.0  # noqa: B009 - only n-step returns need it
+            gamma = discount(agent) or 1.0  # not used by rows of one step
             return agent.update(state, buffer.sample(k_sample, phase.batch_size, phase.n_step, gamma), k_update)
 
         state, info = jax.lax.scan(update, state, keys)
         metrics |= jax.tree.map(jnp.mean, info)
     steps = learner.steps + jnp.sum(step.valid * step.steps, dtype=jnp.int32)
     return Learner(state, buffer, jnp.where(done, 0.0, returns), steps, learner.iteration + 1), metrics
+
+
+def discount(agent: Any) -> float | None:
+    """gamma of the agent or of its critics; None without one."""
+    return getattr(getattr(agent, "critic", agent), "gamma", None)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Run:
             raise ValueError(f"collect must lie between 0 and steps={self.steps}, got {self.collect}")
         if self.buffer_size < self.num_envs:
             raise ValueError(f"buffer_size={self.buffer_size} is smaller than num_envs={self.num_envs}")
-        if self.n_step > 1 and not hasattr(self.agent, "gamma"):
+        if self.n_step > 1 and discount(self.agent) is None:
             raise ValueError(f"n_step={self.n_step} needs an agent with a discount `gamma`; use n_step=1")
 
     def settled(self, trust: bool) -> "Run":

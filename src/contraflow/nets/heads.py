@@ -1,0 +1,128 @@
+"""What the last layer of a critic says: a value, or the law of the return.
+
+A head turns the outputs [k] of one network into a mean, mixes those of several networks into one law, moves that law by
+a step of the Bellman equation, r + discount (Z' + shift), and measures how far a network's outputs are from the result.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+Outputs = Float[Array, " k"]
+Scalar = Float[Array, ""]
+Several = Float[Array, "m k"]
+Weights = Float[Array, " m"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number, by its square error."""
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def mean(self, out: Outputs) -> Scalar:
+        return out[0]
+
+    def mix(self, outs: Several, weights: Weights) -> Outputs:
+        return weights @ outs
+
+    def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        return reward + discount * (law + shift)
+
+    def loss(self, out: Outputs, target: Outputs) -> Scalar:
+        """(Q - y)^2."""
+        return (out[0] - target[0]) ** 2
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """`outputs` quantiles of the return at (i + 1/2) / outputs, by quantile Huber regression (1710.10044, eq. 10).
+
+    Several networks are mixed quantile by quantile. Raises ValueError for fewer than one quantile or huber <= 0.
+    """
+
+    outputs: int = 25
+    huber: float = 1.0
+
+    def __post_init__(self):
+        if self.outputs < 1 or self.huber <= 0:
+            raise ValueError(f"{self}: needs at least one quantile and a positive Huber threshold")
+
+    def mean(self, out: Outputs) -> Scalar:
+        return out.mean()
+
+    def mix(self, outs: Several, weights: Weights) -> Outputs:
+        return weights @ outs
+
+    def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        return reward + discount * (law + shift)
+
+    def loss(self, out: Outputs, target: Outputs) -> Scalar:
+        """sum_i mean_j |tau_i - 1{u_ij < 0}| huber(u_ij) / kappa, u_ij = y_j - theta_i."""
+        level = (jnp.arange(self.outputs) + 0.5) / self.outputs
+        gap = target[None, :] - out[:, None]
+        size = jnp.abs(gap)
+        huber = jnp.where(size <= self.huber, 0.5 * gap**2, self.huber * (size - 0.5 * self.huber))
+        return jnp.sum(jnp.mean(jnp.abs(level[:, None] - (gap < 0)) * huber / self.huber, axis=1))
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Probabilities of `outputs` returns, evenly spaced from `low` to `high`, by cross-entropy.
+
+    `target` says what they are to match: `c51` the projected law of r + discount Z' (1707.06887, eq. 7); `two-hot` and
+    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950, eq. 3.4).
+    Returns beyond the range are clipped to it. Several networks are mixed as laws.
+    Raises ValueError for fewer than two returns, an empty range or smoothing <= 0.
+    """
+
+    outputs: int = 101
+    low: float = -10.0
+    high: float = 110.0
+    target: Literal["c51", "two-hot", "hl-gauss"] = "c51"
+    smoothing: float = 0.75
+
+    def __post_init__(self):
+        if self.outputs < 2 or not self.low < self.high or self.smoothing <= 0:
+            raise ValueError(f"{self}: needs at least two returns, low < high and a positive smoothing")
+
+    @property
+    def _spacing(self) -> float:
+        return (self.high - self.low) / (self.outputs - 1)
+
+    @property
+    def _returns(self) -> Outputs:
+        return jnp.linspace(self.low, self.high, self.outputs)
+
+    def mean(self, out: Outputs) -> Scalar:
+        return jax.nn.softmax(out) @ self._returns
+
+    def mix(self, outs: Several, weights: Weights) -> Outputs:
+        return weights @ jax.nn.softmax(outs, axis=-1)
+
+    def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        moved = jnp.clip(reward + discount * (self._returns + shift), self.low, self.high)
+        if self.target == "c51":
+            return law @ jax.vmap(self._two_hot)(moved)
+        y = jnp.clip(reward + discount * (law @ self._returns + shift), self.low, self.high)
+        if self.target == "two-hot":
+            return self._two_hot(y)
+        edges = jnp.linspace(self.low - 0.5 * self._spacing, self.high + 0.5 * self._spacing, self.outputs + 1)
+        below = norm.cdf((edges - y) / (self.smoothing * self._spacing))
+        return jnp.diff(below) / (below[-1] - below[0])
+
+    def _two_hot(self, y: Scalar) -> Outputs:
+        return jnp.maximum(0.0, 1.0 - jnp.abs(y - self._returns) / self._spacing)
+
+    def loss(self, out: Outputs, target: Outputs) -> Scalar:
+        """- sum_i p_i log q_i."""
+        return -target @ jax.nn.log_softmax(out)
+
+
+Head = Point | Quantile | Categorical
