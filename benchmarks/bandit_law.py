@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,7 +26,7 @@ from tables import write
 from contraflow.agents.rfm import RFM, RFMState
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.flow.solve import Euler, ODESolver
+from contraflow.flow.solve import Euler, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First
@@ -119,8 +120,8 @@ def action_law(agent: RFM, states: RFMState, key: jax.Array, samples: int) -> ja
     return jax.vmap(one)(states, jr.split(key, len(SLOPES)))
 
 
-def solvers(agent: RFM) -> dict[str, ODESolver]:
-    own = type(agent.solver)
+def solvers(agent: RFM) -> dict[str, Solver]:
+    own: Any = type(agent.solver)
     return {"own": agent.solver, "10": own(steps=10), "100": own(steps=100), "euler 10": Euler(10)}
 
 

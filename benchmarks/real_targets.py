@@ -23,7 +23,6 @@ from contraflow.envs import make
 from contraflow.flow.density import log_normal
 from contraflow.flow.posterior import Fixed, Markov, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.rl.energy import boltzmann
 from contraflow.runtime.policy import Policy
 
 TIMES = (0.05, 0.2, 0.5, 0.8, 0.95)
@@ -62,7 +61,7 @@ def measure(agent, estimator, state, obs, t, repeats: int):
     def one(obs, key):
         """(bias^2, variance) at one state, per dimension."""
         k_pool, k_noise, k_pick, k_reference, k_repeat = jr.split(key, 5)
-        log_pi = boltzmann(lambda a: state.critic.value(obs, a), lam, agent.base)
+        log_pi = agent.log_pi(state.critic, obs, lam)
         pool = jax.vmap(lambda k: agent.endpoints(state, obs[None], k)[0, 0])(jr.split(k_pool, POOL))
         x_t = agent.path.perturb(jr.normal(k_noise, (d,)), pool[0], t)
         log_w = jax.vmap(lambda u: log_normal(x_t, agent.path.alpha(t) * u, agent.path.beta(t)))(pool)

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from contraflow.agents.rfm import RFM
+from contraflow.flow.likelihood import Denoising, denoising_log_density
 from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise
+from contraflow.flow.proposal import Mixture, Noise, TruncatedNoise
 from contraflow.flow.solve import Euler
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
@@ -51,8 +52,14 @@ def start(agent, seed=0):
 
 def expected(agent, state, data, key):
     """(y, actor loss, gradient, new critic) of one update on the linear path, written out sample by sample."""
-    k_next, k_now, k_t, k_x0, k_posterior = jr.split(jr.clone(key), 5)
-    keys_next, keys_now, keys_mc = (jr.split(k, B) for k in (k_next, k_now, k_posterior))
+    k_next, k_now, k_t, k_x0, k_posterior, _, k_density = jr.split(jr.clone(key), 7)
+    keys_next, keys_now, keys_mc, keys_density = (jr.split(k, B) for k in (k_next, k_now, k_posterior, k_density))
+    soft = agent.bounds == "box"  # then also: the actor returns noise, and the backup is soft
+    bounded = (lambda u: jnp.clip(u, -1, 1)) if soft else jnp.tanh
+
+    def velocity(x, t, obs):
+        out = state.actor(x, t, obs)
+        return (jnp.clip((x - (1 - t) * out) / t, -1, 1) - x) / (1 - t) if soft else out
 
     def particles(obs, key):
         k_x0, k_pick = jr.split(key)
@@ -60,17 +67,21 @@ def expected(agent, state, data, key):
         dt = (1 - 2 * agent.t_min) / agent.solver.steps
         for i in range(agent.solver.steps):
             t = jnp.asarray(agent.t_min + i * dt)
-            x = x + dt * jax.vmap(lambda y, t=t: state.actor(y, t, obs))(x)
-        score = jax.vmap(lambda u: state.critic(obs, jnp.tanh(u)).min())(x) / LAM
+            x = x + dt * jax.vmap(lambda y, t=t: velocity(y, t, obs))(x)
+        score = jax.vmap(lambda u: state.critic(obs, bounded(u)).min())(x) / LAM
         return x, jr.categorical(k_pick, score)
 
     y, x1, ended = [], [], np.asarray(data.terminated)
     for b in range(B):
         u, i = particles(data.next_obs[b], keys_next[b])
-        bootstrap = 0.0 if ended[b] else state.target(data.next_obs[b], jnp.tanh(u[i])).min()
+        bootstrap = 0.0 if ended[b] else state.target(data.next_obs[b], bounded(u[i])).min()
+        if soft and not ended[b]:
+            x0_mean = lambda x, t, b=b: x - t * velocity(x, t, data.next_obs[b])
+            density = x0_mean, agent.path, u[i], agent.t_min, 1 - agent.t_min, 3, 2
+            bootstrap -= LAM * denoising_log_density(*density, keys_density[b])
         y.append(data.reward[b] + agent.critic.gamma * bootstrap)
         u, i = particles(data.obs[b], keys_now[b])
-        x1.append(u[i] if agent.endpoint == "policy" else jnp.arctanh(data.action[b]))
+        x1.append(u[i] if agent.endpoint == "policy" else data.action[b] if soft else jnp.arctanh(data.action[b]))
     y = jnp.stack(y)
 
     members = []
@@ -87,8 +98,10 @@ def expected(agent, state, data, key):
     targets = []
     for b in range(B):
         log_pi = boltzmann(lambda a, b=b: critic(data.obs[b], a), jnp.asarray(LAM), agent.base)
+        if soft:
+            log_pi = lambda u, b=b: critic(data.obs[b], u) / LAM  # candidates lie in the box
         mean = agent.estimator(keys_mc[b], agent.path, log_pi, x_t[b], t[b]).mean
-        targets.append((mean - x_t[b]) / (1 - t[b]))
+        targets.append((x_t[b] - t[b] * mean if soft else mean - x_t[b]) / (1 - t[b]))
 
     def loss(actor):
         v = jnp.stack([actor(x_t[b], t[b], data.obs[b]) for b in range(B)])
@@ -97,9 +110,22 @@ def expected(agent, state, data, key):
     return (y, *jax.value_and_grad(loss)(state.actor), members)
 
 
-@pytest.mark.parametrize("endpoint", ["policy", pytest.param("buffer", marks=pytest.mark.slow)])
-def test_update_against_an_independent_one(endpoint):
-    agent = replace(BASE, endpoint=endpoint)
+SOFT = {
+    "bounds": "box", "predict": "noise", "density": Denoising(3, 2), "endpoint": "buffer",
+    "estimator": Reverse(8, TruncatedNoise(), Fixed(0.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"endpoint": "policy"}, id="policy"),
+        pytest.param({"endpoint": "buffer"}, id="buffer", marks=pytest.mark.slow),
+        pytest.param(SOFT, id="soft"),
+    ],
+)
+def test_update_against_an_independent_one(change):
+    agent = replace(BASE, **change)
     state, data = start(agent), batch()
     new, metrics = jax.jit(agent.update)(state, data, jr.key(7))
     y, loss, grad, members = jax.jit(lambda s, k: expected(agent, s, data, k))(state, jr.key(7))

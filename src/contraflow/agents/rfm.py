@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.flow.loss import matching_loss
+from contraflow.flow.density import LogDensity, log_sech2
+from contraflow.flow.likelihood import PolicyDensity
+from contraflow.flow.loss import Predict, matching_loss
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Markov
-from contraflow.flow.solve import Midpoint, ODESolver
+from contraflow.flow.posterior import Estimator, Markov, Reverse
+from contraflow.flow.solve import Drift, EulerMaruyama, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.critics import Critics
-from contraflow.rl.energy import boltzmann
+from contraflow.rl.energy import boltzmann, boltzmann_in_box
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
 from contraflow.rl.temperature import Constant, Schedule, Tuned, gaussian_entropy
@@ -49,7 +51,7 @@ class RFM:
 
     path: Path = Linear()
     estimator: Estimator = Markov()
-    solver: ODESolver = Midpoint(steps=3)
+    solver: Solver = Midpoint(steps=3)
     explore: Selector = Softmax(particles=8)
     """Acting during training: how one of n particles is picked by Q / behaviour temperature."""
     backup: Selector = Softmax(particles=8)
@@ -62,8 +64,16 @@ class RFM:
     """lambda of the target law and of `backup`, whose particles tell the entropy where it is tuned."""
     behaviour: Schedule | None = None
     """Temperature of `explore`; None uses `temperature`."""
+    bounds: Literal["tanh", "box"] = "tanh"
+    """Actions are the tanh of the flow's end u, or u itself, clipped. The box wants a `Reverse` whose candidates lie in
+    it (`TruncatedNoise`); for others Q goes on beyond it as at its face."""
     base: float = 1.0
-    """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u; 1 is exactly Boltzmann over actions."""
+    """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
+    predict: Predict = "velocity"
+    """What the actor returns; a step of the solver makes a velocity of it."""
+    density: PolicyDensity | None = None
+    """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
+    tuned temperature; None leaves the backup hard."""
     endpoint: Literal["policy", "buffer"] = "policy"
     """Which x1 is noised to the query point x_t."""
     condition_on_temperature: bool = False
@@ -82,8 +92,14 @@ class RFM:
         check_positive(self, "width", "depth", "actor_lr")
         if not 0 < self.t_min < 0.5:
             raise ValueError(f"t_min must lie in (0, 0.5), got {self.t_min}")
-        if isinstance(self.temperature, Tuned) and self.backup.particles < 4:
-            raise ValueError(f"a tuned temperature needs at least 4 particles in `backup`, got {self.backup.particles}")
+        if isinstance(self.temperature, Tuned) and self.backup.particles < 4 and self.density is None:
+            raise ValueError(
+                f"a tuned temperature needs `density` or at least 4 particles in `backup`, got {self.backup.particles}"
+            )
+        if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
+            raise ValueError(f"the solver's path {self.solver.path} is not the agent's {self.path}")
+        if self.bounds == "box" and not isinstance(self.estimator, Reverse):
+            raise ValueError("bounds='box' needs the estimator Reverse: a chain would leave the box")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
@@ -103,25 +119,39 @@ class RFM:
         return self.temperature(state.step)
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """a = tanh u in (-1, 1)^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
+        """An action in [-1, 1]^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
         lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
         u, pick = self._particles(state, obs, key, self.explore if explore else self.exploit, lam)
-        return jnp.tanh(u[pick])
+        return self.action(u[pick])
+
+    def action(self, u: Float[Array, "*n a"]) -> Float[Array, "*n a"]:
+        """The action that an end u of the flow stands for."""
+        return jnp.tanh(u) if self.bounds == "tanh" else jnp.clip(u, -1.0, 1.0)
+
+    def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
+        """The target law of u at one observation."""
+        q = lambda a: critic.value(obs, a)
+        return boltzmann(q, lam, self.base) if self.bounds == "tanh" else boltzmann_in_box(q, lam)
 
     def update(self, state: RFMState, batch: Transition, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
-        k_next, k_now, k_t, k_x0, k_posterior, k_critic = jr.split(key, 6)
+        k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density = jr.split(key, 7)
         n = batch.reward.shape[0]
         lam = self.lam(state)
 
-        # 1. Critic, with a' ~ pi(. | s'); no entropy bonus.
-        def next_action(obs, key):
+        # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
+        def following(obs, key, key_density):
             u, pick = self._particles(state, obs, key, self.backup, lam)
-            return jnp.tanh(u[pick]), jnp.tanh(u)
+            if self.density is None:
+                return self.action(u), pick, gaussian_entropy(self.action(u)) if u.shape[0] > 1 else jnp.zeros(())
+            return self.action(u), pick, -self._log_prob(state, obs, u[pick], key_density) / u.shape[-1]
 
-        action, spread = jax.vmap(next_action)(batch.next_obs, jr.split(k_next, n))
+        keys = jr.split(k_next, n), jr.split(k_density, n)
+        actions, picks, entropy = jax.vmap(following)(batch.next_obs, *keys)
+        action = jax.vmap(lambda a, pick: a[pick])(actions, picks)
+        bonus = 0.0 if self.density is None else lam * entropy * action.shape[-1]
         critic, target, critic_opt, metrics = self.critic.learn(
-            state.critic, state.target, state.critic_opt, batch, action, k_critic
+            state.critic, state.target, state.critic_opt, batch, action, k_critic, bonus
         )
 
         # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any law with full support is valid.
@@ -129,21 +159,22 @@ class RFM:
         if self.endpoint == "policy":
             support = self.endpoints(state, batch.obs, k_now)
         else:
-            support = jnp.arctanh(jnp.clip(batch.action, -1 + 1e-4, 1 - 1e-4))[:, None]
+            inside = jnp.clip(batch.action, -1 + 1e-4, 1 - 1e-4)
+            support = (jnp.arctanh(inside) if self.bounds == "tanh" else batch.action)[:, None]
         x1 = support[:, 0]
         x_t = jax.vmap(self.path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 
         # 3. The posterior mean of x1 under the critic just updated.
         def posterior(key, x_t, t, obs, support):
-            log_pi = boltzmann(lambda a: critic.value(obs, a), lam, self.base)
-            return self.estimator(key, self.path, log_pi, x_t, t, support)
+            return self.estimator(key, self.path, self.log_pi(critic, obs, lam), x_t, t, support)
 
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
 
-        # 4. Actor: regression on the velocity of that mean.
+        # 4. Actor: regression on the velocity, or noise, of that mean.
         def actor_loss(actor):
             def one(x1, x_t, t, obs):
-                return matching_loss(lambda x, t: actor(x, t, self._condition(obs, lam)), self.path, x1, x_t, t)
+                field = lambda x, t: actor(x, t, self._condition(obs, lam))
+                return matching_loss(field, self.path, x1, x_t, t, self.predict)
 
             return jnp.mean(jax.vmap(one)(post.mean, x_t, t, batch.obs))
 
@@ -157,7 +188,7 @@ class RFM:
         }
         log_lam = state.log_lam
         if isinstance(self.temperature, Tuned) and log_lam is not None:
-            metrics["entropy"] = jax.vmap(gaussian_entropy)(spread).mean()
+            metrics["entropy"] = entropy.mean()
             log_lam = self.temperature.move(log_lam, metrics["entropy"])
         return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam), metrics
 
@@ -171,6 +202,27 @@ class RFM:
 
         return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
 
+    def _drift(self, state: RFMState, obs: Float[Array, " o"]) -> Drift:
+        """The velocity field of the policy at one observation."""
+        cond = self._condition(obs, self.lam(state))
+        if self.predict == "velocity":
+            return lambda x, t: state.actor(x, t, cond)
+
+        def from_noise(x, t):
+            x1 = self.path.x1_from_x0(state.actor(x, t, cond), x, t)
+            # An error of the noise counts 1 / alpha times in x1: at small t only the box keeps it in check.
+            return self.path.velocity(x1 if self.bounds == "tanh" else jnp.clip(x1, -1.0, 1.0), x, t)
+
+        return from_noise
+
+    def _log_prob(
+        self, state: RFMState, obs: Float[Array, " o"], u: Float[Array, " a"], key: PRNGKey
+    ) -> Float[Array, ""]:
+        """log pi(a | s) of the action that u stands for."""
+        assert self.density is not None
+        log_p = self.density(self._drift(state, obs), self.path, u, self.t_min, 1 - self.t_min, key)
+        return log_p - jnp.sum(log_sech2(u)) if self.bounds == "tanh" else log_p
+
     def _condition(self, obs: Float[Array, " o"], lam: Float[Array, ""]) -> Float[Array, " c"]:
         return jnp.concatenate([obs, time_embedding(lam, self.embedding)]) if self.condition_on_temperature else obs
 
@@ -180,15 +232,12 @@ class RFM:
         """n latent actions u from n noises, and the index the selector picks by Q(s, tanh u) / pick_lam."""
         k_x0, k_pick = jr.split(key)
         x0 = self.path.source_scale * jr.normal(k_x0, (selector.particles, state.actor.dim))
-        cond = self._condition(obs, self.lam(state))
-
-        def solve(x):
-            return self.solver(lambda x, t: state.actor(x, t, cond), x, self.t_min, 1 - self.t_min)
-
-        u = jax.vmap(solve)(x0)
+        drift = self._drift(state, obs)
+        keys = jr.split(jr.fold_in(k_x0, 1), selector.particles)  # for solvers that add noise
+        u = jax.vmap(lambda x, k: self.solver(drift, x, self.t_min, 1 - self.t_min, k))(x0, keys)
         if not chooses(selector):
             return u, jnp.zeros((), jnp.int32)
-        score = jax.vmap(lambda u: state.critic.value(obs, jnp.tanh(u)))(u) / pick_lam
+        score = jax.vmap(lambda u: state.critic.value(obs, self.action(u)))(u) / pick_lam
         return u, selector(k_pick, score)
 
     @property

@@ -1,6 +1,7 @@
-"""log p(x1) of a flow by the instantaneous change of variables (Chen et al. 1806.07366; Grathwohl et al. 1810.01367).
+"""log p(x1) of a flow.
 
-d/dt log p_t(x_t) = -div v(x_t, t), integrated backwards from x1 with the sampler's own solver.
+`log_likelihood`: the instantaneous change of variables (Chen et al. 1806.07366; Grathwohl et al. 1810.01367),
+d/dt log p_t(x_t) = -div v(x_t, t), integrated backwards from x1. `denoising_log_density`: from errors of denoising.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from contraflow.flow.density import log_normal
-from contraflow.flow.path import Scalar, Vector
-from contraflow.flow.solve import Drift, ODESolver, Time
+from contraflow.flow.path import AbstractPath, Scalar, Vector
+from contraflow.flow.solve import Drift, Euler, ODESolver, Time
 from contraflow.types import PRNGKey
 
 
@@ -63,3 +64,57 @@ def log_likelihood(
     state = solver(augmented, jnp.append(x1, 0.0), t1, t0)
     x0, log_det = state[:-1], state[-1]  # log_det = int_{t1}^{t0} div dt, negative of the forward one
     return log_normal(x0, jnp.zeros_like(x0), jnp.asarray(source_scale)) + log_det, x0
+
+
+def denoising_log_density(
+    x0_mean: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, levels: int, probes: int, key: PRNGKey
+) -> Scalar:
+    """log p(x1) from how well noise is told from x_t (Kong et al. 2302.03792, eq. 8; MaxEntDP 2502.11612, eq. 16):
+
+        -d/2 log(2 pi e) + 1/2 int [d sigmoid(l) - E|x0 - E[x0 | x_t(l)]|^2] dl,   l the log signal-to-noise ratio,
+
+    by the midpoint rule on `levels` values of l between the times t0 and t1, with `probes` noises at each. `x0_mean`
+    (x_t, t) is E[x0 | x_t]. Unbiased in the noises; what lies beyond t0 and t1 is left out.
+    """
+    ends = path.log_snr(jnp.asarray(t0, x1.dtype)), path.log_snr(jnp.asarray(t1, x1.dtype))
+    width = (ends[1] - ends[0]) / levels
+
+    def level(i, noise):
+        snr = ends[0] + (i + 0.5) * width
+        t = path.inverse_log_snr(snr)
+        error = jax.vmap(lambda e: jnp.sum((e - x0_mean(path.perturb(e, x1, t), t)) ** 2))(noise)
+        return x1.shape[0] * jax.nn.sigmoid(snr) - error.mean()
+
+    noise = jr.normal(key, (levels, probes, *x1.shape), x1.dtype)
+    total = jnp.sum(jax.vmap(level)(jnp.arange(levels), noise)) * width
+    return 0.5 * total - 0.5 * x1.shape[0] * jnp.log(2 * jnp.pi * jnp.e)
+
+
+@dataclass(frozen=True)
+class ChangeOfVariables:
+    """Settings of `log_likelihood`: how a policy's log-density is found by following its flow back."""
+
+    solver: ODESolver = Euler(10)
+    divergence: Divergence = Hutchinson()
+
+    def __call__(self, drift: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, key: PRNGKey) -> Scalar:
+        return log_likelihood(drift, x1, t0, t1, self.solver, self.divergence, path.source_scale, key)[0]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Settings of `denoising_log_density`: how a policy's log-density is found from its errors of denoising."""
+
+    levels: int = 20
+    probes: int = 50
+
+    def __post_init__(self):
+        if self.levels < 1 or self.probes < 1:
+            raise ValueError(f"{self}: needs at least one level and one probe")
+
+    def __call__(self, drift: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, key: PRNGKey) -> Scalar:
+        x0_mean = lambda x, t: path.x0_from_velocity(drift(x, t), x, t)
+        return denoising_log_density(x0_mean, path, x1, t0, t1, self.levels, self.probes, key)
+
+
+PolicyDensity = ChangeOfVariables | Denoising

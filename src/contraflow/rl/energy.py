@@ -1,4 +1,4 @@
-"""The target law of a maximum-entropy policy, as a density over latent actions u with a = tanh(u)."""
+"""The target law of a maximum-entropy policy, as a density over latent actions u; a = tanh(u), or u within its box."""
 
 from collections.abc import Callable
 
@@ -18,5 +18,17 @@ def boltzmann(
 
     def log_pi(u: Float[Array, " a"]) -> Float[Array, ""]:
         return q(jnp.tanh(u)) / lam + base * jnp.sum(log_sech2(u))
+
+    return log_pi
+
+
+def boltzmann_in_box(q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""]) -> LogDensity:
+    """log pi(u) = Q(clip(u)) / lam: exp(Q / lam) on [-1, 1]^d for candidates drawn inside, as `TruncatedNoise` does.
+
+    For others Q goes on as it is at the face, which has no integral: only laws of u given x_t exist (SDAC, 2502.00361).
+    """
+
+    def log_pi(u: Float[Array, " a"]) -> Float[Array, ""]:
+        return q(jnp.clip(u, -1.0, 1.0)) / lam
 
     return log_pi

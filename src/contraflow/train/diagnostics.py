@@ -12,7 +12,6 @@ from contraflow.agents.base import Agent
 from contraflow.agents.rfm import RFM
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.rl.energy import boltzmann
 from contraflow.types import PRNGKey
 
 BINS = 16  # of the action histogram
@@ -66,7 +65,7 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
 
     def at(t, obs, x0, x1, support, key_repeat, key_reference):
         x_t = agent.path.perturb(x0, x1, t)
-        log_pi = boltzmann(lambda a: state.critic.value(obs, a), lam, agent.base)
+        log_pi = agent.log_pi(state.critic, obs, lam)
         post = jax.vmap(lambda k: agent.estimator(k, agent.path, log_pi, x_t, t, support))(
             jr.split(key_repeat, REPEATS)
         )
