@@ -2,6 +2,8 @@
 
 RFM = "agents/test_rfm.py::"
 SAC = "agents/test_sac.py::"
+PMD = "agents/test_pmd.py::"
+TD3 = "agents/test_td3.py::"
 CONTRACT = "contract/test_contract_agents.py::"
 CRITICS = ("rl/test_rl_critics.py",)
 HEADS = ("nets/test_heads.py",)
@@ -167,5 +169,82 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "return h + self.back(",
         "return self.back(",
         ("nets/test_nets.py::test_residual_critic_forward",),
+    ),
+    (
+        "candidates weighted by how bad they are",
+        "agents/pmd.py",
+        "p = jax.nn.softmax(q / lam)",
+        "p = jax.nn.softmax(-q / lam)",
+        (PMD + "test_one_iterate_of_mirror_descent",),
+    ),
+    (
+        "candidates of the fast actor",
+        "agents/pmd.py",
+        "a = self._draw(state.slow, obs, k_policy, self.candidates)",
+        "a = self._draw(state.actor, obs, k_policy, self.candidates)",
+        (PMD + "test_one_iterate_of_mirror_descent",),
+    ),
+    (
+        "uniform actions weigh nothing",
+        "agents/pmd.py",
+        "share = self.uniform_share * jnp.mean(",
+        "share = 0.0 * jnp.mean(",
+        (PMD + "test_advantage_weights_seek_the_best_and_uniform_actions_keep_wide",),
+    ),
+    (
+        "targets made by the fast actor",
+        "agents/td3.py",
+        "jnp.tanh(jax.vmap(state.slow)(batch.next_obs))",
+        "jnp.tanh(jax.vmap(state.actor)(batch.next_obs))",
+        (TD3 + "test_targets_are_smoothed_and_made_by_the_slow_copy",),
+    ),
+    (
+        "targets are not smoothed",
+        "agents/td3.py",
+        "noise = self.smoothing * jr.normal",
+        "noise = 0.0 * jr.normal",
+        (TD3 + "test_targets_are_smoothed_and_made_by_the_slow_copy",),
+    ),
+    (
+        "the actor never waits",
+        "agents/td3.py",
+        "due = state.step % self.delay == self.delay - 1",
+        "due = state.step >= 0",
+        (TD3 + "test_the_actor_waits",),
+    ),
+    (
+        "soft backup with the wrong sign",
+        "agents/rfm.py",
+        "else lam * entropy * action.shape[-1]",
+        "else -lam * entropy * action.shape[-1]",
+        (RFM + "test_update_against_an_independent_one[soft]",),
+    ),
+    (
+        "the predicted end leaves the box",
+        "agents/rfm.py",
+        'x1 if self.bounds == "tanh" else jnp.clip(x1, -1.0, 1.0)',
+        'x1 if self.bounds == "tanh" else x1',
+        (RFM + "test_update_against_an_independent_one[soft]",),
+    ),
+    (
+        "an actor that returns noise learns velocities",
+        "agents/rfm.py",
+        "self.path, x1, x_t, t, self.predict)",
+        "self.path, x1, x_t, t)",
+        (RFM + "test_update_against_an_independent_one[soft]",),
+    ),
+    (
+        "the local score points downhill",
+        "flow/posterior.py",
+        "x0 = -path.beta(t) * jax.grad(log_pi)(x_t)",
+        "x0 = path.beta(t) * jax.grad(log_pi)(x_t)",
+        ("flow/test_flow_posterior.py::test_local_is_right_at_the_end_only",),
+    ),
+    (
+        "twice the information",
+        "flow/likelihood.py",
+        "return 0.5 * total - 0.5",
+        "return total - 0.5",
+        ("flow/test_flow_likelihood.py::test_denoising_density_of_a_gaussian",),
     ),
 )

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 
 from contraflow.agents import AGENTS, AnyAgent, OffPolicyAgent
+from contraflow.agents.pmd import PMD
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
+from contraflow.agents.td3 import TD3
 from contraflow.config import from_json, to_json
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
 from contraflow.rl.critics import Critics
+from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 from contraflow.runtime.policy import Policy
@@ -49,10 +52,19 @@ TABLE: dict[str, Any] = {
         behaviour=Constant(0.1),
     ),
     "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4)}), temperature=Tuned(rate=0.1)),
+    "pmd": PMD(
+        policy=FlowPolicy(steps=2, width=8, depth=1, embedding=4),
+        candidates=4,
+        uniform=2,
+        actor_lr=1e-2,
+        critic=CRITIC,
+        **PICKS,
+    ),
     "sac": SAC(**SMALL, actor_lr=1e-2),
+    "td3": TD3(**SMALL, actor_lr=1e-2, delay=1),
     "sir": SIR(critic=CRITIC, **PICKS, base=0.5),
 }
-FAMILIES = ("rfm", "sac", "sir")  # one member of each in the default tests
+FAMILIES = ("rfm", "pmd", "sac", "td3", "sir")  # one member of each in the default tests
 
 
 def batch(key: jax.Array, n: int = B, reward: Any = None) -> Transition:

@@ -10,7 +10,7 @@ import pytest
 
 from contraflow.flow.density import Gaussian, GaussianMixture, Separable
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior import Fixed, FromData, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, FromData, Local, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 
 PATHS = {"linear": Linear(), "cosine": Cosine()}
@@ -361,3 +361,16 @@ def test_noise_differs_across_a_batch():
     """The key-reuse check cannot see one key closed over by vmap: candidates must differ for the same x_t."""
     out = repeat(Reverse(8, Noise(), Fixed(0)), Linear(), jr.split(jr.key(0), 16), BIMODAL, X_T, T)
     assert len(np.unique(np.asarray(out.mean[:, 0]))) == 16
+
+
+def test_local_is_right_at_the_end_only():
+    """For a Gaussian: score -(x - m) / s^2 of the clean law, which the noised one nears as t -> 1."""
+    target, x = Gaussian(jnp.array([0.5, -0.2]), 0.6), jnp.array([0.3, 0.7])
+
+    def gap(t):
+        mean = Local()(None, Linear(), target, x, jnp.asarray(t)).mean
+        score = -(x - t * mean) / (1 - t) ** 2
+        np.testing.assert_allclose(score, -(x - target.mean) / 0.36, rtol=1e-3)
+        return np.abs(mean - target.posterior_mean(Linear(), x, jnp.asarray(t))).max()
+
+    assert gap(0.99) < 1e-3 and gap(0.3) > 1.0

@@ -3,19 +3,23 @@
 from contraflow.agents.bc import BC
 from contraflow.agents.dppo import DPPO
 from contraflow.agents.fpo import FPO
+from contraflow.agents.pmd import PMD
 from contraflow.agents.ppo import PPO
 from contraflow.agents.reinflow import ReinFlow
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
+from contraflow.agents.td3 import TD3
 
-OffPolicyAgent = RFM | SAC | SIR
+OffPolicyAgent = RFM | PMD | SAC | TD3 | SIR
 OnPolicyAgent = PPO | ReinFlow | DPPO | FPO
 OfflineAgent = BC
 AnyAgent = OffPolicyAgent | OnPolicyAgent | OfflineAgent
 AGENTS: dict[str, type[AnyAgent]] = {
     "rfm": RFM,
+    "pmd": PMD,
     "sac": SAC,
+    "td3": TD3,
     "sir": SIR,
     "ppo": PPO,
     "reinflow": ReinFlow,

@@ -7,7 +7,8 @@ predicts noise, that is regressed on x0 (DDPM, 2006.11239).
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -19,12 +20,10 @@ from jaxtyping import Array, Float, Int, PyTree
 from contraflow.flow.couple import Coupling, Independent
 from contraflow.flow.onestep import Matching, Objective, dispersion
 from contraflow.flow.path import Vector
-from contraflow.rl.flow_policy import FlowPolicy, Network, Obs
+from contraflow.rl.flow_policy import EDGE, FlowPolicy, Network, Obs
 from contraflow.rl.optim import clipped_adam, start
 from contraflow.rl.running import Running
 from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey
-
-EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]: some paths have no velocity at their ends
 
 
 class BCState(eqx.Module):
@@ -83,17 +82,18 @@ class BC:
 
         def loss_fn(net):
             def losses(fn, part):
-                error = jax.vmap(lambda *row: fn(net, state.average, *row))(*(x[part] for x in rows))
+                error = jax.vmap(fn)(*(x[part] for x in rows))
                 square = jnp.sum(batch.valid[part] * error**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)
                 if self.objective.power:
                     square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
                 return square
 
-            flow = losses(self._match, slice(None, matched))
+            flow = losses(partial(self.policy.match_error, net), slice(None, matched))
             loss = jnp.sum(weight * flow)
             metrics = {"matching_loss": flow.mean()}
             if matched < obs.shape[0]:
-                tied = losses(self._tie, slice(matched, None))
+                tie = partial(self.policy.tie_error, self.objective, net, state.average)
+                tied = losses(tie, slice(matched, None))
                 loss, metrics = loss + tied.sum(), metrics | {"tie_loss": tied.mean()}
             loss = loss / obs.shape[0]
             if self.dispersion:
@@ -118,25 +118,6 @@ class BC:
     def adopt(self, state: BCState, net: Network, stats: Running) -> BCState:
         """The state with a trained network in it."""
         return eqx.tree_at(lambda s: (s.net, s.average, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
-
-    def _match(self, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
-        """Error of the network's output at x_t."""
-        t, path = jr.uniform(key, minval=EDGE, maxval=1 - EDGE), self.policy.path
-        target = x0 if self.policy.predict == "noise" else path.d_alpha(t) * x1 + path.d_beta(t) * x0
-        return self.policy.output(net, path.perturb(x0, x1, t), t, t, obs) - target
-
-    def _tie(self, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
-        """Error of a step against those that it is made of."""
-        k_interval, k_target = jr.split(key)
-        objective: Any = self.objective  # not `Matching`, which has no such rows
-        t, r = objective.interval(k_interval)
-        x_t = self.policy.path.perturb(x0, x1, t)
-
-        def u(net):
-            return lambda x, t, r: self.policy.output(net, x, t, r, obs)
-
-        target = objective.target(u(net), u(slow), x1 - x0, x_t, t, r, k_target)
-        return u(net)(x_t, t, r) - target
 
     def _features(self, net: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
         t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)

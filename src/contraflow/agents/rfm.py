@@ -18,7 +18,7 @@ from contraflow.flow.density import LogDensity, log_sech2
 from contraflow.flow.likelihood import PolicyDensity
 from contraflow.flow.loss import Predict, matching_loss
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Markov, Reverse
+from contraflow.flow.posterior import Estimator, Local, Markov, Reverse
 from contraflow.flow.solve import Drift, EulerMaruyama, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
@@ -98,8 +98,8 @@ class RFM:
             )
         if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
             raise ValueError(f"the solver's path {self.solver.path} is not the agent's {self.path}")
-        if self.bounds == "box" and not isinstance(self.estimator, Reverse):
-            raise ValueError("bounds='box' needs the estimator Reverse: a chain would leave the box")
+        if self.bounds == "box" and not isinstance(self.estimator, Reverse | Local):
+            raise ValueError("bounds='box' needs the estimator Reverse or Local: a chain would leave the box")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""

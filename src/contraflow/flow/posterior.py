@@ -2,7 +2,7 @@
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
 (Reverse Flow Matching, 2601.08136). `Markov` starts at the policy's own endpoints and moves them by Markov steps: no
-bias once the policy is right. `FromData` needs samples of pi (flow matching).
+bias once the policy is right. `Local` looks at pi in x_t only. `FromData` needs samples of pi (flow matching).
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -271,6 +271,27 @@ class Markov:
 
 
 @dataclass(frozen=True)
+class Local:
+    """x0 = -beta grad log pi(x_t): the score of pi at x_t itself in place of that of the noised law (QSM, 2312.11752).
+
+    One gradient, no candidates. Right in the limit t -> 1 only: for pi = N(m, s^2) the score is -(x_t - m) / s^2 where
+    the noised law has -(x_t - alpha m) / (alpha^2 s^2 + beta^2).
+    """
+
+    def __call__(
+        self,
+        key: PRNGKey | None,
+        path: AbstractPath,
+        log_pi: LogDensity,
+        x_t: Vector,
+        t: Scalar,
+        support: Support = None,
+    ) -> Posterior:
+        x0 = -path.beta(t) * jax.grad(log_pi)(x_t)
+        return Posterior(path.x1_from_x0(x0, x_t, t), jnp.ones_like(x_t), jnp.ones(()))
+
+
+@dataclass(frozen=True)
 class FromData:
     """Posterior mean when x1 is uniform on the points `support` [P, d]; one point is conditional flow matching.
 
@@ -292,4 +313,4 @@ class FromData:
         return Posterior(w @ support, jnp.zeros_like(x_t), 1.0 / jnp.sum(w**2))
 
 
-Estimator = Reverse | Markov | FromData
+Estimator = Reverse | Markov | Local | FromData

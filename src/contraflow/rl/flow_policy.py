@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.flow.path import Linear, Path, Scalar, Vector
@@ -16,6 +17,7 @@ from contraflow.types import EnvSpec, PRNGKey
 Obs = Float[Array, " o"]
 Network = Any
 """A module with a `dim` that takes (x, t, cond) to a vector of that size, as `Velocity` does."""
+EDGE = 1e-3  # times are drawn from [EDGE, 1 - EDGE]: some paths have no velocity at their ends
 CLOCK = 5.0  # times reach the embedding as [0, 5]: at [0, 100] the derivative that MeanFlow trains on blows up
 
 
@@ -93,6 +95,26 @@ class FlowPolicy:
             return self.move(net, x, k / n, (k + 1) / n, obs), None
 
         return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
+
+    def match_error(self, net: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Vector:
+        """Error of the output at a random time between x0 and x1: its target is their velocity, or x0."""
+        t, path = jr.uniform(key, minval=EDGE, maxval=1 - EDGE), self.path
+        target = x0 if self.predict == "noise" else path.d_alpha(t) * x1 + path.d_beta(t) * x0
+        return self.output(net, path.perturb(x0, x1, t), t, t, obs) - target
+
+    def tie_error(
+        self, objective: Any, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey
+    ) -> Vector:
+        """Error of a step of random size, between x0 and x1, against those that it is made of (flow/onestep.py)."""
+        k_interval, k_target = jr.split(key)
+        t, r = objective.interval(k_interval)
+        x_t = self.path.perturb(x0, x1, t)
+
+        def u(net):
+            return lambda x, t, r: self.output(net, x, t, r, obs)
+
+        target = objective.target(u(net), u(slow), x1 - x0, x_t, t, r, k_target)
+        return u(net)(x_t, t, r) - target
 
     def _condition(self, t: Scalar, r: Scalar, obs: Obs) -> Float[Array, " c"]:
         return jnp.concatenate([obs, time_embedding(CLOCK * (r - t), self.embedding)]) if self.averaged else obs
