@@ -3,6 +3,7 @@
 RFM = "agents/test_rfm.py::"
 SAC = "agents/test_sac.py::"
 PMD = "agents/test_pmd.py::"
+DACER = "agents/test_dacer.py::"
 TD3 = "agents/test_td3.py::"
 CONTRACT = "contract/test_contract_agents.py::"
 CRITICS = ("rl/test_rl_critics.py",)
@@ -187,8 +188,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "uniform actions weigh nothing",
         "agents/pmd.py",
-        "share = self.uniform_share * jnp.mean(",
-        "share = 0.0 * jnp.mean(",
+        "share = self.uniform_share * jnp.max(",
+        "share = 0.0 * jnp.max(",
         (PMD + "test_advantage_weights_seek_the_best_and_uniform_actions_keep_wide",),
     ),
     (
@@ -246,5 +247,19 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "return 0.5 * total - 0.5",
         "return total - 0.5",
         ("flow/test_flow_likelihood.py::test_denoising_density_of_a_gaussian",),
+    ),
+    (
+        "the noise is tuned away from its entropy",
+        "agents/dacer.py",
+        "self.scale.move(state.log_scale, entropy)",
+        "self.scale.move(state.log_scale, 2 * self.scale.entropy - entropy)",
+        (DACER + "test_the_noise_keeps_the_entropy",),
+    ),
+    (
+        "the sampler goes down Q",
+        "agents/dacer.py",
+        "return -critic.value(obs, self._sample(actor, obs, key))",
+        "return critic.value(obs, self._sample(actor, obs, key))",
+        (DACER + "test_the_sampler_collapses_to_the_best_action",),
     ),
 )

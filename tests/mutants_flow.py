@@ -113,8 +113,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "stop-gradient removed from the target",
         "flow/loss.py",
-        "jax.lax.stop_gradient(path.velocity(x1, x_t, t))",
-        "path.velocity(x1, x_t, t)",
+        "jax.lax.stop_gradient(convert(x1, x_t, t))",
+        "convert(x1, x_t, t)",
         ("flow/test_flow_loss.py",),
     ),
     (

@@ -1,12 +1,19 @@
 """Named runs: `contraflow train NAME`. Every agent has a preset of its own name."""
 
-from contraflow.agents import BC, DPPO, FPO, PPO, RFM, SAC, SIR, ReinFlow
-from contraflow.flow.posterior import MinVariance, Reverse
-from contraflow.flow.proposal import Noise
+from dataclasses import replace
+from typing import Any
+
+from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3, ReinFlow
+from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson
+from contraflow.flow.onestep import MeanFlow
+from contraflow.flow.path import VE, VP, Cosine
+from contraflow.flow.posterior import Fixed, Local, MinVariance, Reverse
+from contraflow.flow.proposal import Noise, TruncatedNoise
 from contraflow.flow.solve import Euler
 from contraflow.rl.critics import Critics
+from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, First, Softmax
-from contraflow.rl.temperature import Anneal, Constant
+from contraflow.rl.temperature import Anneal, Constant, Tuned
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicyRun
 from contraflow.train.run import AnyRun, Run
@@ -29,9 +36,65 @@ RFM_PAPER = RFM(
     max_grad_norm=10.0,
 )
 
+# The family at its papers' defaults: networks of 256, no clipping. Deviations: docs/online.md.
+WIDE = Critics(width=256, lr=3e-4, max_grad_norm=None)
+OWN: dict[str, Any] = {"explore": First(), "backup": First(), "width": 256, "critic": WIDE, "max_grad_norm": None}
+IN_BOX: dict[str, Any] = OWN | {"bounds": "box", "predict": "noise", "solver": Euler(20)}
+BEST: dict[str, Any] = {"explore": Argmax(32), "backup": Argmax(32)}
+KL_OF_2 = Tuned(entropy=1.47, start=1.0)  # of 32 candidates: log 32 - 2
+DIFFUSION = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
+FAMILY: dict[str, Any] = {
+    # 2502.11612
+    "maxentdp": RFM(
+        path=Cosine(), estimator=Reverse(500, TruncatedNoise(), Fixed(0.0)), endpoint="buffer",
+        density=Denoising(20, 50), exploit=Argmax(10), temperature=Constant(0.05), **IN_BOX,
+    ),
+    # 2502.00361
+    "sdac": RFM(
+        path=VP(), estimator=Reverse(64, Noise(), Fixed(0.0)), query=Argmax(32), temperature=Constant(0.05),
+        **(IN_BOX | BEST),
+    ),
+    # 2312.11752
+    "qsm": RFM(
+        path=VP(), estimator=Local(), endpoint="buffer", exploit=First(), temperature=Constant(0.02), depth=3, **IN_BOX,
+    ),
+    # 2410.01312
+    "dqs": RFM(
+        path=VE(1e-5, 1.0), estimator=Reverse(1000, Noise(), Fixed(1.0)), endpoint="buffer", exploit=First(),
+        solver=Euler(20), temperature=Constant(0.05), condition_on_temperature=True, **OWN,
+    ),
+    # 2602.01606, the variant R
+    "flame": RFM(
+        estimator=Reverse(100, TruncatedNoise(), Fixed(0.0)), endpoint="buffer", bounds="box",
+        density=ChangeOfVariables(Euler(2), Hutchinson(1)), solver=Euler(20), temperature=Constant(0.01), depth=3,
+        **(OWN | BEST),
+    ),
+    # 2502.00361
+    "dpmd": PMD(policy=DIFFUSION, critic=WIDE, exploit=Argmax(10), max_grad_norm=None),
+    # 2507.23675, the variants R and M
+    "fpmd": PMD(
+        policy=FlowPolicy(steps=20, width=256, depth=3), candidates=32, noise=0.1, temperature=KL_OF_2,
+        follow=1.0, critic=WIDE, max_grad_norm=None, **BEST,
+    ),
+    "fpmd-m": PMD(
+        policy=FlowPolicy(steps=1, width=256, depth=3), objective=MeanFlow(), candidates=32, noise=0.1,
+        temperature=KL_OF_2, follow=1.0, critic=WIDE, max_grad_norm=None, **BEST,
+    ),
+    # 2405.16173
+    "qvpo": PMD(
+        policy=replace(DIFFUSION, path=Cosine()), weight="advantage", uniform=10, noise=0.0, follow=0.005,
+        temperature=Constant(0.02), explore=Argmax(4), backup=Argmax(4),
+        critic=replace(WIDE, lr=1e-3), max_grad_norm=None,
+    ),
+}  # fmt: skip
+
 PRESETS: dict[str, AnyRun] = {
+    **{name: Run(agent=agent) for name, agent in FAMILY.items()},
     "rfm": Run(agent=RFM()),
+    "pmd": Run(agent=PMD()),
+    "dacer": Run(agent=DACER()),
     "sac": Run(agent=SAC()),
+    "td3": Run(agent=TD3()),
     "sir": Run(agent=SIR()),
     "ppo": OnPolicyRun(agent=PPO()),
     "reinflow": OnPolicyRun(agent=ReinFlow()),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from contraflow.agents import AGENTS, AnyAgent, OffPolicyAgent
+from contraflow.agents.dacer import DACER
 from contraflow.agents.pmd import PMD
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
@@ -23,6 +24,7 @@ from contraflow.config import from_json, to_json
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
+from contraflow.nets.heads import Quantile
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, First, Softmax
@@ -60,11 +62,17 @@ TABLE: dict[str, Any] = {
         critic=CRITIC,
         **PICKS,
     ),
+    "dacer": DACER(
+        policy=FlowPolicy(steps=2, width=8, depth=1, embedding=4),
+        draws=4,
+        critic=replace(CRITIC, head=Quantile(5)),
+        actor_lr=1e-2,
+    ),
     "sac": SAC(**SMALL, actor_lr=1e-2),
     "td3": TD3(**SMALL, actor_lr=1e-2, delay=1),
     "sir": SIR(critic=CRITIC, **PICKS, base=0.5),
 }
-FAMILIES = ("rfm", "pmd", "sac", "td3", "sir")  # one member of each in the default tests
+FAMILIES = ("rfm", "pmd", "dacer", "sac", "td3", "sir")  # one member of each in the default tests
 
 
 def batch(key: jax.Array, n: int = B, reward: Any = None) -> Transition:

@@ -11,14 +11,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from contraflow.agents import DACER, PMD, TD3
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
 from contraflow.envs.probe import PROBES, TwoStep
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture
-from contraflow.flow.solve import Midpoint
+from contraflow.flow.posterior import Fixed, Local, Reverse
+from contraflow.flow.proposal import Mixture, TruncatedNoise
+from contraflow.flow.solve import Euler, Midpoint
 from contraflow.rl.critics import Critics
+from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.evaluate import evaluate
@@ -216,7 +218,7 @@ class Mistaken:
 
 
 def values(state, obs, action=0.0):
-    return np.asarray(jax.vmap(lambda o: state.critic.min(o, jnp.full(1, action)))(obs))
+    return np.asarray(jax.vmap(lambda o: state.critic.value(o, jnp.full(1, action)))(obs))
 
 
 def test_truncation_is_not_an_end():
@@ -235,6 +237,20 @@ LEARNERS = {
     "rfm": RFM(
         width=32, solver=Midpoint(2), estimator=Reverse(16, Mixture(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
     ),
+    "qne": RFM(
+        width=32, solver=Euler(5), estimator=Reverse(16, TruncatedNoise(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
+        bounds="box", predict="noise", endpoint="buffer",
+    ),
+    "qsm": RFM(
+        width=32, solver=Euler(5), estimator=Local(), actor_lr=1e-3, critic=LEARNING, bounds="box", predict="noise",
+        endpoint="buffer",
+    ),
+    "pmd": PMD(
+        policy=FlowPolicy(steps=5, width=32, depth=2), candidates=16, temperature=Constant(0.02), follow=0.02,
+        noise=0.1, actor_lr=1e-3, critic=LEARNING,
+    ),
+    "dacer": DACER(policy=FlowPolicy(steps=3, width=32, depth=2), draws=4, actor_lr=1e-3, critic=LEARNING),
+    "td3": TD3(width=32, actor_lr=1e-3, critic=LEARNING),
     "sac": SAC(width=32, actor_lr=1e-3, alpha_lr=1e-2, init_alpha=0.1, critic=replace(LEARNING, max_grad_norm=None)),
     "sir": SIR(critic=LEARNING),
 }  # fmt: skip

@@ -54,7 +54,7 @@ class PMD:
     uniform: int = 0
     """Uniform ones beside them, which keep the policy wide."""
     uniform_share: float = 0.02
-    """Their weight, in units of the mean weight of the others."""
+    """Their weight, in units of the largest weight of the others."""
     weight: Literal["boltzmann", "advantage"] = "boltzmann"
     """n softmax_i(Q_i / lambda) within a state; or max(Q_i - mean Q, 0) for the best and 0 for the others."""
     temperature: Schedule | Tuned = Tuned(entropy=2.16, start=1.0)
@@ -132,7 +132,7 @@ class PMD:
         actions, weights, entropy = jax.vmap(propose)(batch.obs, jr.split(k_candidates, n))
         if self.uniform:
             wide = jr.uniform(k_uniform, (n, self.uniform, actions.shape[-1]), minval=-1.0, maxval=1.0)
-            share = self.uniform_share * jnp.mean(weights, 1, keepdims=True)
+            share = self.uniform_share * jnp.max(weights, 1, keepdims=True)
             actions = jnp.concatenate([actions, wide], 1)
             weights = jnp.concatenate([weights, jnp.broadcast_to(share, wide.shape[:2])], 1)
 

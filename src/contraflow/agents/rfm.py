@@ -65,8 +65,8 @@ class RFM:
     behaviour: Schedule | None = None
     """Temperature of `explore`; None uses `temperature`."""
     bounds: Literal["tanh", "box"] = "tanh"
-    """Actions are the tanh of the flow's end u, or u itself, clipped. The box wants a `Reverse` whose candidates lie in
-    it (`TruncatedNoise`); for others Q goes on beyond it as at its face."""
+    """Actions are the tanh of the flow's end u, or u itself, clipped; then pi is exp(Q / lambda) on the box, exactly so
+    for candidates that lie in it (`TruncatedNoise`). The box has no control variate."""
     base: float = 1.0
     """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
     predict: Predict = "velocity"
@@ -98,8 +98,11 @@ class RFM:
             )
         if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
             raise ValueError(f"the solver's path {self.solver.path} is not the agent's {self.path}")
-        if self.bounds == "box" and not isinstance(self.estimator, Reverse | Local):
-            raise ValueError("bounds='box' needs the estimator Reverse or Local: a chain would leave the box")
+        if self.bounds == "box" and not (
+            isinstance(self.estimator, Local)
+            or (isinstance(self.estimator, Reverse) and not self.estimator.control.active)
+        ):
+            raise ValueError("bounds='box' needs the estimator Local, or Reverse with control=Fixed(0)")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,10 +26,11 @@ def boltzmann(
 def boltzmann_in_box(q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""]) -> LogDensity:
     """log pi(u) = Q(clip(u)) / lam: exp(Q / lam) on [-1, 1]^d for candidates drawn inside, as `TruncatedNoise` does.
 
-    For others Q goes on as it is at the face, which has no integral: only laws of u given x_t exist (SDAC, 2502.00361).
+    Beyond the box value and gradient are those of the nearest action: no critic is asked about what no action is, and
+    laws of u given x_t exist, though there is no integral over all u (SDAC, 2502.00361, clips so).
     """
 
     def log_pi(u: Float[Array, " a"]) -> Float[Array, ""]:
-        return q(jnp.clip(u, -1.0, 1.0)) / lam
+        return q(u + jax.lax.stop_gradient(jnp.clip(u, -1.0, 1.0) - u)) / lam
 
     return log_pi

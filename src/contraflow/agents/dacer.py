@@ -1,0 +1,113 @@
+"""DACER (arXiv 2405.15177): a diffusion policy moved up Q through its whole sampler; added noise holds its entropy."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PyTree
+
+from contraflow.flow.path import VP
+from contraflow.nets.critic import QEnsemble
+from contraflow.nets.heads import Quantile
+from contraflow.rl.critics import Critics
+from contraflow.rl.flow_policy import FlowPolicy, Network
+from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.temperature import Tuned, gaussian_entropy
+from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
+
+
+class DACERState(eqx.Module):
+    actor: Network
+    critic: QEnsemble
+    target: QEnsemble
+    log_scale: Float[Array, ""]
+    actor_opt: PyTree
+    critic_opt: PyTree
+    step: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class DACER:
+    """Per update and sample: (1 + draws) F actor calls, F the policy's steps, of which F with gradients."""
+
+    acting: ClassVar[tuple[str, ...]] = ("actor", "log_scale")
+
+    policy: FlowPolicy = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
+    noise: float = 0.1
+    """What is added to an action has the standard deviation `noise` times the tuned scale."""
+    scale: Tuned = Tuned(entropy=-0.9, start=1.0, high=10.0)
+    """Tuned so that explored actions have this entropy per dimension, told from `draws` by a Gaussian."""
+    draws: int = 16
+    critic: Critics = Critics(width=256, depth=3, head=Quantile(), lr=1e-4, max_grad_norm=None)
+    actor_lr: float = 1e-4
+    decay_steps: int | None = None
+    """Updates over which the learning rate falls to a tenth; None keeps it constant."""
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        check_positive(self, "noise", "actor_lr")
+        if self.draws < 4:
+            raise ValueError(f"draws must be at least 4 to tell an entropy, got {self.draws}")
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> DACERState:
+        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        k_actor, k_critic = jr.split(key)
+        actor = self.policy.init(k_actor, spec)
+        critic, target, critic_opt = self.critic.init(k_critic, spec)
+        opt = start(self._tx, actor)
+        return DACERState(actor, critic, target, self.scale.first(), opt, critic_opt, jnp.zeros((), jnp.int32))
+
+    def act(self, state: DACERState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
+        """The end of the sampler from a random start, with noise while exploring."""
+        k_sample, k_noise = jr.split(key)
+        action = self._sample(state.actor, obs, k_sample)
+        return self._noised(state, action, k_noise) if explore else action
+
+    def update(self, state: DACERState, batch: Transition, key: PRNGKey) -> tuple[DACERState, Metrics]:
+        """One step of the critics, the actor, the scale of the noise and the targets on a batch [B]."""
+        k_next, k_critic, k_now, k_entropy = jr.split(key, 4)
+        n = batch.reward.shape[0]
+
+        # 1. Critic, with a' as explored.
+        action = jax.vmap(lambda o, k: self.act(state, o, k, True))(batch.next_obs, jr.split(k_next, n))
+        critic, target, critic_opt, metrics = self.critic.learn(
+            state.critic, state.target, state.critic_opt, batch, action, k_critic
+        )
+
+        # 2. Actor: maximise Q(s, a(s, x_0)) through all steps of the sampler.
+        def actor_loss(actor):
+            def one(obs, key):
+                return -critic.value(obs, self._sample(actor, obs, key))
+
+            return jnp.mean(jax.vmap(one)(batch.obs, jr.split(k_now, n)))
+
+        actor, actor_opt, loss, grad_norm = descend(self._tx, actor_loss, state.actor, state.actor_opt)
+
+        # 3. The scale of the noise, by the entropy of what is explored at a few states.
+        def entropy_at(obs, key):
+            return gaussian_entropy(jax.vmap(lambda k: self.act(state, obs, k, True))(jr.split(key, self.draws)))
+
+        few = min(n, 16)
+        entropy = jax.vmap(entropy_at)(batch.obs[:few], jr.split(k_entropy, few)).mean()
+        log_scale = self.scale.move(state.log_scale, entropy)
+        metrics |= {
+            "actor_loss": loss,
+            "actor_grad_norm": grad_norm,
+            "entropy": entropy,
+            "temperature": jnp.exp(state.log_scale),
+        }
+        return DACERState(actor, critic, target, log_scale, actor_opt, critic_opt, state.step + 1), metrics
+
+    def _sample(self, actor: Network, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
+        return jnp.clip(self.policy(actor, jr.normal(key, (actor.dim,)), obs), -1.0, 1.0)
+
+    def _noised(self, state: DACERState, action: Float[Array, " a"], key: PRNGKey) -> Float[Array, " a"]:
+        noise = self.noise * jnp.exp(state.log_scale) * jr.normal(key, action.shape)
+        return jnp.clip(action + noise, -1.0, 1.0)
+
+    @property
+    def _tx(self):
+        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
