@@ -32,7 +32,7 @@ from contraflow.train.offline import OfflineRun
 OBJECTIVES: dict[str, Any] = {
     "matching": Matching(),
     "shortcut": Shortcut(),
-    "shortcut-coarse": Shortcut(levels=3),  # one step is eight Euler steps, not the exact flow
+    "shortcut-4": Shortcut(levels=2),  # one step is four Euler steps, not the exact flow
     "split-mean-flow": SplitMeanFlow(),
     "mean-flow": MeanFlow(power=1.0),
 }

@@ -44,7 +44,7 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "data/offline.py",
         '(rows["action"] - (low + high) / 2) / ((high - low) / 2)',
         'rows["action"] / ((high - low) / 2)',
-        DATA,
+        DATA[:1],  # the modules of the others fail as a whole
     ),
     ("NaN passes", "data/offline.py", "bad = ~np.isfinite(rows[key])", "bad = np.isinf(rows[key])", DATA),
     ("success is always pre", "data/readers.py", 'at = steps + (success == "post")', "at = steps", DATA),
