@@ -16,6 +16,7 @@ import tyro
 from speed import SPEC, batch
 
 from contraflow.presets import PRESETS
+from contraflow.train.run import Run
 
 
 def products(jaxpr: Any) -> int:
@@ -48,9 +49,11 @@ def with_width(agent: Any, width: int) -> Any:
 
 
 def main(width: int | None = None, rows: int = 256) -> None:
-    """Gigaflops per update of every preset's agent, and the share of the official RFM's."""
+    """Gigaflops per update of every off-policy preset's agent, and the share of the official RFM's."""
     official = update_products(PRESETS["rfm-paper"].agent, rows)
     for name, run in PRESETS.items():
+        if not isinstance(run, Run):
+            continue  # learns from rollouts or demonstrations
         agent: Any = run.agent
         agent = agent if width is None else with_width(agent, width)
         counted = update_products(agent, rows)

@@ -13,6 +13,7 @@ from tests.cli_helpers import GUESS, MAIN, TINY, Guess, assert_refused, cli, in_
 
 from contraflow import SIR
 from contraflow.config import SCHEMA
+from contraflow.rl.critics import Critics
 from contraflow.train import checkpoint, record
 from contraflow.train import run as driver
 from contraflow.train.run import read_config
@@ -93,7 +94,7 @@ def test_a_checkpoint_of_another_configuration(change: dict, finished: Path):
 
 
 def test_a_checkpoint_of_another_agent(finished: Path):
-    driver.write_config(replace(TINY, agent=SIR(width=8, depth=1)), finished)
+    driver.write_config(replace(TINY, agent=SIR(critic=Critics(width=8, depth=1))), finished)
     assert_refused(["resume", str(finished), *RESUME], "checkpoint 40", "another configuration", "start a new run")
 
 

@@ -18,6 +18,7 @@ from tests.cli_helpers import COMMAND, ENVIRON, FLAGS, TINY, Guess, cli, in_subp
 from contraflow import RFM, SIR, EnvSpec, Step, load, train
 from contraflow.cli import evaluate as command
 from contraflow.envs import make
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, First
 from contraflow.train import checkpoint
 from contraflow.train.artifact import save_policy
@@ -41,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     best = f"best policy  {folder / 'best'}, from step {int(step)}"
     assert f"{best}\nlast policy  {folder / 'policy'}\ncurve        {folder / 'curve.png'}\n" in out
     assert (folder / "curve.png").exists() and load(folder)(np.zeros(1)).shape == (1,)
-    assert read_config(folder) == replace(TINY, agent=replace(TINY.agent, width=8, depth=1))
+    assert read_config(folder) == replace(TINY, agent=replace(TINY.agent, critic=Critics(width=8, depth=1)))
     return folder
 
 
@@ -107,7 +108,7 @@ def test_require(tmp_path: Path):
 
 def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """RFM: one particle instead of the best of many, and uniform actions ranked by the same critic."""
-    agent = RFM(width=8, depth=1)
+    agent = RFM(width=8, depth=1, critic=Critics(width=8, depth=1))
     env = make("probe:action")
     state = agent.init(jax.random.key(0), env.spec)
     save_policy(tmp_path / "best", agent, env.spec, "probe:action", state)

@@ -79,7 +79,7 @@ def test_a_second_call_may_add_but_not_change(tmp_path: Path):
 
 def test_a_field_that_an_older_release_did_not_know_has_its_default(tmp_path: Path):
     """Also one deep inside: a component of a mixture of an estimator of an agent."""
-    agents = {"rfm": RFM(), "warm": RFM(explore=Softmax(4), tau=0.5)}
+    agents = {"rfm": RFM(), "warm": RFM(explore=Softmax(4), t_min=0.25)}
 
     def forget(data, name):
         if isinstance(data, dict):
@@ -97,9 +97,9 @@ def test_a_field_that_an_older_release_did_not_know_has_its_default(tmp_path: Pa
     record(agents, ["a"], 1, SETTINGS, NONE, tmp_path / "m")
     prepare(cell)
     data = json.loads((tmp_path / "m" / "matrix.json").read_text())
-    del data["agents"]["warm"]["agent"]["tau"]
+    del data["agents"]["warm"]["agent"]["t_min"]
     (tmp_path / "m" / "matrix.json").write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"agent warm: tau = 0.005, not 0.5"):
+    with pytest.raises(UserError, match=r"agent warm: t_min = 0.01, not 0.25"):
         record(agents, ["a"], 1, SETTINGS, NONE, tmp_path / "m")
 
 

@@ -19,6 +19,7 @@ from contraflow.compare import worker
 from contraflow.compare.matrix import FAILED, FINAL, state
 from contraflow.envs import make
 from contraflow.presets import PRESETS
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import First
 from contraflow.train import run as driver
 from contraflow.train.artifact import save_policy
@@ -108,7 +109,7 @@ def test_the_cost_of_an_action():
 
 def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which agents are evaluated; their returns are the business of other tests."""
-    agent, spec = RFM(width=8, depth=1), make(TINY.env).spec
+    agent, spec = RFM(width=8, depth=1, critic=Critics(width=8, depth=1)), make(TINY.env).spec
     states = [agent.init(jax.random.key(seed), spec) for seed in (0, 1)]
     for name, trained in zip(("policy", "best"), states, strict=True):
         save_policy(tmp_path / name, agent, spec, TINY.env, trained)

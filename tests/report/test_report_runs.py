@@ -13,6 +13,7 @@ from contraflow import SAC, SIR, UserError
 from contraflow.compare.matrix import FAILED, FINAL, cell_folder
 from contraflow.report.runs import read
 from contraflow.report.scores import collect, is_dmc, matrix, read_scales, scales
+from contraflow.rl.critics import Critics
 
 DMC = "envpool:CheetahRun-v1"
 
@@ -71,7 +72,7 @@ def test_any_folder_of_runs(tmp_path: Path):
     """Runs of `contraflow train`: agents are named by kind, and numbered when their settings differ."""
     write_run(tmp_path / "a", loose(0), [1.0])
     write_run(tmp_path / "deep/b", loose(1), [2.0])
-    write_run(tmp_path / "c", loose(0, agent=SIR(width=16)), [3.0])
+    write_run(tmp_path / "c", loose(0, agent=SIR(critic=Critics(width=16))), [3.0])
     write_run(tmp_path / "d", loose(0, agent=SAC()), [4.0])
     write_run(tmp_path / "e", loose(0, agent=Guess()), [5.0])
     write_run(tmp_path / "f", loose(1), [2.5])

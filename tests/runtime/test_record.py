@@ -18,6 +18,7 @@ from contraflow.data.readers import load
 from contraflow.data.write import write
 from contraflow.envs import make
 from contraflow.envs.gymnasium import Gymnasium
+from contraflow.rl.critics import Critics
 from contraflow.runtime import record as module
 from contraflow.runtime.record import Behaviour, record
 from contraflow.train.artifact import save_policy
@@ -154,7 +155,7 @@ def test_an_environment_that_does_not_fit(logged: list[Logged]):
 
 
 def saved(folder: Path, env: str = "jax:pendulum") -> None:
-    agent, spec = SIR(width=8, depth=1), make(env).spec
+    agent, spec = SIR(critic=Critics(width=8, depth=1)), make(env).spec
     save_policy(folder, agent, spec, env, agent.init(jr.key(0), spec))
 
 

@@ -21,6 +21,7 @@ from contraflow import RFM, SAC, UserError, load, resume, resume_seeds, train, t
 from contraflow.envs.control import Pendulum
 from contraflow.envs.probe import ObsAction
 from contraflow.flow.solve import Midpoint
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import Argmax, Softmax
 from contraflow.train import checkpoint, offpolicy, seeds
 from contraflow.train import run as driver
@@ -30,7 +31,15 @@ from contraflow.train.offpolicy import OffPolicy
 from contraflow.train.run import read_config
 
 SEEDS = (0, 7, 3)
-FLOW = RFM(width=8, depth=1, embedding=4, solver=Midpoint(1), explore=Softmax(2), exploit=Argmax(2))
+FLOW = RFM(
+    width=8,
+    depth=1,
+    critic=Critics(width=8, depth=1),
+    embedding=4,
+    solver=Midpoint(1),
+    explore=Softmax(2),
+    exploit=Argmax(2),
+)
 GUESS = replace(TINY, agent=Guess())
 
 
@@ -117,7 +126,7 @@ def test_each_seed_is_the_run_that_it_would_be_alone(together: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", [FLOW, SAC(width=8, depth=1)], ids=["rfm", "sac"])
+@pytest.mark.parametrize("agent", [FLOW, SAC(width=8, depth=1, critic=Critics(width=8, depth=1))], ids=["rfm", "sac"])
 def test_so_it_is_with_real_agents(agent, tmp_path: Path):
     run = replace(TINY, agent=agent, env="jax:pendulum", n_step=2)
     train_seeds(run, SEEDS, tmp_path / "together", quiet=True)
