@@ -70,7 +70,8 @@ def test_targets_are_smoothed_and_made_by_the_slow_copy():
     """a' = clip(a + clip(N(0, .2^2), -.5, .5)) with a = tanh of the slow actor, here 0: E Q = -(.4^2 + .2^2)."""
     state = start(AGENT)
     slow = eqx.tree_at(lambda a: (a.last.weight, a.last.bias), state.slow, replace_fn=jnp.zeros_like)
-    state = eqx.tree_at(lambda s: s.slow, state, slow)
+    elsewhere = eqx.tree_at(lambda a: a.last.bias, state.actor, jnp.ones(1))
+    state = eqx.tree_at(lambda s: (s.slow, s.actor), state, (slow, elsewhere))
     _, metrics = jax.jit(AGENT.update)(state, batch(4000, False), jr.key(1))
     np.testing.assert_allclose(metrics["q"], -0.99 * (0.16 + 0.04), atol=0.01)
     still = replace(AGENT, smoothing=0.0)
