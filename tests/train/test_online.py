@@ -270,7 +270,7 @@ def test_probes_are_learned(name, probe):
         "truncation": jnp.arange(5.0)[:, None] / 5,
     }.get(probe, jnp.zeros((1, 1)))
     best = jax.vmap(env.best_action)(obs)
-    got = jax.vmap(state.critic.min)(obs, best)
+    got = jax.vmap(state.critic.value)(obs, best)
     np.testing.assert_allclose(got, jax.vmap(lambda o: env.value(o, agent.critic.gamma))(obs), rtol=0.05, atol=0.1)
     if probe in ("action", "obs-action"):
         act = jax.vmap(lambda o, k: agent.act(state, o, k, False))(obs, jr.split(jr.key(9), obs.shape[0]))
