@@ -231,7 +231,7 @@ def test_no_critic_call_without_a_choice(selector):
     state, obs = start(agent), jnp.ones(3)
     without = eqx.tree_at(lambda s: s.critic, state, None)  # a call of the critic is an AttributeError
     for explore in (True, False):
-        jax.eval_shape(lambda s: agent.act(s, obs, jr.key(1), explore), without)  # noqa: B023
+        assert jax.eval_shape(lambda s: agent.act(s, obs, jr.key(1), explore), without).shape == (2,)  # noqa: B023
 
 
 @pytest.mark.slow

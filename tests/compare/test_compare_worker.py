@@ -100,6 +100,9 @@ def test_an_interrupted_cell_is_not_failed_and_goes_on(tmp_path: Path, monkeypat
 def test_the_cost_of_an_action():
     assert acting_cost(PRESETS["rfm"].agent) == Cost(32, 6, 32)
     assert acting_cost(RFM(exploit=First(3))) == Cost(3, 6, 0)
+    assert acting_cost(PRESETS["dpmd"].agent) == Cost(10, 20, 10)
+    assert acting_cost(PRESETS["dacer"].agent) == Cost(1, 20, 0)
+    assert acting_cost(PRESETS["td3"].agent) == Cost(1, 1, 0)
     assert acting_cost(PRESETS["rfm-paper"].agent) == Cost(32, 10, 32)
     assert acting_cost(PRESETS["rfm-cartpole"].agent) == Cost(32, 6, 32)
     assert acting_cost(PRESETS["sac"].agent) == Cost(1, 1, 0)

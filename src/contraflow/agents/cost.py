@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from contraflow.agents.dacer import DACER
+from contraflow.agents.pmd import PMD
 from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
+from contraflow.agents.td3 import TD3
 from contraflow.rl.select import chooses
 
 
@@ -25,4 +28,9 @@ def acting_cost(agent: Any) -> Cost | None:
         return Cost(n, agent.solver.nfe, n if chooses(agent.exploit) else 0)
     if isinstance(agent, SIR):
         return Cost(agent.exploit.particles, 0, agent.exploit.particles)
-    return Cost(1, 1, 0) if isinstance(agent, SAC) else None
+    if isinstance(agent, PMD):
+        n = agent.exploit.particles
+        return Cost(n, agent.policy.steps, n if chooses(agent.exploit) else 0)
+    if isinstance(agent, DACER):
+        return Cost(1, agent.policy.steps, 0)
+    return Cost(1, 1, 0) if isinstance(agent, SAC | TD3) else None

@@ -24,7 +24,7 @@ from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.select import Argmax, Selector, Softmax, chooses
-from contraflow.rl.temperature import Schedule, Tuned
+from contraflow.rl.temperature import Schedule, Tuned, current
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -76,6 +76,8 @@ class PMD:
         check_positive(self, "candidates", "follow", "actor_lr")
         if self.uniform < 0 or self.uniform_share < 0 or self.noise < 0:
             raise ValueError("uniform, uniform_share and noise must not be negative")
+        if self.objective.power:
+            raise ValueError(f"PMD weighs rows by their value alone: use {type(self.objective).__name__}(power=0)")
         if self.objective.averaged != self.policy.averaged:
             object.__setattr__(self, "policy", replace(self.policy, averaged=self.objective.averaged))
 
@@ -90,10 +92,7 @@ class PMD:
 
     def lam(self, state: PMDState) -> Float[Array, ""]:
         """The temperature at the state's update."""
-        if isinstance(self.temperature, Tuned):
-            assert state.log_lam is not None
-            return jnp.exp(state.log_lam)
-        return self.temperature(state.step)
+        return current(self.temperature, state.step, state.log_lam)
 
     def act(self, state: PMDState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """Of the particles of `explore` or `exploit` the one picked by Q(s, a), with noise while exploring."""
@@ -118,6 +117,7 @@ class PMD:
 
         # 2. Candidates of the slow copy and their weights.
         def propose(obs, key):
+            """(actions, weights, entropy of the softmax) of the candidates at one observation."""
             k_policy, k_noise = jr.split(key)
             a = self._draw(state.slow, obs, k_policy, self.candidates)
             a = jnp.clip(a + self.noise * jr.normal(k_noise, a.shape), -1.0, 1.0)

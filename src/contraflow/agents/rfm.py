@@ -27,7 +27,7 @@ from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann, boltzmann_in_box
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
-from contraflow.rl.temperature import Constant, Schedule, Tuned, gaussian_entropy
+from contraflow.rl.temperature import Constant, Schedule, Tuned, current, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -116,10 +116,7 @@ class RFM:
 
     def lam(self, state: RFMState) -> Float[Array, ""]:
         """The temperature at the state's update."""
-        if isinstance(self.temperature, Tuned):
-            assert state.log_lam is not None
-            return jnp.exp(state.log_lam)
-        return self.temperature(state.step)
+        return current(self.temperature, state.step, state.log_lam)
 
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """An action in [-1, 1]^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""

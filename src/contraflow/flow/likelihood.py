@@ -69,7 +69,7 @@ def log_likelihood(
 def denoising_log_density(
     x0_mean: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, levels: int, probes: int, key: PRNGKey
 ) -> Scalar:
-    """log p(x1) from how well noise is told from x_t (Kong et al. 2302.03792, eq. 8; MaxEntDP 2502.11612, eq. 16):
+    """log p(x1) from how well noise is told from x_t (Kong et al. 2302.03792; MaxEntDP 2502.11612):
 
         -d/2 log(2 pi e) + 1/2 int [d sigmoid(l) - E|x0 - E[x0 | x_t(l)]|^2] dl,   l the log signal-to-noise ratio,
 

@@ -42,7 +42,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Quantile:
-    """`outputs` quantiles of the return at (i + 1/2) / outputs, by quantile Huber regression (1710.10044, eq. 10).
+    """`outputs` quantiles of the return at (i + 1/2) / outputs, by quantile Huber regression (1710.10044).
 
     Several networks are mixed quantile by quantile. Raises ValueError for fewer than one quantile or huber <= 0.
     """
@@ -76,8 +76,8 @@ class Quantile:
 class Categorical:
     """Probabilities of `outputs` returns, evenly spaced from `low` to `high`, by cross-entropy.
 
-    `target` says what they are to match: `c51` the projected law of r + discount Z' (1707.06887, eq. 7); `two-hot` and
-    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950, eq. 3.4).
+    `target` says what they are to match: `c51` the projected law of r + discount Z' (1707.06887); `two-hot` and
+    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950).
     Returns beyond the range are clipped to it. Several networks are mixed as laws.
     Raises ValueError for fewer than two returns, an empty range or smoothing <= 0.
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.flow.loss import Predict
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.transformer import Transformer
@@ -31,7 +32,7 @@ class FlowPolicy:
     """
 
     path: Path = Linear()
-    predict: Literal["velocity", "noise"] = "velocity"
+    predict: Predict = "velocity"
     """What the network returns: dx/dt, or E[x0 | x_t]."""
     averaged: bool = False
     """The network also takes the time at which the step ends."""

@@ -77,3 +77,13 @@ def gaussian_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
 
 
 Schedule = Constant | Anneal
+
+
+def current(
+    temperature: Constant | Anneal | Tuned, step: Int[Array, ""], log_lam: Float[Array, ""] | None
+) -> Float[Array, ""]:
+    """lambda [] at an update: of a schedule by the count of updates, of a tuned one by what has been learned."""
+    if isinstance(temperature, Tuned):
+        assert log_lam is not None
+        return jnp.exp(log_lam)
+    return temperature(step)
