@@ -81,6 +81,8 @@ class BC:
         rows = obs, jnp.concatenate([first, x0[matched:]]), batch.action, keys
 
         def loss_fn(net):
+            """(loss, metrics) over all rows."""
+
             def losses(fn, part):
                 error = jax.vmap(fn)(*(x[part] for x in rows))
                 square = jnp.sum(batch.valid[part] * error**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)

@@ -138,6 +138,8 @@ class PMD:
 
         # 3. Actor: weighted matching; where steps are tied, all of the same rows again.
         def actor_loss(actor):
+            """Mean over observations, actions and coordinates."""
+
             def one(obs, x1, w, key):
                 k_x0, k_match, k_tie = jr.split(key, 3)
                 x0 = jr.normal(k_x0, x1.shape)

@@ -26,8 +26,8 @@ Support = Float[Array, "p d"] | None
 
 
 def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
-    """n indices in order, j about n shares[j] times (by at most one more or less) and exactly so on average: one random
-    offset for all. `shares` sum to 1."""
+    """n indices [n] in order: j comes n shares[j] times on average and never more than one off, by one random offset
+    for all (systematic resampling, Kitagawa 1996). `shares` [j] sum to 1."""
     place = (jnp.arange(n) + jr.uniform(key)) / n
     return jnp.searchsorted(jnp.cumsum(shares)[:-1], place, side="right")
 

@@ -27,12 +27,15 @@ class Point:
         return 1
 
     def mean(self, out: Outputs) -> Scalar:
+        """E[Z] of one network's outputs [k]."""
         return out[0]
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
+        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ outs
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        """The target [k]: the law of reward + discount (Z + shift)."""
         return reward + discount * (law + shift)
 
     def loss(self, out: Outputs, target: Outputs) -> Scalar:
@@ -55,12 +58,15 @@ class Quantile:
             raise ValueError(f"{self}: needs at least one quantile and a positive Huber threshold")
 
     def mean(self, out: Outputs) -> Scalar:
+        """E[Z] of one network's outputs [k]."""
         return out.mean()
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
+        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ outs
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        """The target [k]: the law of reward + discount (Z + shift)."""
         return reward + discount * (law + shift)
 
     def loss(self, out: Outputs, target: Outputs) -> Scalar:
@@ -101,12 +107,15 @@ class Categorical:
         return jnp.linspace(self.low, self.high, self.outputs)
 
     def mean(self, out: Outputs) -> Scalar:
+        """E[Z] of one network's outputs [k]."""
         return jax.nn.softmax(out) @ self._returns
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
+        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ jax.nn.softmax(outs, axis=-1)
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
+        """The target [k]: the law of reward + discount (Z + shift)."""
         moved = jnp.clip(reward + discount * (self._returns + shift), self.low, self.high)
         if self.target == "c51":
             return law @ jax.vmap(self._two_hot)(moved)

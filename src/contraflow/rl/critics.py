@@ -91,9 +91,10 @@ class Critics:
         key: PRNGKey,
         bonus: Float[Array, " B"] | float = 0.0,
     ) -> tuple[Float[Array, "B k"], Float[Array, " B"]]:
-        """What the head is to learn for each row, and its mean y."""
+        """(what the head is to learn [B, k], its mean y [B]); arguments as in `learn`."""
 
         def one(row, action, bonus):
+            """(target, its mean) of one row."""
             outs = target.outputs(row.next_obs, action)
             # What follows the end does not count, whatever it is: 0 times infinity would.
             outs, bonus = jnp.where(row.terminated, 0.0, outs), jnp.where(row.terminated, 0.0, bonus)
