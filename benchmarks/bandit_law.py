@@ -104,7 +104,7 @@ def learn(agent: RFM, dim: int, key: jax.Array, updates: int, batch_size: int) -
         # The mean of the last half: the noise of the last few batches would blur the comparison of estimators.
         weights = 1.0 / jnp.maximum(1.0, jnp.arange(updates) - updates // 2)
         (state, average), _ = jax.lax.scan(step, (state, state.actor), (jr.split(k_learn, updates), weights))
-        return RFMState(average, *(getattr(state, f) for f in ("critic", "target", "actor_opt", "critic_opt", "step")))
+        return eqx.tree_at(lambda s: s.actor, state, average)
 
     return jax.vmap(one)(jnp.asarray(SLOPES), jr.split(key, len(SLOPES)))
 

@@ -7,7 +7,6 @@ at its settings, on all that its replay holds, from fresh networks; then the eva
 follows the estimator, students differ on the same replay; if it follows the data, they differ between replays.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import tyro
 from study import MATRICES
 from tables import append
 
-from contraflow.compare.matrix import NETWORK
+from contraflow.compare.matrix import NETWORK, with_networks
 from contraflow.compare.worker import SEED
 from contraflow.envs import make
 from contraflow.presets import PRESETS
@@ -56,8 +55,7 @@ def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
     buffer = first_carry(run, folder, env, k_start, latest(folder)).learner.buffer
     teacher: Any = run.agent
     shared = {field: getattr(teacher, field) for field in NETWORK if hasattr(teacher, field)}
-    student: Any = AGENTS[name]
-    agent = replace(student, **{field: value for field, value in shared.items() if hasattr(student, field)})
+    agent: Any = with_networks(AGENTS[name], shared)
     state = jax.jit(lambda key: agent.init(key, env.spec))(k_init)
     updates = (run.steps - run.collect) // run.num_envs * run.updates
     for i in range(updates // CHUNK):

@@ -5,6 +5,7 @@ SAC = "agents/test_sac.py::"
 PMD = "agents/test_pmd.py::"
 DACER = "agents/test_dacer.py::"
 TD3 = "agents/test_td3.py::"
+LATENT = "rl/test_latent_flow.py::"
 CONTRACT = "contract/test_contract_agents.py::"
 CRITICS = ("rl/test_rl_critics.py",)
 HEADS = ("nets/test_heads.py",)
@@ -261,5 +262,89 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "return -critic.value(obs, self._sample(actor, obs, key))",
         "return critic.value(obs, self._sample(actor, obs, key))",
         (DACER + "test_the_sampler_collapses_to_the_best_action",),
+    ),
+    (
+        "slow teacher of average velocities stands still",
+        "agents/rfm.py",
+        "polyak(actor, state.slow, self.follow)",
+        "polyak(actor, state.slow, 0.0 * self.follow)",
+        (LATENT + "test_update_adds_both_and_moves_the_copy",),
+    ),
+    (
+        "shares of matching and tying swapped",
+        "agents/rfm.py",
+        "self.objective.share * loss + (1 - self.objective.share) * jnp.mean(tie)",
+        "(1 + 0 * self.objective.share) * loss + (1 - self.objective.share) * jnp.mean(tie)",
+        (LATENT + "test_update_adds_both_and_moves_the_copy",),
+    ),
+    (
+        "network is not told how long its step is",
+        "rl/latent_flow.py",
+        "time_embedding(CLOCK * (r - t), self.embedding)",
+        "time_embedding(CLOCK * (r - r), self.embedding)",
+        (LATENT + "test_any_number_of_steps_gives_the_law",),
+    ),
+    (
+        "average velocity matched over a whole step",
+        "rl/latent_flow.py",
+        "return lambda x, t: u(x, t, t)",
+        "return lambda x, t: u(x, t, t + 0.2)",
+        (LATENT + "test_matching_is_of_the_velocity_at_t",),
+    ),
+    (
+        "average velocity of a path that does not lead to x1",
+        "rl/latent_flow.py",
+        "target = self.objective.target(u, self.average(slow, cond), v,",
+        "target = self.objective.target(u, self.average(slow, cond), x1 - x_t,",
+        (LATENT + "test_the_exact_flow_has_nothing_to_tie",),
+    ),
+    (
+        "steps of an average velocity of the wrong size",
+        "flow/onestep.py",
+        "return x + u(x, k / steps, (k + 1) / steps) / steps, None",
+        "return x + u(x, k / steps, k / steps) / steps, None",
+        (LATENT + "test_any_number_of_steps_gives_the_law",),
+    ),
+    (
+        "pooled estimates count alike",
+        "flow/posterior.py",
+        "share = ess / ess.sum()",
+        "share = jnp.ones_like(ess) / len(self.parts)",
+        ("flow/test_flow_posterior.py::test_pooled_by_hand",),
+    ),
+    (
+        "temperature falls where the effective size is too small",
+        "agents/rfm.py",
+        "else jnp.mean(jnp.log(post.ess))",
+        "else 2 * self.temperature.entropy - jnp.mean(jnp.log(post.ess))",
+        ("rl/test_rl_temperature.py::test_it_settles_at_the_effective_size_asked_for",),
+    ),
+    (
+        "successor in other units than the state",
+        "rl/running.py",
+        "(seen(batch.obs), seen(batch.next_obs))",
+        "(seen(batch.obs), batch.next_obs)",
+        ("agents/test_normalise_obs.py",),
+    ),
+    (
+        "statistics do not reach the actions",
+        "agents/sac.py",
+        "obs = seen(state.stats, obs)",
+        "obs = seen(None, obs)",
+        ("agents/test_normalise_obs.py::test_scale_and_offset_do_not_matter[sac]",),
+    ),
+    (
+        "statistics are not kept",
+        "agents/rfm.py",
+        "stats, batch = look(state.stats, batch)",
+        "stats, batch = state.stats, look(state.stats, batch)[1]",
+        ("agents/test_normalise_obs.py::test_scale_and_offset_do_not_matter[rfm]",),
+    ),
+    (
+        "policies of other sizes in a comparison of equals",
+        "compare/matrix.py",
+        'for k in ("width", "depth") if k in network',
+        'for k in ("width",) if k in network',
+        ("compare/test_compare_matrix.py::test_all_agents_share_critic_and_budget_but_those_that_keep_their_own",),
     ),
 )

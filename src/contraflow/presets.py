@@ -7,9 +7,10 @@ from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3
 from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson
 from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.path import VE, VP, Cosine
-from contraflow.flow.posterior import Fixed, Local, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, Local, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Noise, TruncatedNoise
 from contraflow.flow.solve import Euler
+from contraflow.nets.heads import Categorical
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, First, Softmax
@@ -41,8 +42,15 @@ WIDE = Critics(width=256, lr=3e-4, max_grad_norm=None)
 OWN: dict[str, Any] = {"explore": First(), "backup": First(), "width": 256, "critic": WIDE, "max_grad_norm": None}
 IN_BOX: dict[str, Any] = OWN | {"bounds": "box", "predict": "noise", "solver": Euler(20)}
 BEST: dict[str, Any] = {"explore": Argmax(32), "backup": Argmax(32)}
-KL_OF_2 = Tuned(entropy=1.47, start=1.0)  # of 32 candidates: log 32 - 2
+KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # of 32 candidates: log 32 - 2
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
+OWN_C51: dict[str, Any] = OWN | {"critic": replace(WIDE, head=Categorical())}
+SOFT_BEST: dict[str, Any] = OWN | BEST
+FLAME = RFM(
+    estimator=Reverse(100, TruncatedNoise(), Fixed(0.0)), endpoint="buffer", bounds="box",
+    density=ChangeOfVariables(Euler(2), Hutchinson(1)), solver=Euler(20), temperature=Constant(0.01), depth=3,
+    **SOFT_BEST,
+)  # fmt: skip
 FAMILY: dict[str, Any] = {
     # 2502.11612
     "maxentdp": RFM(
@@ -63,12 +71,17 @@ FAMILY: dict[str, Any] = {
         path=VE(1e-5, 1.0), estimator=Reverse(1000, Noise(), Fixed(1.0)), endpoint="buffer", exploit=First(),
         solver=Euler(20), temperature=Constant(0.05), condition_on_temperature=True, **OWN,
     ),
-    # 2602.01606, the variant R
-    "flame": RFM(
-        estimator=Reverse(100, TruncatedNoise(), Fixed(0.0)), endpoint="buffer", bounds="box",
-        density=ChangeOfVariables(Euler(2), Hutchinson(1)), solver=Euler(20), temperature=Constant(0.01), depth=3,
-        **(OWN | BEST),
+    # 2602.01606, the variants R and M
+    "flame": FLAME,
+    "flame-m": replace(FLAME, objective=MeanFlow(), solver=Euler(1)),
+    # 2604.14698
+    "mfpo": RFM(
+        estimator=Pooled(), query=First(32), objective=MeanFlow(), solver=Euler(2),
+        density=ChangeOfVariables(Euler(10), Hutchinson(1)), temperature=Tuned(-0.5),
+        **OWN_C51,
     ),
+    # The default in one evaluation.
+    "rfm-one": RFM(objective=MeanFlow(), solver=Euler(1)),
     # 2502.00361
     "dpmd": PMD(policy=DIFFUSION, critic=WIDE, exploit=Argmax(10), max_grad_norm=None),
     # 2507.23675, the variants R and M

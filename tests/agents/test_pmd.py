@@ -98,7 +98,7 @@ def test_advantage_weights_seek_the_best_and_uniform_actions_keep_wide():
 
 
 def test_temperature_is_tuned_to_the_entropy_of_the_weights():
-    agent = replace(AGENT, temperature=Tuned(entropy=2.4, start=0.05, rate=0.02), actor_lr=1e-30)
+    agent = replace(AGENT, temperature=Tuned(2.4, of="weights", start=0.05, rate=0.02), actor_lr=1e-30)
     _, _, metrics = train(agent, Rising, 800)
     assert metrics["entropy"][0] < 2.0
     np.testing.assert_allclose(metrics["entropy"][-200:].mean(), 2.4, atol=0.1)

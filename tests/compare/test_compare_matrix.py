@@ -8,6 +8,7 @@ import pytest
 from tests.cli_helpers import Guess
 
 from contraflow import RFM, SAC, SIR, UserError
+from contraflow.agents import DACER, PMD
 from contraflow.compare.matrix import (
     FAILED,
     FINAL,
@@ -28,6 +29,7 @@ from contraflow.train.run import read_config
 
 SETTINGS = Settings(steps=40, collect=10, num_envs=2, width=8, critic=Critics(depth=1, lr=0.01))
 AGENTS = {"rfm": RFM(), "sac": SAC(), "sir": SIR()}
+EQUAL = AGENTS | {"pmd": PMD(), "dacer": DACER()}
 NONE: frozenset[str] = frozenset()
 
 
@@ -41,11 +43,13 @@ def test_every_combination_once_seed_by_seed(tmp_path: Path):
 
 
 def test_all_agents_share_critic_and_budget_but_those_that_keep_their_own(tmp_path: Path):
-    agents = AGENTS | {"paper": PRESETS["rfm-paper"].agent}
+    agents = EQUAL | {"paper": PRESETS["rfm-paper"].agent}
     cells = plan(agents, ["probe:action"], 1, SETTINGS, frozenset({"paper"}), tmp_path)
     *fair, paper = (cell.run for cell in cells)
     for run in fair:
         assert run.agent.critic == SETTINGS.critic and getattr(run.agent, "width", 8) == 8
+        policy = getattr(run.agent, "policy", None)
+        assert policy is None or (policy.width, policy.depth) == (8, SETTINGS.depth)
     assert paper.agent == PRESETS["rfm-paper"].agent and paper.agent.width == 256
     assert {(run.steps, run.num_envs, run.updates, run.collect) for run in (*fair, paper)} == {(40, 2, 1, 10)}
     assert replace(fair[0].agent, width=64, critic=Critics()) == RFM(), "what is the agent's own stays"

@@ -21,7 +21,8 @@ from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
 from contraflow.agents.td3 import TD3
 from contraflow.config import from_json, to_json
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
+from contraflow.flow.onestep import MeanFlow
+from contraflow.flow.posterior import Fixed, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
 from contraflow.nets.heads import Quantile
@@ -39,6 +40,7 @@ CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
 SMALL = {"width": 8, "depth": 1, "critic": CRITIC}
 PICKS = {"explore": Softmax(3), "backup": Softmax(3), "exploit": Argmax(3)}
 FLOW = SMALL | PICKS | {"embedding": 4, "actor_lr": 1e-2, "solver": Euler(2)}
+POOL = Reverse(4, Noise(), Fixed(0.0)), Reverse(4, Particles(0.3), Fixed(0.0))
 
 TABLE: dict[str, Any] = {
     "rfm": RFM(**FLOW),
@@ -53,6 +55,7 @@ TABLE: dict[str, Any] = {
         estimator=Reverse(8, Mixture((Noise(), UniformAction(), Particles(0.3)), (0.25, 0.25, 0.5)), Fixed(0.0)),
         behaviour=Constant(0.1),
     ),
+    "rfm-one": RFM(**(FLOW | {"solver": Euler(1), "objective": MeanFlow(), "estimator": Pooled(POOL)})),
     "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4)}), temperature=Tuned(rate=0.1)),
     "pmd": PMD(
         policy=FlowPolicy(steps=2, width=8, depth=1, embedding=4),

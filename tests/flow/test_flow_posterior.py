@@ -10,7 +10,7 @@ import pytest
 
 from contraflow.flow.density import Gaussian, GaussianMixture, Separable
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior import Fixed, FromData, Local, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, FromData, Local, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 
 PATHS = {"linear": Linear(), "cosine": Cosine()}
@@ -304,8 +304,35 @@ ESTIMATORS = {
     "particles": (Reverse(512, Particles(0.8), Fixed(0)), (0.1, 0.4, 0.8)),
     "mixture": (Reverse(512, MIXED, Fixed(0)), (0.1, 0.5, 0.9)),
     "mixture gated": (Reverse(512, MIXED, MinVariance(ess_gate=(5, 25))), (0.1, 0.5, 0.9)),
+    "pooled": (Pooled((Reverse(256, Noise(), Fixed(0)), Reverse(256, Particles(0.8), Fixed(0)))), (0.1, 0.5, 0.8)),
     "three": (Reverse(512, THREE, MinVariance("isotropic", centred=False)), (0.1, 0.5, 0.8)),
 }
+
+
+def test_pooled_by_hand():
+    """Both estimates on their own noise, written out, and joined by effective size; the larger one counts for more."""
+    path, x_t, t, key = Linear(), jnp.array([0.4, -0.2]), jnp.asarray(0.3), jr.key(4)
+    pooled = Pooled((Reverse(40, Noise(), Fixed(0)), Reverse(20, Particles(0.8), Fixed(0))))
+    post = pooled(key, path, BIMODAL, x_t, t, SUPPORT)
+    k_noise, k_particles = jr.split(jr.clone(key))
+    x0 = np.asarray(jr.normal(k_noise, (40, 2)), float)
+    u = [(np.asarray(x_t) - 0.7 * x0) / 0.3]
+    log_w = [np.asarray(jax.vmap(BIMODAL)(jnp.asarray(u[0], jnp.float32)), float)]
+    kernel = Particles(0.8)
+    u.append(np.asarray(kernel.sample(k_particles, path, x_t, t, 20, SUPPORT), float))
+    at = lambda f: np.asarray(jax.vmap(f)(jnp.asarray(u[1], jnp.float32)), float)
+    far = ((np.asarray(x_t) - 0.3 * u[1]) ** 2).sum(1) / (2 * 0.49)
+    log_w.append(at(BIMODAL) - far - at(lambda x: kernel.log_prob(x, path, x_t, t, SUPPORT)))
+    w = [np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in log_w]
+    ess = [1 / (x**2).sum() for x in w]
+    means = [a @ b for a, b in zip(w, u, strict=True)]
+    np.testing.assert_allclose(post.ess, sum(ess), rtol=1e-3)
+    np.testing.assert_allclose(post.mean, (ess[0] * means[0] + ess[1] * means[1]) / sum(ess), rtol=1e-3, atol=1e-4)
+    assert abs(ess[0] - ess[1]) > 1 and np.abs(means[0] - means[1]).max() > 0.05
+    with pytest.raises(ValueError, match="at least one"):
+        Pooled(())
+
+
 QUICK = ("official", "three")
 SQUASHED = ("official", "uniform", "mixture", "three")  # one of each kind also on a squashed target
 

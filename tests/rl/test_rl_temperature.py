@@ -1,14 +1,20 @@
 """The tuned temperature: its estimate of an entropy, and the way it turns."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.rfm import RFM
+from contraflow.agents import PMD, RFM
+from contraflow.flow.posterior import Fixed, Local, Reverse
+from contraflow.flow.proposal import TruncatedNoise
+from contraflow.flow.solve import Euler
+from contraflow.rl.critics import Critics
 from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy
+from contraflow.types import EnvSpec, Transition
 
 
 @pytest.mark.parametrize("n", [4, 8, 32])
@@ -34,5 +40,33 @@ def test_settings_are_checked():
         Tuned(start=20.0)
     with pytest.raises(ValueError, match="at least 4 particles"):
         RFM(temperature=Tuned(), backup=First())
+    with pytest.raises(ValueError, match="entropy of weights is positive"):
+        Tuned(-0.5, of="weights")
+    with pytest.raises(ValueError, match="Local has no weights"):
+        RFM(temperature=Tuned(1.0, of="weights"), estimator=Local())
+    with pytest.raises(ValueError, match="of='weights'"):
+        PMD(temperature=Tuned())
     assert RFM(temperature=Tuned(), backup=Softmax(4)).temperature.entropy == -0.5
     assert isinstance(RFM().temperature, Constant)
+
+
+@pytest.mark.parametrize("size", [3.0, 10.0])
+def test_it_settles_at_the_effective_size_asked_for(size: float):
+    """Sixteen candidates, whose weights are Q / lambda alone in the box, under a critic that stands still."""
+    estimator = Reverse(16, TruncatedNoise(), Fixed(0.0))
+    small = {"width": 4, "depth": 1, "embedding": 4, "actor_lr": 1e-30, "critic": Critics(width=4, depth=1, lr=1e-30)}
+    ended = jnp.ones(64, bool)
+    rows = jr.normal(jr.key(1), (64, 3))
+    batch = Transition(rows, jnp.zeros((64, 2)), rows[:, 0], rows, ended, ~ended, jnp.ones(64, int))
+    tuned = Tuned(float(np.log(size)), of="weights", rate=0.2)
+    agent = RFM(bounds="box", estimator=estimator, solver=Euler(1), backup=First(), temperature=tuned, **small)
+
+    def run(log_lam, key):
+        state = agent.init(jr.clone(key), EnvSpec(3, 2, 1, 10, True))
+        state = eqx.tree_at(lambda s: s.log_lam, state, log_lam)
+        return jax.lax.scan(lambda s, k: agent.update(s, batch, k), state, jr.split(key, 300))[1]
+
+    metrics = jax.jit(jax.vmap(run, (0, None)))(jnp.log(jnp.array([1e-3, 1.0])), jr.key(2))
+    last = {name: x[:, -50:].mean(1) for name, x in metrics.items()}
+    np.testing.assert_allclose(last["entropy"], np.log(size), atol=0.05)
+    np.testing.assert_allclose(last["temperature"][0], last["temperature"][1], rtol=0.05)

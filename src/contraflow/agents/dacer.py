@@ -15,6 +15,7 @@ from contraflow.nets.heads import Quantile
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.temperature import Tuned, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -27,13 +28,14 @@ class DACERState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
 class DACER:
     """Per update and sample: (1 + draws) F actor calls, F the policy's steps, of which F with gradients."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "log_scale")
+    acting: ClassVar[tuple[str, ...]] = ("actor", "log_scale", "stats")
 
     policy: FlowPolicy = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
     noise: float = 0.1
@@ -41,6 +43,8 @@ class DACER:
     scale: Tuned = Tuned(entropy=-0.9, start=1.0, high=10.0)
     """Tuned so that explored actions have this entropy per dimension, told from `draws` by a Gaussian."""
     draws: int = 16
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics(width=256, depth=3, head=Quantile(), lr=1e-4, max_grad_norm=None)
     actor_lr: float = 1e-4
     decay_steps: int | None = None
@@ -58,21 +62,22 @@ class DACER:
         actor = self.policy.init(k_actor, spec)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         opt = start(self._tx, actor)
-        return DACERState(actor, critic, target, self.scale.first(), opt, critic_opt, jnp.zeros((), jnp.int32))
+        scale, step, stats = self.scale.first(), jnp.zeros((), jnp.int32), first_stats(self.normalise_obs, spec)
+        return DACERState(actor, critic, target, scale, opt, critic_opt, step, stats)
 
     def act(self, state: DACERState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """The end of the sampler from a random start, with noise while exploring."""
-        k_sample, k_noise = jr.split(key)
-        action = self._sample(state.actor, obs, k_sample)
-        return self._noised(state, action, k_noise) if explore else action
+        obs = seen(state.stats, obs)
+        return self._explore(state, obs, key) if explore else self._sample(state.actor, obs, jr.split(key)[0])
 
     def update(self, state: DACERState, batch: Transition, key: PRNGKey) -> tuple[DACERState, Metrics]:
         """One step of the critics, the actor, the scale of the noise and the targets on a batch [B]."""
         k_next, k_critic, k_now, k_entropy = jr.split(key, 4)
         n = batch.reward.shape[0]
+        stats, batch = look(state.stats, batch)
 
         # 1. Critic, with a' as explored.
-        action = jax.vmap(lambda o, k: self.act(state, o, k, True))(batch.next_obs, jr.split(k_next, n))
+        action = jax.vmap(lambda o, k: self._explore(state, o, k))(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
@@ -88,7 +93,7 @@ class DACER:
 
         # 3. The scale of the noise, by the entropy of what is explored at a few states.
         def entropy_at(obs, key):
-            return gaussian_entropy(jax.vmap(lambda k: self.act(state, obs, k, True))(jr.split(key, self.draws)))
+            return gaussian_entropy(jax.vmap(lambda k: self._explore(state, obs, k))(jr.split(key, self.draws)))
 
         few = min(n, 16)
         entropy = jax.vmap(entropy_at)(batch.obs[:few], jr.split(k_entropy, few)).mean()
@@ -99,13 +104,15 @@ class DACER:
             "entropy": entropy,
             "temperature": jnp.exp(state.log_scale),
         }
-        return DACERState(actor, critic, target, log_scale, actor_opt, critic_opt, state.step + 1), metrics
+        return DACERState(actor, critic, target, log_scale, actor_opt, critic_opt, state.step + 1, stats), metrics
 
     def _sample(self, actor: Network, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
         return jnp.clip(self.policy(actor, jr.normal(key, (actor.dim,)), obs), -1.0, 1.0)
 
-    def _noised(self, state: DACERState, action: Float[Array, " a"], key: PRNGKey) -> Float[Array, " a"]:
-        noise = self.noise * jnp.exp(state.log_scale) * jr.normal(key, action.shape)
+    def _explore(self, state: DACERState, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
+        k_sample, k_noise = jr.split(key)
+        action = self._sample(state.actor, obs, k_sample)
+        noise = self.noise * jnp.exp(state.log_scale) * jr.normal(k_noise, action.shape)
         return jnp.clip(action + noise, -1.0, 1.0)
 
     @property

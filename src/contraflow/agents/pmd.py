@@ -23,6 +23,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.select import Argmax, Selector, Softmax, chooses
 from contraflow.rl.temperature import Schedule, Tuned, current
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
@@ -37,6 +38,7 @@ class PMDState(eqx.Module):
     critic_opt: PyTree
     step: Int[Array, ""]
     log_lam: Float[Array, ""] | None = None  # of a tuned temperature
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class PMD:
     """Per update and sample: (n_backup + candidates) F actor calls, F the policy's steps, as many critic calls, and
     candidates + uniform evaluations with gradients."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam")
+    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam", "stats")
 
     policy: FlowPolicy = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20)
     objective: Objective = Matching()
@@ -57,7 +59,7 @@ class PMD:
     """Their weight, in units of the largest weight of the others."""
     weight: Literal["boltzmann", "advantage"] = "boltzmann"
     """n softmax_i(Q_i / lambda) within a state; or max(Q_i - mean Q, 0) for the best and 0 for the others."""
-    temperature: Schedule | Tuned = Tuned(entropy=2.16, start=1.0)
+    temperature: Schedule | Tuned = Tuned(2.16, of="weights", start=1.0)
     """lambda; tuned to the entropy of the weights in nats, at most log(candidates): KL to the slow copy is the gap."""
     follow: float = 1e-3
     """Rate at which the slow copy follows."""
@@ -66,6 +68,8 @@ class PMD:
     explore: Selector = Softmax(1)
     backup: Selector = Softmax(1)
     exploit: Selector = Argmax(32)
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics()
     actor_lr: float = 3e-4
     decay_steps: int | None = None
@@ -76,6 +80,8 @@ class PMD:
         check_positive(self, "candidates", "follow", "actor_lr")
         if self.uniform < 0 or self.uniform_share < 0 or self.noise < 0:
             raise ValueError("uniform, uniform_share and noise must not be negative")
+        if isinstance(self.temperature, Tuned) and self.temperature.of != "weights":
+            raise ValueError("PMD tunes its temperature to its weights: use Tuned(entropy, of='weights')")
         if self.objective.power:
             raise ValueError(f"PMD weighs rows by their value alone: use {type(self.objective).__name__}(power=0)")
         if self.objective.averaged != self.policy.averaged:
@@ -88,7 +94,8 @@ class PMD:
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         log_lam = self.temperature.first() if isinstance(self.temperature, Tuned) else None
         slow, step = jax.tree.map(jnp.copy, actor), jnp.zeros((), jnp.int32)
-        return PMDState(actor, slow, critic, target, start(self._tx, actor), critic_opt, step, log_lam)
+        stats = first_stats(self.normalise_obs, spec)
+        return PMDState(actor, slow, critic, target, start(self._tx, actor), critic_opt, step, log_lam, stats)
 
     def lam(self, state: PMDState) -> Float[Array, ""]:
         """The temperature at the state's update."""
@@ -97,13 +104,15 @@ class PMD:
     def act(self, state: PMDState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """Of the particles of `explore` or `exploit` the one picked by Q(s, a), with noise while exploring."""
         k_pick, k_noise = jr.split(key)
-        action = self._best(state.actor, state.critic, obs, k_pick, self.explore if explore else self.exploit, state)
+        obs, selector = seen(state.stats, obs), self.explore if explore else self.exploit
+        action = self._best(state.actor, state.critic, obs, k_pick, selector, state)
         return jnp.clip(action + explore * self.noise * jr.normal(k_noise, action.shape), -1.0, 1.0)
 
     def update(self, state: PMDState, batch: Transition, key: PRNGKey) -> tuple[PMDState, Metrics]:
         """One step of the critics, the actor and the slow copies on a batch [B]."""
         k_next, k_critic, k_candidates, k_uniform, k_match = jr.split(key, 5)
         n = batch.reward.shape[0]
+        stats, batch = look(state.stats, batch)
         lam = self.lam(state)
 
         # 1. Critic, with a' of the slow copy.
@@ -158,7 +167,7 @@ class PMD:
         log_lam = state.log_lam
         if isinstance(self.temperature, Tuned) and log_lam is not None:
             log_lam = self.temperature.move(log_lam, entropy.mean())
-        return PMDState(actor, slow, critic, target, actor_opt, critic_opt, state.step + 1, log_lam), metrics
+        return PMDState(actor, slow, critic, target, actor_opt, critic_opt, state.step + 1, log_lam, stats), metrics
 
     def _draw(self, actor: Network, obs: Float[Array, " o"], key: PRNGKey, n: int) -> Float[Array, "n a"]:
         x0 = jr.normal(key, (n, actor.dim))

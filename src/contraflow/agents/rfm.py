@@ -14,18 +14,21 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.flow.density import LogDensity, log_sech2
+from contraflow.flow.density import LogDensity
 from contraflow.flow.likelihood import PolicyDensity
-from contraflow.flow.loss import Predict, matching_loss
+from contraflow.flow.loss import Predict
+from contraflow.flow.onestep import Matching, Objective
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Local, Markov, Reverse
-from contraflow.flow.solve import Drift, EulerMaruyama, Midpoint, Solver
+from contraflow.flow.posterior import Estimator, Local, Markov, Pooled, Reverse
+from contraflow.flow.solve import Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
-from contraflow.rl.critics import Critics
+from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.energy import boltzmann, boltzmann_in_box
+from contraflow.rl.latent_flow import Bounds, LatentFlow
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
 from contraflow.rl.temperature import Constant, Schedule, Tuned, current, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
@@ -39,6 +42,8 @@ class RFMState(eqx.Module):
     critic_opt: PyTree
     step: Int[Array, ""]
     log_lam: Float[Array, ""] | None = None  # of a tuned temperature, None of the others
+    slow: Velocity | None = None  # teaches average velocities, None of the others
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class RFM:
     of these two that has a choice (n > 1, not `First`), and those of the estimator. Per action: n F actor calls; with
     a choice, n critic calls."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam")
+    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam", "stats")
 
     path: Path = Linear()
     estimator: Estimator = Markov()
@@ -61,16 +66,21 @@ class RFM:
     exploit: Selector = Argmax(particles=32)
     """Acting in evaluation."""
     temperature: Schedule | Tuned = Constant(0.02)
-    """lambda of the target law and of `backup`, whose particles tell the entropy where it is tuned."""
+    """lambda of the target law and of `backup`, whose particles tell the entropy of actions where it is tuned."""
     behaviour: Schedule | None = None
     """Temperature of `explore`; None uses `temperature`."""
-    bounds: Literal["tanh", "box"] = "tanh"
+    bounds: Bounds = "tanh"
     """Actions are the tanh of the flow's end u, or u itself, clipped; then pi is exp(Q / lambda) on the box, exactly so
     for candidates that lie in it (`TruncatedNoise`). The box has no control variate."""
     base: float = 1.0
     """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
     predict: Predict = "velocity"
     """What the actor returns; a step of the solver makes a velocity of it."""
+    objective: Objective = Matching()
+    """Others make the actor an average velocity u(x, t, r), matched at r = t and tied to itself elsewhere: then each
+    step of `solver`, Euler(n), is a whole one, and Euler(1) acts in one evaluation."""
+    follow: float = 0.005
+    """Rate at which the slow copy follows that teaches average velocities."""
     density: PolicyDensity | None = None
     """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
     tuned temperature; None leaves the backup hard."""
@@ -79,6 +89,8 @@ class RFM:
     condition_on_temperature: bool = False
     t_min: float = 0.01
     """Times are drawn from, and the flow is solved over, [t_min, 1 - t_min]."""
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics()
     width: int = 64
     depth: int = 2
@@ -89,30 +101,37 @@ class RFM:
     max_grad_norm: float | None = 10.0
 
     def __post_init__(self):
-        check_positive(self, "width", "depth", "actor_lr")
-        if not 0 < self.t_min < 0.5:
-            raise ValueError(f"t_min must lie in (0, 0.5), got {self.t_min}")
-        if isinstance(self.temperature, Tuned) and self.backup.particles < 4 and self.density is None:
-            raise ValueError(
-                f"a tuned temperature needs `density` or at least 4 particles in `backup`, got {self.backup.particles}"
-            )
-        if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
-            raise ValueError(f"the solver's path {self.solver.path} is not the agent's {self.path}")
-        if self.bounds == "box" and not (
-            isinstance(self.estimator, Local)
-            or (isinstance(self.estimator, Reverse) and not self.estimator.control.active)
+        check_positive(self, "width", "depth", "actor_lr", "follow")
+        _ = self.flow  # which refuses what does not fit together
+        if isinstance(self.temperature, Tuned):
+            if self.temperature.of == "weights" and isinstance(self.estimator, Local):
+                raise ValueError("Local has no weights: tune the temperature to the entropy of actions")
+            if self.temperature.of == "actions" and self.backup.particles < 4 and self.density is None:
+                n = self.backup.particles
+                raise ValueError(f"a tuned temperature needs `density` or at least 4 particles in `backup`, got {n}")
+        parts = self.estimator.parts if isinstance(self.estimator, Pooled) else (self.estimator,)
+        if self.bounds == "box" and not all(
+            isinstance(e, Local) or (isinstance(e, Reverse) and not e.control.active) for e in parts
         ):
             raise ValueError("bounds='box' needs the estimator Local, or Reverse with control=Fixed(0)")
+
+    @property
+    def flow(self) -> LatentFlow:
+        """The flow by itself."""
+        sizes = self.width, self.depth, self.embedding
+        return LatentFlow(self.path, self.solver, self.bounds, self.predict, self.objective, self.t_min, *sizes)
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         cond = spec.obs_dim + self.embedding * self.condition_on_temperature
-        actor = Velocity(spec.action_dim, cond, self.width, self.depth, embedding=self.embedding, key=k_actor)
+        actor = self.flow.init(k_actor, spec.action_dim, cond)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         log_lam = self.temperature.first() if isinstance(self.temperature, Tuned) else None
         step = jnp.zeros((), jnp.int32)
-        return RFMState(actor, critic, target, start(self._tx, actor), critic_opt, step, log_lam)
+        slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
+        stats = first_stats(self.normalise_obs, spec)
+        return RFMState(actor, critic, target, start(self._tx, actor), critic_opt, step, log_lam, slow, stats)
 
     def lam(self, state: RFMState) -> Float[Array, ""]:
         """The temperature at the state's update."""
@@ -121,30 +140,30 @@ class RFM:
     def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """An action in [-1, 1]^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
         lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
-        u, pick = self._particles(state, obs, key, self.explore if explore else self.exploit, lam)
-        return self.action(u[pick])
-
-    def action(self, u: Float[Array, "*n a"]) -> Float[Array, "*n a"]:
-        """The action that an end u of the flow stands for."""
-        return jnp.tanh(u) if self.bounds == "tanh" else jnp.clip(u, -1.0, 1.0)
+        obs, selector = seen(state.stats, obs), self.explore if explore else self.exploit
+        u, pick = self._particles(state, obs, key, selector, lam)
+        return self.flow.action(u[pick])
 
     def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
-        """The target law of u at one observation."""
+        """The target law of u at one observation, as networks get it."""
         q = lambda a: critic.value(obs, a)
         return boltzmann(q, lam, self.base) if self.bounds == "tanh" else boltzmann_in_box(q, lam)
 
     def update(self, state: RFMState, batch: Transition, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
-        k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density = jr.split(key, 7)
+        k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density, k_tie = jr.split(key, 8)
         n = batch.reward.shape[0]
-        lam = self.lam(state)
+        stats, batch = look(state.stats, batch)
+        lam, flow = self.lam(state), self.flow
 
         # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
         def following(obs, key, key_density):
             u, pick = self._particles(state, obs, key, self.backup, lam)
+            actions = flow.action(u)
             if self.density is None:
-                return self.action(u), pick, gaussian_entropy(self.action(u)) if u.shape[0] > 1 else jnp.zeros(())
-            return self.action(u), pick, -self._log_prob(state, obs, u[pick], key_density) / u.shape[-1]
+                return actions, pick, gaussian_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
+            log_pi = flow.log_prob(self.density, state.actor, self._condition(obs, lam), u[pick], key_density)
+            return actions, pick, -log_pi / u.shape[-1]
 
         keys = jr.split(k_next, n), jr.split(k_density, n)
         actions, picks, entropy = jax.vmap(following)(batch.next_obs, *keys)
@@ -159,8 +178,7 @@ class RFM:
         if self.endpoint == "policy":
             support = self.endpoints(state, batch.obs, k_now)
         else:
-            inside = jnp.clip(batch.action, -1 + 1e-4, 1 - 1e-4)
-            support = (jnp.arctanh(inside) if self.bounds == "tanh" else batch.action)[:, None]
+            support = flow.latent(batch.action)[:, None]
         x1 = support[:, 0]
         x_t = jax.vmap(self.path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 
@@ -170,15 +188,17 @@ class RFM:
 
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
 
-        # 4. Actor: regression on the velocity, or noise, of that mean.
+        # 4. Actor: regression on the velocity, or noise, of that mean; longer steps are tied to shorter ones.
         def actor_loss(actor):
-            def one(x1, x_t, t, obs):
-                field = lambda x, t: actor(x, t, self._condition(obs, lam))
-                return matching_loss(field, self.path, x1, x_t, t, self.predict)
-
-            return jnp.mean(jax.vmap(one)(post.mean, x_t, t, batch.obs))
+            cond = jax.vmap(lambda obs: self._condition(obs, lam))(batch.obs)
+            loss = jnp.mean(jax.vmap(flow.match, (None, 0, 0, 0, 0))(actor, cond, post.mean, x_t, t))
+            if state.slow is None:
+                return loss
+            tie = jax.vmap(flow.tie, (None, None, 0, 0, 0))(actor, state.slow, cond, x1, jr.split(k_tie, n))
+            return self.objective.share * loss + (1 - self.objective.share) * jnp.mean(tie)
 
         actor, actor_opt, loss, grad_norm = descend(self._tx, actor_loss, state.actor, state.actor_opt)
+        slow = None if state.slow is None else polyak(actor, state.slow, self.follow)
         metrics |= {
             "actor_loss": loss,
             "actor_grad_norm": grad_norm,
@@ -188,12 +208,13 @@ class RFM:
         }
         log_lam = state.log_lam
         if isinstance(self.temperature, Tuned) and log_lam is not None:
-            metrics["entropy"] = entropy.mean()
+            of_actions = self.temperature.of == "actions"
+            metrics["entropy"] = entropy.mean() if of_actions else jnp.mean(jnp.log(post.ess))
             log_lam = self.temperature.move(log_lam, metrics["entropy"])
-        return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam), metrics
+        return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam, slow, stats), metrics
 
     def endpoints(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, "B n a"]:
-        """Latent particles of the policy for each observation; the one that `query` picks comes first."""
+        """Latent particles of the policy for each observation, as networks get it; that picked by `query` first."""
         lam = self.lam(state)
 
         def one(obs, key):
@@ -201,27 +222,6 @@ class RFM:
             return jnp.roll(u, -pick, axis=0)
 
         return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
-
-    def _drift(self, state: RFMState, obs: Float[Array, " o"]) -> Drift:
-        """The velocity field of the policy at one observation."""
-        cond = self._condition(obs, self.lam(state))
-        if self.predict == "velocity":
-            return lambda x, t: state.actor(x, t, cond)
-
-        def from_noise(x, t):
-            x1 = self.path.x1_from_x0(state.actor(x, t, cond), x, t)
-            # An error of the noise counts 1 / alpha times in x1: at small t only the box keeps it in check.
-            return self.path.velocity(x1 if self.bounds == "tanh" else jnp.clip(x1, -1.0, 1.0), x, t)
-
-        return from_noise
-
-    def _log_prob(
-        self, state: RFMState, obs: Float[Array, " o"], u: Float[Array, " a"], key: PRNGKey
-    ) -> Float[Array, ""]:
-        """log pi(a | s) of the action that u stands for."""
-        assert self.density is not None
-        log_p = self.density(self._drift(state, obs), self.path, u, self.t_min, 1 - self.t_min, key)
-        return log_p - jnp.sum(log_sech2(u)) if self.bounds == "tanh" else log_p
 
     def _condition(self, obs: Float[Array, " o"], lam: Float[Array, ""]) -> Float[Array, " c"]:
         return jnp.concatenate([obs, time_embedding(lam, self.embedding)]) if self.condition_on_temperature else obs
@@ -231,13 +231,11 @@ class RFM:
     ) -> tuple[Float[Array, "n a"], Int[Array, ""]]:
         """n latent actions u from n noises, and the index the selector picks by Q(s, tanh u) / pick_lam."""
         k_x0, k_pick = jr.split(key)
-        x0 = self.path.source_scale * jr.normal(k_x0, (selector.particles, state.actor.dim))
-        drift = self._drift(state, obs)
-        keys = jr.split(jr.fold_in(k_x0, 1), selector.particles)  # for solvers that add noise
-        u = jax.vmap(lambda x, k: self.solver(drift, x, self.t_min, 1 - self.t_min, k))(x0, keys)
+        cond = self._condition(obs, self.lam(state))
+        u = self.flow.draw(state.actor, cond, k_x0, selector.particles)
         if not chooses(selector):
             return u, jnp.zeros((), jnp.int32)
-        score = jax.vmap(lambda u: state.critic.value(obs, self.action(u)))(u) / pick_lam
+        score = jax.vmap(lambda a: state.critic.value(obs, a))(self.flow.action(u)) / pick_lam
         return u, selector(k_pick, score)
 
     @property

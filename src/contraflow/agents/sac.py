@@ -14,6 +14,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLP
 from contraflow.rl.critics import Critics
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -26,13 +27,14 @@ class SACState(eqx.Module):
     critic_opt: PyTree
     alpha_opt: PyTree
     step: Int[Array, ""]
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
 class SAC:
     """Tanh-Gaussian policy, twin critic, entropy coefficient alpha tuned to a target entropy (1812.05905, eq. 18)."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor",)
+    acting: ClassVar[tuple[str, ...]] = ("actor", "stats")
 
     target_entropy: float | None = None
     """None is -action_dim."""
@@ -40,6 +42,8 @@ class SAC:
     log_std_min: float = -20.0
     log_std_max: float = 2.0
     alpha_lr: float = 3e-4
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics(width=256, max_grad_norm=None)
     width: int = 256
     depth: int = 2
@@ -59,17 +63,19 @@ class SAC:
         log_alpha = jnp.log(jnp.asarray(self.init_alpha, jnp.float32))
         return SACState(
             actor, critic, target, log_alpha, start(self._tx, actor), critic_opt, start(self._alpha_tx, log_alpha),
-            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32), first_stats(self.normalise_obs, spec),
         )  # fmt: skip
 
     def act(self, state: SACState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """A draw of the squashed Gaussian, or tanh of its mean in evaluation."""
+        obs = seen(state.stats, obs)
         mean, _ = self._gaussian(state.actor, obs)
         return self._sample(state.actor, obs, key)[0] if explore else jnp.tanh(mean)
 
     def update(self, state: SACState, batch: Transition, key: PRNGKey) -> tuple[SACState, Metrics]:
         """One step of the critics, the actor, the temperature and the targets on a batch [B] (1812.05905)."""
         k_next, k_now, k_critic = jr.split(key, 3)
+        stats, batch = look(state.stats, batch)
         n = batch.reward.shape[0]
         alpha = jnp.exp(state.log_alpha)
 
@@ -105,7 +111,8 @@ class SAC:
             "entropy": entropy,
             "temperature": alpha,
         }
-        return SACState(actor, critic, target, log_alpha, actor_opt, critic_opt, alpha_opt, state.step + 1), metrics
+        opts = actor_opt, critic_opt, alpha_opt
+        return SACState(actor, critic, target, log_alpha, *opts, state.step + 1, stats), metrics
 
     def _gaussian(self, actor: MLP, obs: Float[Array, " o"]) -> tuple[Float[Array, " a"], Float[Array, " a"]]:
         mean, log_std = jnp.split(actor(obs), 2)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
 from contraflow.rl.optim import check_positive
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.select import Argmax, Selector, Softmax
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
@@ -26,13 +27,14 @@ class SIRState(eqx.Module):
     critic_opt: PyTree
     action: Float[Array, " a"]  # zeros; carries the action dimension
     step: Int[Array, ""]
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
 class SIR:
     """Base law over actions: a = 2 b - 1 with b ~ Beta(kappa, kappa)^d; 1 is uniform, below 1 favours the faces."""
 
-    acting: ClassVar[tuple[str, ...]] = ("critic", "action", "step")
+    acting: ClassVar[tuple[str, ...]] = ("critic", "action", "step", "stats")
 
     explore: Selector = Softmax(particles=32)
     backup: Selector = Softmax(particles=32)
@@ -40,6 +42,8 @@ class SIR:
     base: float = 1.0
     """kappa; the density over u = atanh a is then ~ prod sech^(2 kappa) u_j, the base measure of RFM."""
     temperature: Schedule = Constant(0.02)
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics()
 
     def __post_init__(self):
@@ -47,22 +51,24 @@ class SIR:
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SIRState:
         """Fresh critics for `spec`'s sizes; the target is a copy."""
-        return SIRState(*self.critic.init(key, spec), jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32))
+        action, step = jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32)
+        return SIRState(*self.critic.init(key, spec), action, step, first_stats(self.normalise_obs, spec))
 
     def act(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """One of n actions of the base law, picked by Q(s, a)."""
-        return self._pick(state, obs, key, self.explore if explore else self.exploit)
+        return self._pick(state, seen(state.stats, obs), key, self.explore if explore else self.exploit)
 
     def update(self, state: SIRState, batch: Transition, key: PRNGKey) -> tuple[SIRState, Metrics]:
         """One step of the critics and targets on a batch [B]."""
         k_next, k_critic = jr.split(key)
+        stats, batch = look(state.stats, batch)
         keys = jr.split(k_next, batch.reward.shape[0])
         action = jax.vmap(lambda o, k: self._pick(state, o, k, self.backup))(batch.next_obs, keys)
         critic, target, opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
         metrics["temperature"] = self.temperature(state.step)
-        return SIRState(critic, target, opt, state.action, state.step + 1), metrics
+        return SIRState(critic, target, opt, state.action, state.step + 1, stats), metrics
 
     def _pick(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
         k_action, k_pick = jr.split(key)

@@ -13,6 +13,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLP
 from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
+from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -24,13 +25,14 @@ class TD3State(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
+    stats: Running | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
 class TD3:
     """a = tanh f(s), moved up Q; targets are made by a slow copy with clipped noise (1802.09477, algorithm 1)."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor",)
+    acting: ClassVar[tuple[str, ...]] = ("actor", "stats")
 
     noise: float = 0.1
     """Standard deviation of what is added while exploring."""
@@ -39,6 +41,8 @@ class TD3:
     smoothing_clip: float = 0.5
     delay: int = 2
     """Updates of the critics for one of the actor and its slow copy."""
+    normalise_obs: bool = False
+    """Observations less their mean, divided by their deviation, of all replayed so far."""
     critic: Critics = Critics(width=256, max_grad_norm=None)
     width: int = 256
     depth: int = 2
@@ -58,16 +62,18 @@ class TD3:
         actor = MLP(spec.obs_dim, spec.action_dim, self.width, self.depth, key=k_actor)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         slow, step = jax.tree.map(jnp.copy, actor), jnp.zeros((), jnp.int32)
-        return TD3State(actor, slow, critic, target, start(self._tx, actor), critic_opt, step)
+        stats = first_stats(self.normalise_obs, spec)
+        return TD3State(actor, slow, critic, target, start(self._tx, actor), critic_opt, step, stats)
 
     def act(self, state: TD3State, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
         """tanh f(s), with noise while exploring."""
-        action = jnp.tanh(state.actor(obs))
+        action = jnp.tanh(state.actor(seen(state.stats, obs)))
         return jnp.clip(action + explore * self.noise * jr.normal(key, action.shape), -1.0, 1.0)
 
     def update(self, state: TD3State, batch: Transition, key: PRNGKey) -> tuple[TD3State, Metrics]:
         """One step of the critics on a batch [B], and every `delay`-th time of the actor and its slow copy."""
         k_smooth, k_critic = jr.split(key)
+        stats, batch = look(state.stats, batch)
 
         # 1. Critic, with a' of the slow copy, smoothed.
         noise = self.smoothing * jr.normal(k_smooth, batch.action.shape)
@@ -88,7 +94,7 @@ class TD3:
             lambda new, old: jnp.where(due, new, old), moved, (state.actor, state.slow, state.actor_opt)
         )
         metrics |= {"actor_loss": loss, "actor_grad_norm": grad_norm}
-        return TD3State(actor, slow, critic, target, actor_opt, critic_opt, state.step + 1), metrics
+        return TD3State(actor, slow, critic, target, actor_opt, critic_opt, state.step + 1, stats), metrics
 
     @property
     def _tx(self):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from contraflow.config import VERSION, to_json
 from contraflow.envs import jittable
 from contraflow.rl.critics import Critics
+from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.train import checkpoint
 from contraflow.train.run import Run, write_config
 from contraflow.types import UserError
@@ -97,14 +98,22 @@ def plan(
     for seed in range(seeds):
         for env in envs:
             for name, agent in agents.items():
-                has = {f.name for f in dataclasses.fields(agent)} if name not in own else set()
                 try:
-                    agent = replace(agent, **{k: v for k, v in network.items() if k in has})
+                    agent = agent if name in own else with_networks(agent, network)
                     run = Run(env=env, agent=agent, seed=seed, trackers=(), **shared)
                 except (TypeError, ValueError) as error:
                     raise UserError(f"agent {name}: {error}") from None
                 cells.append(Cell(name, env, seed, run, cell_folder(out, name, env, seed)))
     return cells
+
+
+def with_networks(agent: Any, network: Mapping[str, Any]) -> Any:
+    """The agent with those settings of `NETWORK` that it has itself or, for the size of the actor, in its policy."""
+    mine = {f.name for f in dataclasses.fields(agent)}
+    policy = getattr(agent, "policy", None)
+    if isinstance(policy, FlowPolicy):
+        agent = replace(agent, policy=replace(policy, **{k: network[k] for k in ("width", "depth") if k in network}))
+    return replace(agent, **{k: v for k, v in network.items() if k in mine})
 
 
 def cell_folder(out: Path, agent: str, env: str, seed: int) -> Path:

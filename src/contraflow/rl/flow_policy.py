@@ -9,6 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.flow.loss import Predict
+from contraflow.flow.onestep import Matching, Objective
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.transformer import Transformer
@@ -104,9 +105,10 @@ class FlowPolicy:
         return self.output(net, path.perturb(x0, x1, t), t, t, obs) - target
 
     def tie_error(
-        self, objective: Any, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey
+        self, objective: Objective, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey
     ) -> Vector:
         """Error of a step of random size, between x0 and x1, against those that it is made of (flow/onestep.py)."""
+        assert not isinstance(objective, Matching)
         k_interval, k_target = jr.split(key)
         t, r = objective.interval(k_interval)
         x_t = self.path.perturb(x0, x1, t)

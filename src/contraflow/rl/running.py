@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from contraflow.types import EnvSpec, Transition
+
 
 class Running(eqx.Module):
     """Mean and variance of all rows seen so far, per dimension."""
@@ -31,6 +33,25 @@ class Running(eqx.Module):
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """(x - mean) / std, within 10."""
         return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
+
+
+def first_stats(wanted: bool, spec: EnvSpec) -> Running | None:
+    """Statistics of observations before any was seen; None where they are not wanted."""
+    return Running.start(spec.obs_dim) if wanted else None
+
+
+def seen(stats: Running | None, obs: Float[Array, " o"]) -> Float[Array, " o"]:
+    """The observation as networks get it."""
+    return obs if stats is None else stats(obs)
+
+
+def look(stats: Running | None, batch: Transition) -> tuple[Running | None, Transition]:
+    """(statistics joined with a batch [B] of replay, the batch as networks get it)."""
+    if stats is None:
+        return None, batch
+    stats = stats.update(batch.obs, jnp.ones_like(batch.terminated))
+    seen = jax.vmap(stats)
+    return stats, eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (seen(batch.obs), seen(batch.next_obs)))
 
 
 class ReturnScale(eqx.Module):

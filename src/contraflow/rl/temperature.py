@@ -1,6 +1,7 @@
-"""The temperature lambda: constant, a function of the update count, or tuned to the entropy of the policy."""
+"""The temperature lambda: constant, a function of the update count, or tuned to an entropy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.scipy.special import digamma
@@ -40,19 +41,25 @@ class Anneal:
 
 @dataclass(frozen=True)
 class Tuned:
-    """lambda such that actions have `entropy` nats per dimension: log lambda += rate (entropy - that of the policy).
+    """lambda such that something has `entropy` nats: log lambda += rate (entropy - what it has now).
 
-    As SAC tunes its own (1812.05905, eq. 18), here by particles. For actions in [-1, 1] uniform is log 2 = .69, and a
-    Gaussian of standard deviation .1 has -.88, whatever the scale of rewards; lambda itself depends on that.
+    - of="actions": the policy's actions, per dimension, as SAC tunes its own (1812.05905), here by particles. On
+      [-1, 1] uniform is log 2 = .69, a Gaussian of standard deviation .1 has -.88, whatever the scale of rewards.
+    - of="weights": the weights of n candidates, log n where all are alike. For the estimators of RFM it is the
+      logarithm of the effective sample size 1 / sum w^2 (the entropy of order two), mean over queries: x_t has a part
+      in these weights too, so that log n may be out of reach however hot.
     """
 
     entropy: float = -0.5
+    of: Literal["actions", "weights"] = "actions"
     start: float = 0.1
     rate: float = 1e-3
     low: float = 1e-4
     high: float = 10.0
 
     def __post_init__(self):
+        if self.of == "weights" and self.entropy <= 0:
+            raise ValueError(f"{self}: the entropy of weights is positive, log 8 = 2.08 for an effective size of eight")
         if not (0 < self.low <= self.start <= self.high and self.rate > 0):
             raise ValueError(f"{self}: needs 0 < low <= start <= high and a positive rate")
 
@@ -61,7 +68,7 @@ class Tuned:
         return jnp.log(jnp.asarray(self.start, jnp.float32))
 
     def move(self, log_lam: Float[Array, ""], entropy: Float[Array, ""]) -> Float[Array, ""]:
-        """log lambda after one at which the policy had this entropy per dimension."""
+        """log lambda after an update at which it was this."""
         new = log_lam + self.rate * (self.entropy - entropy)
         return jnp.clip(new, jnp.log(self.low), jnp.log(self.high))
 

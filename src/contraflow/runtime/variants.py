@@ -35,9 +35,9 @@ def variants(policy: Policy) -> dict[str, tuple[Any, Any]]:
 def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
     """The best of n uniform actions by the critic of a flow policy: what the critic does alone."""
     particles = policy.agent.exploit.particles
-    critic, step = policy.state.critic, policy.state.step
+    critic, step, stats = policy.state.critic, policy.state.step, policy.state.stats
     agent = SIR(exploit=Argmax(particles if particles > 1 else 32))
-    return agent, acting_state(agent, SIRState(critic, critic, (), jnp.zeros(policy.spec.action_dim), step))
+    return agent, acting_state(agent, SIRState(critic, critic, (), jnp.zeros(policy.spec.action_dim), step, stats))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from contraflow.agents.base import Agent
 from contraflow.agents.rfm import RFM
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
+from contraflow.rl.running import seen
 from contraflow.types import PRNGKey
 
 BINS = 16  # of the action histogram
@@ -58,7 +59,7 @@ def _action_law(agent: Agent, state: Any, obs: Float[Array, "B o"], key: PRNGKey
 @partial(jax.jit, static_argnames=("agent",))
 def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
     k_particles, k_x0, k_repeat, k_reference, k_uniform = jr.split(key, 5)
-    lam = agent.lam(state)
+    lam, obs = agent.lam(state), jax.vmap(lambda o: seen(state.stats, o))(obs)
     support = agent.endpoints(state, obs, k_particles)
     x1 = support[:, 0]
     x0 = jr.normal(k_x0, x1.shape)

@@ -1,0 +1,113 @@
+"""The flow of RFM as an average velocity: a network that is the flow of a known Gaussian, and one that is wrong."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from contraflow.agents.rfm import RFM
+from contraflow.flow.onestep import Matching, MeanFlow, Shortcut, SplitMeanFlow
+from contraflow.flow.path import VP
+from contraflow.flow.posterior import Fixed, Reverse
+from contraflow.flow.proposal import Noise
+from contraflow.flow.solve import Euler, EulerMaruyama, Midpoint
+from contraflow.nets.velocity import Velocity
+from contraflow.rl.critics import Critics
+from contraflow.rl.latent_flow import CLOCK
+from contraflow.rl.select import First
+from contraflow.types import EnvSpec, Transition
+
+MEAN, STD = 1.3, 0.4
+SPEC = EnvSpec(3, 2, 4, 10, True)
+AGENT = RFM(
+    objective=Shortcut(levels=3), solver=Euler(1), width=8, depth=1, embedding=8,
+    estimator=Reverse(4, Noise(), Fixed(0.0)), backup=First(), critic=Critics(width=8, depth=1),
+)  # fmt: skip
+OBJECTIVES = [Shortcut(levels=3), SplitMeanFlow(), MeanFlow()]
+COND = jnp.zeros(3)
+
+
+class Exact(Velocity):
+    """The flow of N(MEAN, STD^2), which reads the length of its step off the features it is given."""
+
+    def __call__(self, x, t, cond):
+        # The first features are sine and cosine of the length itself.
+        n = self.embedding
+        length = jnp.mod(jnp.arctan2(cond[3], cond[3 + n // 2]), 2 * jnp.pi) / CLOCK
+        length = jnp.where(length > 1.1, 0.0, length)  # a zero that was rounded to below zero
+        r = t + length
+        scale = lambda t: jnp.sqrt(t**2 * STD**2 + (1 - t) ** 2)
+        velocity = MEAN + (t * STD**2 - (1 - t)) / scale(t) ** 2 * (x - t * MEAN)
+        step = (r * MEAN + scale(r) / scale(t) * (x - t * MEAN) - x) / jnp.where(length < 1e-4, 1.0, length)
+        return jnp.where(length < 1e-4, velocity, step)
+
+
+def exact():
+    return Exact(2, 3 + AGENT.embedding, 8, 1, embedding=AGENT.embedding, key=jr.key(0))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_any_number_of_steps_gives_the_law(steps):
+    flow = replace(AGENT, solver=Euler(steps)).flow
+    u = jax.jit(lambda k: flow.draw(exact(), COND, k, 4000))(jr.key(1))
+    np.testing.assert_allclose(u, MEAN + STD * jr.normal(jr.key(1), (4000, 2)), atol=2e-3)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_exact_flow_has_nothing_to_tie(objective):
+    """But for Euler's error of the smallest steps of a shortcut. A network that is wrong has something."""
+    flow = replace(AGENT, objective=objective).flow
+    net, wrong = exact(), AGENT.flow.init(jr.key(5), 2, 3)
+    u = jax.vmap(lambda k: MEAN + STD * jr.normal(k, (2,)))(jr.split(jr.key(2), 200))
+
+    def tied(net, slow):
+        one = lambda x, k: flow.tie(net, slow, COND, x, k)
+        return jax.vmap(one)(u, jr.split(jr.key(3), 200)).mean()
+
+    error, bad = jax.jit(lambda: (tied(net, net), tied(wrong, wrong)))()
+    # MeanFlow's target is only defined for r > t, and the fake's derivative is that of a step only there.
+    assert error < (0.02 if isinstance(objective, Shortcut) else 1e-3)
+    assert bad > 10 * error
+
+
+def test_matching_is_of_the_velocity_at_t():
+    """The regression on a posterior mean sees u(x, t, t), whatever the steps in use."""
+    flow, x_t, t = AGENT.flow, jnp.array([0.3, -0.2]), jnp.asarray(0.4)
+    mean = MEAN + t * STD**2 / (t**2 * STD**2 + (1 - t) ** 2) * (x_t - t * MEAN)
+    assert flow.match(exact(), COND, mean, x_t, t) < 1e-8
+    assert flow.match(exact(), COND, mean + 0.1, x_t, t) > 1e-2
+
+
+def test_update_adds_both_and_moves_the_copy():
+    """loss = share match + (1 - share) tie; the copy follows the actor."""
+    agent = replace(AGENT, follow=0.25, actor_lr=1e-2)
+    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    row = lambda k, n: jr.normal(jr.key(k), (5, n))
+    ended = jnp.ones(5, bool)
+    batch = Transition(row(1, 3), jnp.tanh(row(2, 2)), row(3, 1)[:, 0], row(4, 3), ended, ~ended, jnp.ones(5, int))
+    losses = {}
+    for share in (0.2, 0.5, 0.8):
+        update = jax.jit(replace(agent, objective=Shortcut(share, 3)).update)
+        new, metrics = update(state, batch, jr.key(6))
+        losses[share] = float(metrics["actor_loss"])
+        jax.tree.map(
+            lambda slow, old, actor: np.testing.assert_allclose(slow, old + 0.25 * (actor - old), atol=1e-6),
+            new.slow, state.slow, new.actor,
+        )  # fmt: skip
+    np.testing.assert_allclose(losses[0.5], (losses[0.2] + losses[0.8]) / 2, rtol=1e-4)
+    assert abs(losses[0.8] - losses[0.2]) > 1e-3
+
+
+def test_what_does_not_fit_is_refused():
+    for fields in (
+        {"solver": Midpoint(2)},
+        {"path": VP()},
+        {"predict": "noise"},
+        {"objective": MeanFlow(power=1.0)},
+        {"objective": Matching(), "solver": EulerMaruyama(5, path=VP())},
+    ):
+        with pytest.raises(ValueError, match=r"average|power|path"):
+            replace(AGENT, **fields)
