@@ -56,7 +56,7 @@ def test_scale_and_offset_do_not_matter(name: str):
 
     @jax.jit
     def run(scale, offset):
-        """(actions at the first rows, exploring and not) after three updates."""
+        """(actions at the first rows, exploring and not; rows counted) after three updates."""
         move = lambda obs: offset[None] + scale[None] * obs
         moved = eqx.tree_at(lambda b: (b.obs, b.next_obs), rows, (move(rows.obs), move(rows.next_obs)))
         # Old rows of the same kind, for the statistics begin with a row of mean 0 and variance 1.
@@ -64,12 +64,13 @@ def test_scale_and_offset_do_not_matter(name: str):
         new = eqx.tree_at(lambda s: s.stats, state, past)
         new, _ = jax.lax.scan(lambda s, k: agent.update(s, moved, k), new, jr.split(jr.key(2), 3))
         act = lambda explore: jax.vmap(lambda o: agent.act(new, o, jr.key(3), explore))(moved.obs[:8])
-        return act(True), act(False)
+        return act(True), act(False), new.stats.count
 
     with jax.debug_key_reuse(False):  # one key for all rows, on purpose
         plain, other = run(jnp.ones(3), jnp.zeros(3)), run(SCALE, OFFSET)
     for a, b in zip(plain, other, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
+    assert plain[2] == 1e6 + 3 * 64
     assert np.ptp(plain[0], axis=0).max() > 1e-2  # observations do matter
 
 
