@@ -40,10 +40,10 @@ def batch(key: jax.Array, rows: int = BATCH) -> Transition:
     )  # fmt: skip
 
 
-def updater(agent: Agent) -> Callable[[], object]:
+def updater(agent: Agent, rows: int = BATCH) -> Callable[[], object]:
     """One jitted, donated update per call, as a training loop without fusion would make it."""
     state = [jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))]
-    data, key = batch(jr.key(1)), jr.key(2)
+    data, key = batch(jr.key(1), rows), jr.key(2)
     step = jax.jit(agent.update, donate_argnums=0)
 
     def call() -> object:
