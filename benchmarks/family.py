@@ -5,8 +5,9 @@
 Networks of width 64 and depth 2, batch 128, 17 observations, 6 actions, each preset otherwise its own. Evaluations of
 actor and critics are counted in the compiled program's source, forward only, for one row of the batch: the products of
 their last layers; a derivative along a direction counts once more. Times are of the processor, one thread
-(XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"). `--peer` names a function `(sizes) -> {"NAME": {"update": callable, "act": callable}}` of a module on
-PYTHONPATH, an implementation kept outside this repository, timed in the same rounds.
+(XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"). `--peer` names a function of a module
+on PYTHONPATH, (obs_dim, act_dim, width, depth, rows) -> {"NAME": {"update": callable, "act": callable}}: an
+implementation kept outside this repository, timed in the same rounds.
 """
 
 import importlib
