@@ -2,9 +2,11 @@
 
     python benchmarks/study.py development --out DIR [--seeds N] [--jobs J] [--agents rfm sac]
 
-The same command again continues; `--agents` runs a part of it. `contraflow report DIR` makes the page of a matrix.
+The same command again continues; `--agents` runs a part of it. Cells that the published table of the matrix holds are
+not run again. `contraflow report DIR` makes the page of a matrix.
 """
 
+import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +152,15 @@ MATRICES = {
 }
 
 
+def published(name: str) -> set[tuple[str, str, int]]:
+    """(agent, env, seed) of the cells in benchmarks/results/study_NAME.csv."""
+    table = Path(__file__).parent / "results" / f"study_{name}.csv"
+    if not table.exists():
+        return set()
+    with table.open() as file:
+        return {(row["agent"], row["env"], int(row["seed"])) for row in csv.DictReader(file)}
+
+
 def main(
     name: Literal["development", "actor-free", "parts", "why", "trials", "test"],
     /,
@@ -165,6 +176,8 @@ def main(
     ids = [f"envpool:{env}" for env in envs or chosen.envs]
     cells = matrix.plan(named, ids, seeds, chosen.settings, frozenset(), out)
     matrix.record(named, ids, seeds, chosen.settings, frozenset(), out)
+    have = published(name)
+    cells = [cell for cell in cells if (cell.agent, cell.env, cell.seed) not in have]
     outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, False, not sys.stdout.isatty())
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
