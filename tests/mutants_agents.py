@@ -347,4 +347,11 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         'for k in ("width",) if k in network',
         ("compare/test_compare_matrix.py::test_all_agents_share_critic_and_budget_but_those_that_keep_their_own",),
     ),
+    (
+        "gradient stops at the box",
+        "agents/dacer.py",
+        "return end + jax.lax.stop_gradient(jnp.clip(end, -1.0, 1.0) - end)",
+        "return jnp.clip(end, -1.0, 1.0)",
+        (DACER + "test_an_end_beyond_the_box_comes_back",),
+    ),
 )

@@ -85,3 +85,16 @@ def test_only_what_can_be_is_accepted():
     for bad in ({"draws": 3}, {"noise": 0.0}, {"actor_lr": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             DACER(**bad)
+
+
+def test_an_end_beyond_the_box_comes_back():
+    """Q falls towards the face that all actions are clipped to: its gradient must reach the actor."""
+    agent = replace(AGENT, policy=replace(AGENT.policy, steps=1))
+    actor = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)).actor
+    actor = eqx.tree_at(lambda a: a.last.bias, actor, jnp.full(1, 50.0))
+
+    def value(actor):
+        return -jnp.sum((agent._sample(actor, jnp.zeros(1), jr.key(5)) - 0.4) ** 2)
+
+    np.testing.assert_allclose(value(actor), -0.36, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(value)(actor).last.bias, -1.2, rtol=1e-5)

@@ -37,7 +37,7 @@ class DACER:
 
     acting: ClassVar[tuple[str, ...]] = ("actor", "log_scale", "stats")
 
-    policy: FlowPolicy = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
+    policy: FlowPolicy = FlowPolicy(path=VP(), steps=20, width=256, depth=3)
     noise: float = 0.1
     """What is added to an action has the standard deviation `noise` times the tuned scale."""
     scale: Tuned = Tuned(entropy=-0.9, start=1.0, high=10.0)
@@ -107,7 +107,9 @@ class DACER:
         return DACERState(actor, critic, target, log_scale, actor_opt, critic_opt, state.step + 1, stats), metrics
 
     def _sample(self, actor: Network, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
-        return jnp.clip(self.policy(actor, jr.normal(key, (actor.dim,)), obs), -1.0, 1.0)
+        end = self.policy(actor, jr.normal(key, (actor.dim,)), obs)
+        # The gradient of what is clipped goes through: an end beyond the box would never come back.
+        return end + jax.lax.stop_gradient(jnp.clip(end, -1.0, 1.0) - end)
 
     def _explore(self, state: DACERState, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
         k_sample, k_noise = jr.split(key)
