@@ -11,7 +11,6 @@ are timed in turn; medians and paired ratios, of wall time and of the process's 
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -47,13 +46,18 @@ def always(env: Any, sim: Any, key: Any, done: Any) -> Any:
 WAYS = {"no reset": never, "reset in every step": always, "reset in a loop (ours)": playground._renew}
 
 
-def rolling(env: Env, actions: jax.Array, seeds: int = 0) -> Callable[[], Any]:
-    """A call that takes the steps `actions` [T, N, a], of as many seeds at once, if any; compiled by the first call."""
+def rolling(name: str, env: Env, actions: jax.Array, seeds: int = 0) -> Callable[[], Any]:
+    """A call that takes the steps `actions` [T, N, a], of as many seeds at once, if any; prints what compiling took."""
     keys = jr.split(jr.key(0), seeds) if seeds else jr.key(0)
     over = jax.vmap if seeds else lambda f: f
-    state, _ = jax.jit(over(env.reset))(keys)
+    state, _ = jax.block_until_ready(jax.jit(over(env.reset))(keys))
+    wall, cpu = time.perf_counter(), time.process_time()
     run = jax.jit(over(lambda s: jax.lax.scan(lambda s, a: _keep_reward(env.step(s, a)), s, actions)))
-    return lambda: run(state)[1]
+    compiled = run.lower(state).compile()
+    print(
+        f"{name}: compiled in {time.perf_counter() - wall:.1f} s, {time.process_time() - cpu:.1f} s of CPU", flush=True
+    )
+    return lambda: compiled(state)[1]
 
 
 def _keep_reward(stepped: Any) -> Any:
@@ -72,17 +76,12 @@ def looping(env: Env, actions: np.ndarray) -> Callable[[], Any]:
     return run
 
 
-def compare(cases: Mapping[str, Callable[[], Any]], transitions: Mapping[str, int], against: str, rounds: int) -> None:
-    """Print first calls, then steps per second and ratios of time."""
-    for name, call in cases.items():
-        begin, cpu = time.perf_counter(), time.process_time()
-        jax.block_until_ready(call())
-        wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-        print(f"{name}: first call {wall:.1f} s, {cpu:.1f} s of CPU", flush=True)
+def compare(cases: Mapping[str, Callable[[], Any]], transitions: int, against: str, rounds: int) -> None:
+    """Print steps per second and ratios of time."""
     for kind, clock in {"wall": time.perf_counter, "CPU": time.process_time}.items():
         print(f"{kind} time")
         for name, milliseconds, _ in report(paired(cases, rounds, clock=clock), against, "ms"):
-            print(f"    {name}: {transitions[name] / milliseconds * 1e3:,.0f} steps/s", flush=True)
+            print(f"    {name}: {transitions / milliseconds * 1e3:,.0f} steps/s", flush=True)
 
 
 def main(copies: tuple[int, ...] = (1, 32, 256), seeds: int = 8, steps: int = 500, rounds: int = 5) -> None:
@@ -92,10 +91,10 @@ def main(copies: tuple[int, ...] = (1, 32, 256), seeds: int = 8, steps: int = 50
     for n in copies:
         print(f"--- {n} copies, {steps} steps")
         actions = jr.uniform(jr.key(1), (steps, n, 1), minval=-1.0, maxval=1.0)
-        cases = {name: rolling(make(TASKS[name], n), actions) for name in ("playground", "jax")}
+        cases = {name: rolling(name, make(TASKS[name], n), actions) for name in ("playground", "jax")}
         pool = EnvPool(TASKS["envpool"].partition(":")[2], n, num_threads=1)
         cases["envpool"] = looping(pool, np.asarray(actions))
-        compare(cases, dict.fromkeys(cases, n * steps), "envpool", rounds)
+        compare(cases, n * steps, "envpool", rounds)
         pool.close()
     for s in (0, seeds):
         print(f"--- ways to start anew, one copy, {s or 1} seed(s)")
@@ -104,9 +103,8 @@ def main(copies: tuple[int, ...] = (1, 32, 256), seeds: int = 8, steps: int = 50
         for name, way in WAYS.items():
             playground._renew = way
             jax.clear_caches()  # the environment is the same, the function behind its step is not
-            cases[name] = call = rolling(make(TASKS["playground"]), actions, s)
-            jax.block_until_ready(call())
-        compare(cases, dict.fromkeys(cases, steps * max(s, 1)), "no reset", rounds)
+            cases[name] = rolling(name, make(TASKS["playground"]), actions, s)
+        compare(cases, steps * max(s, 1), "no reset", rounds)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ download is left to the user.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,11 @@ def check_id(id: str) -> None:
         raise UserError(f'environment playground:{id} needs Playground: pip install "contraflow[playground]"')
     if id in SUITE:
         return
-    import mujoco_playground
-
-    if id not in mujoco_playground.registry.ALL_ENVS:
+    package: Any = import_module("mujoco_playground")
+    if id not in package.registry.ALL_ENVS:
         raise base.unknown_id(f"playground:{id}")
-    own = id in mujoco_playground.dm_control_suite.ALL_ENVS  # what the user registered there
-    if not own and not (Path(mujoco_playground.__file__).parent / "external_deps/mujoco_menagerie").exists():
+    own = id in package.dm_control_suite.ALL_ENVS  # what the user registered there
+    if not own and not (Path(package.__file__).parent / "external_deps/mujoco_menagerie").exists():
         load = f"from mujoco_playground import registry; registry.load('{id}')"
         raise UserError(f'environment playground:{id} needs robot models; fetch them once with: python -c "{load}"')
 
@@ -96,12 +96,12 @@ class Playground:
     @partial(jax.jit, static_argnums=0)
     def step(self, state: PlaygroundState, action: Float[Array, "N a"]) -> tuple[PlaygroundState, Step]:
         """Advance all copies; an ended one starts anew within the step."""
-        env, spec = _load(self.id)
+        env, one = _load(self.id)
         moved = jax.vmap(env.step)(state.sim, jnp.clip(action, -1.0, 1.0))
         sound = jnp.isfinite(_flat(moved.obs)).all(1) & jnp.isfinite(moved.reward)
         next_obs = jnp.where(sound[:, None], _flat(moved.obs), _flat(state.sim.obs))
         reward = jnp.where(sound, moved.reward, 0.0)
-        terminated, truncated = (moved.done > 0.5) | ~sound, state.age + 1 >= spec.episode_length
+        terminated, truncated = (moved.done > 0.5) | ~sound, state.age + 1 >= jnp.asarray(one.episode_length)
         done = terminated | truncated
         sim, key = jax.vmap(partial(_renew, env))(moved, state.key, done)
         step = Step(_flat(sim.obs), next_obs, reward, terminated, truncated, jnp.ones(self.num_envs, bool))
@@ -135,14 +135,15 @@ def _flat(obs: Any) -> Any:
 def _load(id: str) -> tuple[Any, EnvSpec]:
     """Playground's environment, built once per process, and the spec of one copy of it."""
     check_id(id)
+    registry = import_module("mujoco_playground").registry
     try:
-        from mujoco_playground import registry
-
         env = registry.load(id, config_overrides={"impl": "jax"})
         obs = jax.eval_shape(env.reset, jr.key_data(jr.key(0))).obs
     except Exception as error:
-        raise UserError(f"environment playground:{id} cannot be built ({error}); try other versions of it or mujoco") from error
-    if isinstance(obs, Mapping) and "state" not in obs or len(_flat(obs).shape) != 1:
+        reason = f"cannot be built ({str(error).partition(chr(10))[0]}); try another version of it or of mujoco"
+        raise UserError(f"environment playground:{id} {reason}") from error
+    flat = obs.get("state") if isinstance(obs, Mapping) else obs
+    if flat is None or len(flat.shape) != 1:
         raise UserError(f"environment playground:{id} has no flat observation or entry `state`; use another task")
     length = int(registry.get_default_config(id).episode_length)
-    return env, EnvSpec(_flat(obs).shape[0], env.action_size, 1, length, jittable=True)
+    return env, EnvSpec(flat.shape[0], env.action_size, 1, length, jittable=True)
