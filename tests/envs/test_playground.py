@@ -322,7 +322,8 @@ def test_the_suite_is_the_one_that_is_listed_and_acts_in_the_unit_box(real):
 @pytest.mark.usefixtures("allow_rank_promotion")
 def test_cartpole_moves_by_the_mechanics_of_dm_control(real):
     """100 steps of two copies, one out of time half-way: each step is one of semi-implicit Euler (dm_control takes RK4)
-    with the accelerations of `jax:cartpole-swingup`, from the observation acted on to the true successor."""
+    with the accelerations of `jax:cartpole-swingup`. The angle that is observed and rewarded is that before the step:
+    Playground reads it from what MJX computed on the way."""
     env = make("playground:CartpoleSwingup", 2, 0)
     assert env.spec == CartpoleSwingup(2).spec
     state, obs = env.reset(jr.key(0))
@@ -331,18 +332,22 @@ def test_cartpole_moves_by_the_mechanics_of_dm_control(real):
     assert not np.any(obs == other) and not np.any(obs[0] == obs[1])
     state = PlaygroundState(state.sim, jnp.array([0, 950], jnp.int32), state.key)
     actions = jr.uniform(jr.key(2), (100, 2, 1), minval=-1.0, maxval=1.0)
-    _, steps = jax.jit(lambda s, a: jax.lax.scan(env.step, s, a))(state, actions)
-    acted_on = jnp.concatenate([obs[None], steps.obs[:-1]])
 
-    def euler(obs, action):
-        x, cosine, sine, dx, dangle = obs
-        angle = jnp.arctan2(sine, cosine)
-        _, _, ddx, ddangle = control.cartpole_rates(jnp.stack([x, angle, dx, dangle]), 10.0 * action[0])
+    def move(state, action):
+        body = jnp.concatenate([state.sim.data.qpos, state.sim.data.qvel], 1)
+        state, step = env.step(state, action)
+        return state, (body, step)
+
+    _, (bodies, steps) = jax.jit(lambda s, a: jax.lax.scan(move, s, a))(state, actions)
+
+    def euler(body, action):
+        x, angle, dx, dangle = body
+        _, _, ddx, ddangle = control.cartpole_rates(body, 10.0 * action[0])
         dx, dangle = dx + 0.01 * ddx, dangle + 0.01 * ddangle
-        body = jnp.stack([x + 0.01 * dx, angle + 0.01 * dangle, dx, dangle])
-        return CartpoleSwingup().observe(body), control.cartpole_reward(body, action)
+        seen = jnp.stack([x + 0.01 * dx, angle, dx, dangle])
+        return CartpoleSwingup().observe(seen), control.cartpole_reward(seen, action)
 
-    want, reward = jax.jit(jax.vmap(jax.vmap(euler)))(acted_on, actions)
+    want, reward = jax.jit(jax.vmap(jax.vmap(euler)))(bodies, actions)
     np.testing.assert_allclose(steps.next_obs, want, atol=2e-5)
     np.testing.assert_allclose(steps.reward, reward, atol=2e-5)
     assert not steps.terminated.any()
