@@ -4,11 +4,9 @@ The stand-in: a copy stands at x, moves by its action, and is done beyond 9. It 
 old-style key, an empty array.
 """
 
-import csv
 import importlib.machinery
 import sys
 import types
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -18,9 +16,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.cli_helpers import TINY
 
-from contraflow import UserError, resume, train
+from contraflow import UserError
 from contraflow.envs import available, check, control, jittable, make, playground
 from contraflow.envs.base import Env
 from contraflow.envs.control import CartpoleSwingup
@@ -353,15 +350,3 @@ def test_cartpole_moves_by_the_mechanics_of_dm_control(real):
     assert not steps.terminated.any()
     np.testing.assert_array_equal(np.argwhere(steps.truncated), [[49, 1]])
     assert abs(steps.obs[49, 1, 1] + 1) < 0.01 and not np.allclose(steps.obs[49, 1], obs[1]), "hangs, freshly drawn"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("allow_rank_promotion")
-def test_a_run_is_trained_and_resumed(real, tmp_path):
-    """In two halves bitwise as in one."""
-    tiny = replace(TINY, env="playground:CartpoleBalance")
-    whole = train(tiny, tmp_path / "whole", quiet=True)
-    train(replace(tiny, steps=20), tmp_path / "half", quiet=True)
-    half = resume(tmp_path / "half", steps=40, quiet=True)
-    one, two = ([*csv.DictReader((r.folder / "eval.csv").open())] for r in (whole, half))
-    assert len(one) == 3 and [{**row, "seconds": 0} for row in one] == [{**row, "seconds": 0} for row in two]
