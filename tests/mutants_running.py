@@ -307,7 +307,7 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "Playground is built anew for every use",
         "envs/playground.py",
         "@cache\n",
-        "",
+        '@__import__("functools").lru_cache(0)\n',
         (PLAYGROUND + "test_equal_environments_share_what_was_built_and_compiled",),
     ),
     (
