@@ -4,6 +4,7 @@ TOGETHER = "compare/test_compare_together.py::"
 ONLINE = "train/test_online.py::"
 CONTROL = "envs/test_env_control.py::"
 SEEDS = "train/test_seeds.py::"
+PLAYGROUND = "envs/test_playground.py::"
 
 ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
@@ -210,5 +211,110 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "return _drive(runs, folder, folders, envs, restored, quiet)",
         "return _drive(runs, folder, folders, envs, None, quiet)",
         (TOGETHER + "test_an_interrupted_group_goes_on",),
+    ),
+    (
+        "Playground hands out the new episode as successor",
+        "envs/playground.py",
+        "step = Step(_flat(sim.obs), next_obs,",
+        "step = Step(_flat(sim.obs), _flat(sim.obs),",
+        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
+    ),
+    (
+        "Playground ends for good at its time limit",
+        "envs/playground.py",
+        "next_obs, reward, terminated, truncated,",
+        "next_obs, reward, done, truncated,",
+        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
+    ),
+    (
+        "Playground's own end is overlooked",
+        "envs/playground.py",
+        "(moved.done > 0.5) | ~sound",
+        "~sound",
+        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
+    ),
+    (
+        "Playground goes on counting after an end",
+        "envs/playground.py",
+        "jnp.where(done, 0, state.age + 1)",
+        "jnp.where(terminated, 0, state.age + 1)",
+        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
+    ),
+    (
+        "Playground starts every episode as the first",
+        "envs/playground.py",
+        "return _start(env, k_now), k_later,",
+        "return _start(env, k_now), carry[1],",
+        (PLAYGROUND + "test_every_episode_starts_in_a_fresh_state",),
+    ),
+    (
+        "Playground's copies share a key",
+        "envs/playground.py",
+        "(keys[0])",
+        "(jnp.stack([keys[0, 0]] * self.num_envs))",
+        (PLAYGROUND + "test_every_episode_starts_in_a_fresh_state",),
+    ),
+    (
+        "Playground resets in every step under vmap",
+        "envs/playground.py",
+        "return jax.lax.while_loop(lambda carry: carry[2], renew, (sim, key, done))[:2]",
+        "return jax.lax.cond(done, renew, lambda carry: carry, (sim, key, done))[:2]",
+        (PLAYGROUND + "test_no_reset_is_computed_while_no_copy_ends",),
+    ),
+    (
+        "Playground passes on what is not finite",
+        "envs/playground.py",
+        "jnp.where(sound[:, None], _flat(moved.obs), _flat(state.sim.obs))",
+        "_flat(moved.obs)",
+        (PLAYGROUND + "test_numbers_that_are_not_finite_end_the_episode",),
+    ),
+    (
+        "Playground passes on an infinite reward",
+        "envs/playground.py",
+        "reward = jnp.where(sound, moved.reward, 0.0)",
+        "reward = moved.reward",
+        (PLAYGROUND + "test_numbers_that_are_not_finite_end_the_episode",),
+    ),
+    (
+        "Playground gets actions outside the range",
+        "envs/playground.py",
+        "jnp.clip(action, -1.0, 1.0)",
+        "action",
+        (PLAYGROUND + "test_actions_outside_the_range_are_clipped",),
+    ),
+    (
+        "Playground observes what only the simulator knows",
+        "envs/playground.py",
+        'return obs["state"] if',
+        'return obs["privileged_state"] if',
+        (PLAYGROUND + "test_observations_are_flat_or_the_entry_state",),
+    ),
+    (
+        "robots are downloaded in passing",
+        "envs/playground.py",
+        "if not own and not (",
+        "if own and not (",
+        (PLAYGROUND + "test_ids_are_refused_in_one_line",),
+    ),
+    (
+        "Playground is built to see whether it is written in JAX",
+        "envs/__init__.py",
+        "        check(id)\n        return True",
+        "        return make(id).spec.jittable",
+        (PLAYGROUND + "test_looking_up_builds_nothing",),
+    ),
+    (
+        "Playground is built anew for every use",
+        "envs/playground.py",
+        "@cache\n",
+        '@__import__("functools").lru_cache(0)\n',
+        (PLAYGROUND + "test_equal_environments_share_what_was_built_and_compiled",),
+    ),
+    (
+        "empty arrays go into a checkpoint",
+        "train/checkpoint.py",
+        "jax.tree.leaves(tree) if leaf.size]",
+        "jax.tree.leaves(tree)]",
+        (PLAYGROUND + "test_a_checkpoint_holds_what_a_simulator_carries",),
     ),
 )

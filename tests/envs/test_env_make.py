@@ -129,7 +129,7 @@ def test_numbers_and_pictures_are_checked():
 def test_available():
     pytest.importorskip("envpool")
     ids = available()
-    assert set(ids) == {"envpool", "gym", "jax", "probe", "bandit"}
+    assert set(ids) == {"envpool", "gym", "playground", "jax", "probe", "bandit"}
     assert {"CheetahRun-v1", "HalfCheetah-v5", "MetaWorld/Reach-v3", "AdroitHandDoor-v1"} < set(ids["envpool"])
     assert {"FrankaKitchen-v1", "PandaPickCube-v1"} < set(ids["envpool"])
     assert {"HalfCheetah-v5", "Pendulum-v1", "dm_control/cheetah-run-v0"} < set(ids["gym"])
@@ -151,8 +151,9 @@ def run(code, **environment):
 
 def test_import_is_light():
     done = run("""
-        import sys, contraflow.envs
-        heavy = {"envpool", "gymnasium", "shimmy", "dm_control", "mujoco"} & set(sys.modules)
+        import sys, contraflow.envs.playground
+        contraflow.envs.playground.available()
+        heavy = {"envpool", "gymnasium", "shimmy", "dm_control", "mujoco", "mujoco_playground"} & set(sys.modules)
         sys.exit(str(heavy) if heavy else 0)
     """)
     assert done.returncode == 0, done.stderr

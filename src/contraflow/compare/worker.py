@@ -34,7 +34,19 @@ from contraflow.train.seeds import resume_together
 from contraflow.types import UserError
 
 SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
-PACKAGES = ("contraflow", "jax", "jaxlib", "equinox", "optax", "numpy", "envpool", "gymnasium", "mujoco", "dm_control")
+PACKAGES = (
+    "contraflow",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optax",
+    "numpy",
+    "envpool",
+    "gymnasium",
+    "mujoco",
+    "dm_control",
+    "playground",
+)
 DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 

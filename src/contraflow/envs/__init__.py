@@ -14,14 +14,14 @@ from contraflow.envs.control import CONTROL
 from contraflow.envs.probe import PROBES
 from contraflow.types import UserError
 
-PREFIXES = ("envpool", "gym", "jax", "probe", "bandit")
+PREFIXES = ("envpool", "gym", "playground", "jax", "probe", "bandit")
 
 
 def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
-    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `jax:pendulum`, `probe:two-step`,
-      `bandit:linear/8` (8 dimensions; 2 unless said).
+    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:pendulum`,
+      `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
     - `package.module:Class` imports the user's own class and calls it with num_envs and seed, when `trust` is True.
     - `render` makes `frame()` return pictures of copy 0, for `envpool:` and `gym:`.
 
@@ -48,6 +48,10 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, rend
         from contraflow.envs.gymnasium import Gymnasium
 
         return Gymnasium(rest, num_envs, seed, render=render)
+    if prefix == "playground":
+        from contraflow.envs.playground import Playground
+
+        return Playground(rest, num_envs)
     if prefix == "jax" and rest in CONTROL:
         return CONTROL[rest](num_envs)
     if prefix == "probe" and rest in PROBES:
@@ -77,6 +81,10 @@ def check(id: str, *, trust: bool = False) -> None:
         from contraflow.envs.gymnasium import check_id
 
         check_id(rest)
+    elif prefix == "playground" and rest:
+        from contraflow.envs.playground import check_id
+
+        check_id(rest)
     elif prefix not in PREFIXES and trust:
         _load(id)
     else:  # nothing heavy is behind these: building one is the check
@@ -84,13 +92,16 @@ def check(id: str, *, trust: bool = False) -> None:
 
 
 def jittable(id: str, *, trust: bool = False) -> bool:
-    """Whether the environment is written in JAX. No simulator of `envpool:` or `gym:` is built to tell.
+    """Whether the environment is written in JAX. No simulator (`envpool:`, `gym:`, `playground:`) is built to tell.
 
     Code of the user's own is built: nothing else says it. Raises as `make` does.
     """
     prefix, colon, _ = id.partition(":")
     if not colon or prefix in ("envpool", "gym"):
         return False
+    if prefix == "playground":
+        check(id)
+        return True
     env = make(id, trust=trust)
     getattr(env, "close", lambda: None)()
     return env.spec.jittable
@@ -99,10 +110,12 @@ def jittable(id: str, *, trust: bool = False) -> bool:
 def available() -> dict[str, list[str]]:
     """Ids of continuous-control environments by prefix; empty lists where the package is not installed.
 
-    Gymnasium and EnvPool make more than is listed; nothing is built to draw up the list.
+    Gymnasium, EnvPool and Playground make more than is listed; nothing is built to draw up the list.
     """
+    from contraflow.envs import playground
+
     own = {"jax": list(CONTROL), "probe": list(PROBES), "bandit": list(BANDITS)}
-    return {"envpool": _envpool_ids(), "gym": _gym_ids()} | own
+    return {"envpool": _envpool_ids(), "gym": _gym_ids(), "playground": playground.available()} | own
 
 
 def _envpool_ids() -> list[str]:

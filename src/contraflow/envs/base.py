@@ -60,7 +60,8 @@ def unknown_id(name: str) -> UserError:
         for id in ids:
             known.setdefault(id.lower(), []).append(f"{kind}:{id}")
     close = difflib.get_close_matches(tail.lower(), known, n=3, cutoff=0.5)
-    names = [full for id in close for full in sorted(known[id], key=lambda full: not full.startswith(prefix + ":"))]
+    # The prefix that was asked for comes first: many tasks are known under several.
+    names = sorted((full for id in close for full in known[id]), key=lambda full: not full.startswith(prefix + ":"))
     hint = f"did you mean {', '.join(names)}?" if names else "contraflow.envs.available() lists the known ones"
     if not names and prefix in ("jax", "probe", "bandit"):
         hint = f"there are {', '.join(everything[prefix])}"

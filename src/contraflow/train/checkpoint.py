@@ -49,8 +49,9 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _to_saved(tree: PyTree) -> list[Any]:
-    """Leaves in order, keys (of simulators that carry one) as their raw data."""
-    return [jr.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree)]
+    """Leaves in order, keys (of simulators that carry one) as their raw data, without the empty arrays of simulators,
+    which Orbax refuses."""
+    return [jr.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree) if leaf.size]
 
 
 def save(folder: Path, step: int, tree: PyTree) -> None:
@@ -166,6 +167,7 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
     wanted = [
         jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for leaf in leaves
+        if leaf.size
     ]
     _check_seal(folder, step, wanted)
     import orbax.checkpoint as ocp
@@ -176,5 +178,7 @@ def load(folder: Path, step: int, like: PyTree) -> PyTree:
     except Exception as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise _unreadable(folder, step, reason) from None
-    restored = [jr.wrap_key_data(have) if _is_key(leaf) else have for have, leaf in zip(saved, leaves, strict=True)]
+    arrays = iter(saved)
+    restored = [next(arrays) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    restored = [jr.wrap_key_data(have) if _is_key(leaf) else have for have, leaf in zip(restored, leaves, strict=True)]
     return jax.tree.unflatten(structure, restored)

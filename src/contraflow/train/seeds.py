@@ -141,7 +141,7 @@ def _environments(run: AnyRun, trust: bool) -> tuple[Any, Any]:
         what = f"data {run.data}" if isinstance(run, OfflineRun) else f"environment {run.env}"
         raise UserError(
             f"{what} is not written in JAX, so its seeds cannot share one program: train them one by one "
-            "with --seed, or choose an environment of jax:, probe: or bandit:"
+            "with --seed, or choose an environment of jax:, playground:, probe: or bandit:"
         )
     return run.environments(trust)
 
