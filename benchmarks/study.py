@@ -17,6 +17,7 @@ import tyro
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.compare import matrix
 from contraflow.compare.pool import run_cells
+from contraflow.flow.onestep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
@@ -144,6 +145,16 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
+    # The candidate with an actor that acts in one evaluation, against ten Euler steps.
+    "one": Matrix(
+        {
+            "ten": RFM(solver=Euler(10), temperature=Tuned(-0.5), **SEVERAL),
+            "one": RFM(solver=Euler(1), objective=MeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
+            "one-shortcut": RFM(solver=Euler(1), objective=Shortcut(), temperature=Tuned(-0.5), **SEVERAL),
+            "one-split": RFM(solver=Euler(1), objective=SplitMeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
+        },
+        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+    ),
     # Nothing is chosen here: the settings come from the development tasks.
     "test": Matrix(
         {"rfm-paper": PRESETS["rfm-paper"].agent, "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL)},
@@ -162,7 +173,7 @@ def published(name: str) -> set[tuple[str, str, int]]:
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why", "trials", "test"],
+    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "test"],
     /,
     out: Path,
     seeds: int = 5,
