@@ -58,7 +58,7 @@ class PMD:
     uniform_share: float = 0.02
     """Their weight, in units of the largest weight of the others."""
     weight: Literal["boltzmann", "advantage"] = "boltzmann"
-    """n softmax_i(Q_i / lambda) within a state; or max(Q_i - mean Q, 0) for the best and 0 for the others."""
+    """n softmax_i(Q_i / lambda) within a state; or max(Q_i - mean Q, 0) for the best alone."""
     temperature: Schedule | Tuned = Tuned(2.16, of="weights", start=1.0)
     """lambda; tuned to the entropy of the weights in nats, at most log(candidates): KL to the slow copy is the gap."""
     follow: float = 1e-3
@@ -132,10 +132,10 @@ class PMD:
             a = jnp.clip(a + self.noise * jr.normal(k_noise, a.shape), -1.0, 1.0)
             q = jax.vmap(lambda a: critic.value(obs, a))(a)
             p = jax.nn.softmax(q / lam)
-            if self.weight == "boltzmann":
-                w = self.candidates * p
-            else:
-                w = jnp.where(jnp.arange(self.candidates) == jnp.argmax(q), jax.nn.relu(q - q.mean()), 0.0)
+            w = self.candidates * p
+            if self.weight == "advantage":
+                best = jnp.argmax(q)
+                a, w = a[best][None], jax.nn.relu(q[best] - q.mean())[None]
             return a, w, -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-20)))
 
         actions, weights, entropy = jax.vmap(propose)(batch.obs, jr.split(k_candidates, n))
