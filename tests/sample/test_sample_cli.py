@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from contraflow.sample import Settings, main
-from contraflow.sample.targets import TARGETS, find_target, from_function
+from contraflow.sample.targets import find_target, from_function
 from contraflow.types import UserError
 
 TINY = ["--steps", "4", "--batch", "4", "--samples", "4", "--width", "8", "--points", "50", "--no-progress"]
@@ -117,13 +117,14 @@ def test_samples_from_a_table_follow_the_density():
     assert len(np.unique(x[:, 0])) > 15_000  # not grid points
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["two-moons", "eight-gaussians", "forty"])
 def test_named_targets_lie_in_the_default_box(name: str):
     target = find_target(name, 4.0)
     table = from_function(name, target.log_density, 4.0)  # raises if mass lies at its edge
     direct, gridded = (t.sample(jr.key(1), 20_000) for t in (target, table))
     np.testing.assert_allclose(direct.mean(0), gridded.mean(0), atol=0.06)
     np.testing.assert_allclose(direct.std(0), gridded.std(0), atol=0.06)
+    assert table.log_z == pytest.approx(target.log_z, abs=1e-3)
     assert bool(jnp.all(jnp.isfinite(jax.vmap(target.log_density)(direct))))
 
 
