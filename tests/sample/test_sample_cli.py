@@ -64,6 +64,15 @@ def test_the_command_writes_results_and_a_picture(methods, tmp_path: Path, capsy
 
 
 @pytest.mark.slow
+def test_many_dimensions_and_annealing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    main(["many-well-32", *TINY, "--methods", "fab", "idem-ve", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["log_z"]["exact"] == pytest.approx(164.69568, abs=1e-3) and len(results["log_z"]["fab"]) == 1
+    assert (tmp_path / "run" / "samples.png").exists()
+    assert "log Z by fab: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str):
     main([f"{user_module}:ring", *TINY, "--methods", "qne", "--trust", "--out", str(tmp_path / "ring")])
     assert (tmp_path / "ring" / "samples.png").exists()
@@ -75,6 +84,8 @@ def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str)
         (["two-mons"], "did you mean 'two-moons'"),
         (["zzz"], "eight-gaussians"),
         (["two-moons", "--methods", "rmf"], "did you mean 'rfm'"),
+        (["two-moons", "--methods", "fob"], "did you mean 'fab'"),
+        (["many-well"], "did you mean 'many-well-32'"),
         (["my_densities:ring"], "--trust"),
         (["my_densities:rong", "--trust"], "my_densities:rong"),
         (["my_densities:wide", "--trust"], "pass a larger --box"),
@@ -99,6 +110,13 @@ def test_values_out_of_range_end_with_exit_code_2(wrong: str, capsys: pytest.Cap
         main(["two-moons", wrong])
     assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_calls_that_make_no_whole_chains_end_with_exit_code_2(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        main(["two-moons", "--methods", "fab", "--batch", "5", "--samples", "3"])
+    assert stop.value.code == 2
+    assert "fab makes 1 + 63 density calls per chain" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_ott_nothing_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

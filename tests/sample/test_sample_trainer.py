@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.density import Gaussian, eight_gaussians, two_moons
+from contraflow.flow.density import Gaussian, eight_gaussians, forty_gaussians, two_moons
 from contraflow.flow.path import VE, Cosine, Linear, Path
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Noise
@@ -14,7 +15,7 @@ from contraflow.flow.solve import Euler
 from contraflow.sample import equal_calls, floor, interval, judge
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import find_target, mixture_log_density
-from contraflow.sample.trainer import FlowState, Method, Trainer, _endpoints, draw, start, train
+from contraflow.sample.trainer import FlowState, Method, Trainer, _endpoints, draw, flow_field, start, train
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
 
@@ -42,6 +43,8 @@ def samples_of(trainer: Method, state, n: int = 2000) -> np.ndarray:
         pytest.param("qne", Linear(), 0.2, marks=pytest.mark.slow),
         pytest.param("idem", Linear(), 0.25, marks=pytest.mark.slow),
         pytest.param("mixture", Cosine(), 0.12, marks=pytest.mark.slow),
+        pytest.param("idem-ve", VE(0.01, 4.0), 0.2, marks=pytest.mark.slow),
+        pytest.param("fab", Linear(), 0.12, marks=pytest.mark.slow),
     ],
 )
 def test_every_method_learns_a_gaussian(method: str, path: Path, tolerance: float):
@@ -112,6 +115,31 @@ def test_wild_estimates_are_projected_into_the_box():
     assert losses[True] < 1e4 < losses[False]
 
 
+def test_the_newest_rounds_are_kept():
+    trainer = replace(METHODS["qne"].with_samples(2), kept=3, endpoints=8, batch=2, every=1, width=8)
+    state, first = fresh(trainer), None
+    for i in range(3):
+        before = state.memory
+        state, _ = jax.jit(partial(trainer.round, GAUSSIAN, 1))(state, jr.key(i))
+        first = state.memory[:8] if first is None else first
+        np.testing.assert_array_equal(state.memory[8:], before[:16])
+        assert state.memory.shape == (24, 2) and not np.allclose(state.memory[:8], before[:8])
+    np.testing.assert_array_equal(state.memory[16:], first)
+
+
+@pytest.mark.parametrize("path", [VE(0.01, 4.0), Cosine()])
+def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
+    """With the exact E[x0 | x_t] of a Gaussian for the network's output."""
+    x, t = jnp.array([0.3, -1.2]), jnp.array(0.4)
+    mean = GAUSSIAN.posterior_mean(path, x, t)
+    method = replace(METHODS["idem-ve"], path=path)
+    exact = lambda *_: path.x0_from_x1(mean, x, t)
+    np.testing.assert_allclose(flow_field(method, exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
+    x0 = draw(method, jax.tree.map(jnp.zeros_like, fresh(method).net), Euler(3), jr.key(0), 4000)
+    if isinstance(path, VE):  # zero noise: nothing moves
+        assert x0.std() == pytest.approx(4.0, rel=0.05)
+
+
 def test_a_diverged_flow_still_gives_queries_in_the_box():
     trainer = replace(METHODS["qne"].with_samples(4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
     state = fresh(trainer)
@@ -138,9 +166,10 @@ def test_settings_out_of_range(wrong: dict):
         Trainer(**wrong)
 
 
-@pytest.mark.parametrize("mixture", [two_moons(points=16), eight_gaussians()])
+@pytest.mark.parametrize("mixture", [two_moons(points=16), eight_gaussians(), forty_gaussians()])
 def test_the_fast_density_is_the_density(mixture):
     x = 3.0 * jr.normal(jr.key(0), (200, 2))
+    x = jnp.concatenate([x, mixture.sample(jr.key(1), 200)])
     fast, exact = (jax.vmap(jax.value_and_grad(f))(x) for f in (mixture_log_density(mixture), mixture))
     np.testing.assert_allclose(fast[0], exact[0], atol=2e-3)
     np.testing.assert_allclose(fast[1], exact[1], atol=2e-3)

@@ -47,7 +47,7 @@ def anneal(
     So E[w] = integral of exp(log_pi) however few the temperatures and however poor the moves.
     1 + T calls of log_pi with its gradient. It may be -inf, but not NaN.
     """
-    k_start, k_moves = jr.split(key)
+    k_start, k_momenta, k_accept = jr.split(key, 3)
     log_pi_grad = jax.value_and_grad(log_pi)
 
     def log_base(x: Vector) -> Scalar:
@@ -55,8 +55,7 @@ def anneal(
 
     def step(carry, inputs):
         (x, log_p, grad), log_w, last = carry
-        k, beta, size = inputs
-        k_momentum, k_accept = jr.split(k)
+        beta, size, momentum, place = inputs
         log_w = log_w + (beta - last) * (log_p - log_base(x))
 
         def force(x, grad):  # std times the gradient of log f_j
@@ -65,20 +64,21 @@ def anneal(
         def energy(x, log_p, momentum):
             return 0.5 * jnp.sum(momentum**2) - (1.0 - beta) * log_base(x) - beta * log_p
 
-        momentum = jr.normal(k_momentum, x.shape)
         half = momentum + 0.5 * size * force(x, grad)
         new = x + size * std * half
         new_p, new_grad = log_pi_grad(new)
         gain = energy(x, log_p, momentum) - energy(new, new_p, half + 0.5 * size * force(new, new_grad))
         # NaN: a move from or to where there is no density.
         accept = jnp.where(jnp.isnan(gain), 0.0, jnp.exp(jnp.minimum(gain, 0.0)))
-        move = jr.uniform(k_accept) < accept
+        move = place < accept
         x, log_p, grad = jax.tree.map(partial(jnp.where, move), (new, new_p, new_grad), (x, log_p, grad))
         return ((x, log_p, grad), log_w, beta), accept
 
     x = mean + std * jr.normal(k_start, mean.shape)
     start = (x, *log_pi_grad(x)), jnp.zeros(()), jnp.zeros(())
-    ((x, _, _), log_w, _), accept = jax.lax.scan(step, start, (jr.split(k_moves, betas.shape[0]), betas, sizes))
+    n = betas.shape[0]
+    inputs = betas, sizes, jr.normal(k_momenta, (n, *x.shape)), jr.uniform(k_accept, (n,))
+    ((x, _, _), log_w, _), accept = jax.lax.scan(step, start, inputs)
     return Annealed(x, log_w, accept)
 
 
@@ -164,16 +164,21 @@ class Fab(Method):
         x, log_w = jnp.concatenate([new.x, buffer.x])[:n], jnp.concatenate([new.log_w, buffer.log_w])[:n]
         return Buffer(x, log_w, jnp.minimum(buffer.count + chains, n), sizes)
 
+    def endpoints(self, buffer: Buffer, key: PRNGKey, n: int) -> Float[Array, "{n} d"]:
+        """n points of the buffer by their weights w, in random order: a sample of pi, more exactly than by chance."""
+        # FAB's priorities change with the flow; at alpha = 1 they do not.
+        k_pick, k_order = jr.split(key)
+        return buffer.x[jr.permutation(k_order, systematic(k_pick, jax.nn.softmax(buffer.log_w), n))]
+
     def round(self, log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey) -> tuple[FlowState, Scalar]:
-        k_fill, k_pick, k_order, k_updates = jr.split(key, 4)
+        k_fill, k_points, k_updates = jr.split(key, 3)
         buffer = self.fill(log_pi, self.chains(updates), state.memory, k_fill)
-        # By the priority w. At alpha = 1 it does not depend on the flow and stays what it was.
-        picked = systematic(k_pick, jax.nn.softmax(buffer.log_w), updates * self.batch)
-        points = buffer.x[jr.permutation(k_order, picked)].reshape(updates, self.batch, -1)
+        points = self.endpoints(buffer, k_points, updates * self.batch).reshape(updates, self.batch, -1)
 
         def body(state: FlowState, inputs):
             x1, key = inputs
-            return regress(self, state, x1, *noised(self, *jr.split(key), x1))
+            k_x0, k_t = jr.split(key)
+            return regress(self, state, x1, *noised(self, k_x0, k_t, x1))
 
         state, losses = jax.lax.scan(body, replace(state, memory=buffer), (points, jr.split(k_updates, updates)))
         return state, jnp.mean(losses)
