@@ -151,7 +151,13 @@ def test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves():
         buffer = fill(buffer, jr.key(i))
         seen.append(buffer.x[:n])
         assert buffer.count == min(i + 1, 2) * n
+        if i == 0:
+            assert buffer.log_z() == pytest.approx(0.0, abs=0.05)
     np.testing.assert_array_equal(buffer.x[n:], seen[1])
+    drawn = SMALL.endpoints(buffer, jr.key(9), 1000)
+    assert np.abs(drawn[:500].mean(0) - drawn[500:].mean(0)).max() < 0.2
+    newest = np.isin(drawn[:, 0], seen[2][:, 0])
+    assert 0.3 < newest[:500].mean() < 0.7  # in random order, not round after round
     assert buffer.log_z() == pytest.approx(0.0, abs=0.05)
     assert np.isfinite(buffer.log_w).all() and bool(jnp.all(buffer.sizes > 0.3))  # first moves were too timid
 
