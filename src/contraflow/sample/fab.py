@@ -175,10 +175,11 @@ class Fab(Method):
         buffer = self.fill(log_pi, self.chains(updates), state.memory, k_fill)
         points = self.endpoints(buffer, k_points, updates * self.batch).reshape(updates, self.batch, -1)
 
-        def body(state: FlowState, inputs):
-            x1, key = inputs
+        def query(key: PRNGKey, x1):
             k_x0, k_t = jr.split(key)
-            return regress(self, state, x1, *noised(self, k_x0, k_t, x1))
+            return x1, *noised(self, k_x0, k_t, x1)
 
-        state, losses = jax.lax.scan(body, replace(state, memory=buffer), (points, jr.split(k_updates, updates)))
+        queries = jax.vmap(query)(jr.split(k_updates, updates), points)
+        body = lambda state, inputs: regress(self, state, *inputs)
+        state, losses = jax.lax.scan(body, replace(state, memory=buffer), queries)
         return state, jnp.mean(losses)
