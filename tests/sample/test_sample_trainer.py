@@ -1,6 +1,7 @@
 from dataclasses import replace
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,6 +13,7 @@ from contraflow.flow.path import VE, Cosine, Linear, Path
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
+from contraflow.nets.velocity import Velocity
 from contraflow.sample import equal_calls, floor, interval, judge
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import find_target, mixture_log_density
@@ -129,15 +131,16 @@ def test_the_newest_rounds_are_kept():
 
 @pytest.mark.parametrize("path", [VE(0.01, 4.0), Cosine()])
 def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
-    """With the exact E[x0 | x_t] of a Gaussian for the network's output."""
+    """With the exact E[x0 | x_t] of a Gaussian for the network's output, as its last bias."""
     x, t = jnp.array([0.3, -1.2]), jnp.array(0.4)
     mean = GAUSSIAN.posterior_mean(path, x, t)
-    method = replace(METHODS["idem-ve"], path=path)
-    exact = lambda *_: path.x0_from_x1(mean, x, t)
+    method = replace(METHODS["idem-ve"], path=path, width=8)
+    still = Velocity(2, 0, 8, 1, key=jr.key(0))
+    still = jax.tree.map(jnp.zeros_like, still)
+    exact = eqx.tree_at(lambda net: net.last.bias, still, path.x0_from_x1(mean, x, t))
     np.testing.assert_allclose(flow_field(method, exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
-    x0 = draw(method, jax.tree.map(jnp.zeros_like, fresh(method).net), Euler(3), jr.key(0), 4000)
     if isinstance(path, VE):  # zero noise: nothing moves
-        assert x0.std() == pytest.approx(4.0, rel=0.05)
+        assert draw(method, still, Euler(3), jr.key(0), 4000).std() == pytest.approx(4.0, rel=0.05)
 
 
 def test_a_diverged_flow_still_gives_queries_in_the_box():
