@@ -26,11 +26,13 @@ from contraflow.flow.path import Linear
 from contraflow.flow.solve import Euler
 from contraflow.sample import DISTANCES, floor, interval, judge
 from contraflow.sample.distances import sliced_wasserstein
-from contraflow.sample.targets import TARGETS, Target, find_target
-from contraflow.sample.trainer import METHODS, Trainer, draw, train, with_samples
+from contraflow.sample.methods import METHODS
+from contraflow.sample.targets import Target, find_target
+from contraflow.sample.trainer import Trainer, draw, train
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "sampling_study.png"
+TARGETS = ("two-moons", "eight-gaussians")
 SAMPLES = (8, 32, 128, 500)
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEEDS = (1000, 1001)
@@ -59,6 +61,13 @@ def keys_of(seeds) -> tuple[Any, Any]:
     return pairs[:, 0], pairs[:, 1]
 
 
+def trainer_of(method: str, samples: int) -> Trainer:
+    """The method with K = `samples`; one of those that regress on estimates."""
+    trainer = METHODS[method].with_samples(samples)
+    assert isinstance(trainer, Trainer)
+    return trainer
+
+
 def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
     """The best of the six settings, and a row for each."""
     lanes = list(itertools.product(RATES, TUNING_SEEDS))
@@ -72,7 +81,7 @@ def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
             for i, ((rate, seed), key) in enumerate(zip(lanes, k_judge, strict=True)):
                 net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
                 k_flow, k_exact, k_slices = jr.split(key, 3)
-                x = draw(net, tried.path, Euler(steps), k_flow, POINTS // 2)
+                x = draw(tried, net, Euler(steps), k_flow, POINTS // 2)
                 score = float(sliced_wasserstein(k_slices, x, target.sample(k_exact, POINTS // 2), 64))
                 setting = {"phase": "tune", "learning_rate": rate, "bounded": bounded}
                 rows.append(setting | {"seed": seed, "solver_steps": steps, "sliced_wasserstein": score})
@@ -109,7 +118,7 @@ def run_study(settings: Settings, file: Path) -> None:
             common = {"phase": "final", "learning_rate": 0.0, "bounded": False, "solver_steps": 0}
             new = [common | {"seed": i, **d} for i, d in enumerate(floor(target, POINTS, jr.key(77), pairs=10))]
         else:
-            new = study_cell(target, Trainer(with_samples(METHODS[method], samples), steps=settings.steps))
+            new = study_cell(target, replace(trainer_of(method, samples), steps=settings.steps))
         new = [{"target": name, "K": samples, "method": method, **row} for row in new]
         append(file, rounded(new), COLUMNS)
         rows += new
@@ -133,7 +142,7 @@ def target_errors(settings: Settings, file: Path, queries: int = 128, repeats: i
         target = find_target(name, Trainer.box)
         exact_mean = target.posterior_mean
         assert exact_mean is not None
-        estimator = with_samples(METHODS[method], samples)
+        estimator = trainer_of(method, samples).estimator
 
         @jax.jit
         def one_time(key, t, target=target, estimator=estimator, exact_mean=exact_mean):

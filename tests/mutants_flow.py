@@ -3,6 +3,8 @@
 POSTERIOR = "flow/test_flow_posterior.py::"
 MARKOV = "flow/test_flow_markov.py::"
 RFM = "agents/test_rfm.py::"
+FAB = "sample/test_sample_fab.py::"
+TRAINER = "sample/test_sample_trainer.py::"
 
 ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
@@ -130,5 +132,138 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "jnp.asarray(source_scale)) + log_det, x0",
         "jnp.asarray(source_scale)) - log_det, x0",
         ("flow/test_flow_likelihood.py::test_exact_for_a_linear_field",),
+    ),
+    (
+        "annealing weighted after the move",
+        "sample/fab.py",
+        "(beta - last) * (log_p - log_base(x))",
+        "(beta - last) * (log_p - log_base(x + 0.1 * std * momentum))",
+        (FAB + "test_weights_are_equal_where_the_base_is_the_target",),
+    ),
+    (
+        "annealing's base not normalised",
+        "sample/fab.py",
+        "        return log_normal(x, mean, std)",
+        "        return -0.5 * jnp.sum(((x - mean) / std) ** 2)",
+        (FAB + "test_weights_are_unbiased_on_a_gaussian[0.4]",),
+    ),
+    (
+        "annealing's moves always accepted",
+        "sample/fab.py",
+        "        move = place < accept",
+        "        move = place < 2.0 * accept",
+        (FAB + "test_weights_are_unbiased_on_a_gaussian[1.2]",),
+    ),
+    (
+        "annealing's moves accepted without the way back",
+        "sample/fab.py",
+        "half + 0.5 * size * force(new, new_grad))",
+        "momentum)",
+        (FAB + "test_weights_are_unbiased_on_a_double_well[6]",),
+    ),
+    (
+        "annealing jumps over its temperatures",
+        "sample/fab.py",
+        "return ((x, log_p, grad), log_w, beta), accept",
+        "return ((x, log_p, grad), log_w, last), accept",
+        (FAB + "test_weights_are_unbiased_on_a_double_well[6]",),
+    ),
+    (
+        "moves out of a density's support accepted",
+        "sample/fab.py",
+        "jnp.where(jnp.isnan(gain), 0.0, ",
+        "jnp.where(jnp.isnan(gain) | (new_p == -jnp.inf), 1.0, ",
+        (FAB + "test_a_density_with_walls_has_chains_that_stay_inside",),
+    ),
+    (
+        "endpoints not picked by their weights",
+        "sample/fab.py",
+        "systematic(k_pick, jax.nn.softmax(buffer.log_w), n)",
+        "systematic(k_pick, jax.nn.softmax(0.0 * buffer.log_w), n)",
+        (FAB + "test_the_optimum_of_the_weighted_regression_is_the_velocity_of_a_gaussian",),
+    ),
+    (
+        "endpoints in the order of the buffer",
+        "sample/fab.py",
+        "buffer.x[jr.permutation(k_order, systematic(k_pick, jax.nn.softmax(buffer.log_w), n))]",
+        "buffer.x[systematic(k_pick, jax.nn.softmax(buffer.log_w), n)]",
+        (FAB + "test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves",),
+    ),
+    (
+        "log Z counts places that are still empty",
+        "sample/fab.py",
+        "jnp.minimum(buffer.count + chains, n)",
+        "jnp.asarray(n)",
+        (FAB + "test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves",),
+    ),
+    (
+        "the oldest points stay",
+        "sample/fab.py",
+        "x, log_w = jnp.concatenate([new.x, buffer.x])[:n]",
+        "x, log_w = jnp.concatenate([buffer.x, new.x])[:n]",
+        (FAB + "test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves",),
+    ),
+    (
+        "the base forgets that it was wide",
+        "sample/fab.py",
+        "second = share * (w @ buffer.x**2) + (1.0 - share) * (0.5 * self.box) ** 2",
+        "second = share * (w @ buffer.x**2)",
+        (FAB + "test_the_base_goes_from_wide_to_the_moments_of_the_buffer",),
+    ),
+    (
+        "the first point of a chain is not counted",
+        "sample/fab.py",
+        "return self.chains(updates) * (1 + self.temperatures)",
+        "return self.chains(updates) * self.temperatures",
+        (FAB + "test_density_calls_are_counted_truly",),
+    ),
+    (
+        "one well too shallow",
+        "sample/targets.py",
+        "return -(x**4) + 6 * x**2 + 0.5 * x",
+        "return -(x**4) + 6 * x**2 + 0.4 * x",
+        (FAB + "test_log_z_and_samples_of_many_well",),
+    ),
+    (
+        "log Z of one well, not of all",
+        "sample/targets.py",
+        "log_z = wells * (",
+        "log_z = 1 * (",
+        (FAB + "test_log_z_and_samples_of_many_well",),
+    ),
+    (
+        "forty modes too wide for their box",
+        "flow/density.py",
+        "return GaussianMixture(means / unit, float(np.log1p(np.e)) / unit)",
+        "return GaussianMixture(means / unit, float(np.log1p(np.e)))",
+        (FAB + "test_forty_modes_are_all_found_by_chains",),
+    ),
+    (
+        "the fast density is not normalised",
+        "sample/targets.py",
+        "jnp.log(2 * jnp.pi * variance)",
+        "jnp.log(variance)",
+        (TRAINER + "test_the_fast_density_is_the_density",),
+    ),
+    (
+        "a noise taken for a velocity",
+        "sample/trainer.py",
+        '    if method.predict == "velocity":',
+        '    if method.predict != "":',
+        (TRAINER + "test_a_network_that_predicts_noise_moves_by_its_velocity",),
+    ),
+    (
+        "older rounds before the newest",
+        "sample/trainer.py",
+        "pool = jnp.concatenate([_endpoints(self, state.net, k_pool), state.memory])",
+        "pool = jnp.concatenate([state.memory, _endpoints(self, state.net, k_pool)])",
+        (TRAINER + "test_the_newest_rounds_are_kept",),
+    ),
+    (
+        "a mode found by a single sample",
+        "sample/distances.py",
+        "counts(x) >= 0.5 * counts(y)",
+        "counts(x) > 0",
+        ("sample/test_sample_distances.py::test_modes_found_are_those_with_half_their_share",),
     ),
 )

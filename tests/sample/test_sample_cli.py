@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from contraflow.sample import Settings, main
-from contraflow.sample.targets import TARGETS, find_target, from_function
+from contraflow.sample.targets import find_target, from_function
 from contraflow.types import UserError
 
 TINY = ["--steps", "4", "--batch", "4", "--samples", "4", "--width", "8", "--points", "50", "--no-progress"]
@@ -64,6 +64,15 @@ def test_the_command_writes_results_and_a_picture(methods, tmp_path: Path, capsy
 
 
 @pytest.mark.slow
+def test_many_dimensions_and_annealing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    main(["many-well-32", *TINY, "--methods", "fab", "idem-ve", "--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["log_z"]["exact"] == pytest.approx(164.69568, abs=1e-3) and len(results["log_z"]["fab"]) == 1
+    assert (tmp_path / "run" / "samples.png").exists()
+    assert "log Z by fab: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str):
     main([f"{user_module}:ring", *TINY, "--methods", "qne", "--trust", "--out", str(tmp_path / "ring")])
     assert (tmp_path / "ring" / "samples.png").exists()
@@ -75,6 +84,8 @@ def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str)
         (["two-mons"], "did you mean 'two-moons'"),
         (["zzz"], "eight-gaussians"),
         (["two-moons", "--methods", "rmf"], "did you mean 'rfm'"),
+        (["two-moons", "--methods", "fob"], "did you mean 'fab'"),
+        (["many-well"], "did you mean 'many-well-32'"),
         (["my_densities:ring"], "--trust"),
         (["my_densities:rong", "--trust"], "my_densities:rong"),
         (["my_densities:wide", "--trust"], "pass a larger --box"),
@@ -101,6 +112,13 @@ def test_values_out_of_range_end_with_exit_code_2(wrong: str, capsys: pytest.Cap
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_calls_that_make_no_whole_chains_end_with_exit_code_2(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stop:
+        main(["two-moons", "--methods", "fab", "--batch", "5", "--samples", "3"])
+    assert stop.value.code == 2
+    assert "fab makes 1 + 63 density calls per chain" in " ".join(capsys.readouterr().err.split())
+
+
 def test_without_ott_nothing_is_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "ott", None)
     with pytest.raises(UserError, match=r"contraflow\[sample\]"):
@@ -117,13 +135,14 @@ def test_samples_from_a_table_follow_the_density():
     assert len(np.unique(x[:, 0])) > 15_000  # not grid points
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", ["two-moons", "eight-gaussians", "forty"])
 def test_named_targets_lie_in_the_default_box(name: str):
     target = find_target(name, 4.0)
     table = from_function(name, target.log_density, 4.0)  # raises if mass lies at its edge
     direct, gridded = (t.sample(jr.key(1), 20_000) for t in (target, table))
     np.testing.assert_allclose(direct.mean(0), gridded.mean(0), atol=0.06)
     np.testing.assert_allclose(direct.std(0), gridded.std(0), atol=0.06)
+    assert table.log_z == pytest.approx(target.log_z, abs=1e-3)
     assert bool(jnp.all(jnp.isfinite(jax.vmap(target.log_density)(direct))))
 
 

@@ -6,7 +6,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.sample.distances import BANDWIDTHS, DISTANCES, distances, mmd2, sinkhorn, sliced_wasserstein
+from contraflow.flow.density import GaussianMixture
+from contraflow.sample.distances import (
+    BANDWIDTHS,
+    DISTANCES,
+    distances,
+    mmd2,
+    modes_found,
+    sinkhorn,
+    sliced_wasserstein,
+)
 from contraflow.types import UserError
 
 
@@ -53,6 +62,23 @@ def test_mmd2_is_unbiased():
     values = [float(mmd2(normal(2 * i, 50), normal(2 * i + 1, 50))) for i in range(60)]
     assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(60)
     assert min(values) < 0  # an estimator without the diagonal taken off never is
+
+
+def test_mmd2_of_a_shift_is_as_large_in_many_dimensions_as_in_the_plane():
+    values = []
+    for d in (2, 32):
+        x, y = jr.normal(jr.key(0), (1500, d)), 1.0 + jr.normal(jr.key(1), (1500, d))
+        values.append(float(mmd2(x, y)))
+    assert 0.5 * values[0] < values[1] < 2.0 * values[0]
+
+
+def test_modes_found_are_those_with_half_their_share():
+    modes = GaussianMixture(jnp.array([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [3.0, 3.0]]), 0.1)
+    y = modes.sample(jr.key(0), 4000)
+    near = lambda i: y[jnp.argsort(jnp.sum((y - modes.means[i][None]) ** 2, 1))][:900]
+    some = jnp.concatenate([near(0), near(1), near(2)[:100], jnp.full((2100, 2), 9.0)])
+    assert modes_found(y, y, modes) == 1.0 and modes_found(some, y, modes) == 0.5
+    assert modes_found(jr.uniform(jr.key(1), (4000, 2), minval=-1.0, maxval=4.0), y, modes) == 0.0
 
 
 def test_sinkhorn_of_gaussians_is_near_their_squared_distance():

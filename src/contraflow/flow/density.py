@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
@@ -113,6 +114,16 @@ def two_moons(scale: float = 2.0, std: float = 0.2, points: int = 64) -> Gaussia
     angle = (jnp.arange(points) + 0.5) * (jnp.pi / points)
     upper = jnp.stack([jnp.cos(angle) - 0.5, jnp.sin(angle) - 0.25], -1)
     return GaussianMixture(scale * jnp.concatenate([upper, -upper]), std)
+
+
+def forty_gaussians(unit: float = 20.0) -> GaussianMixture:
+    """Forty equal modes strewn over the plane: means uniform in [-40, 40]^2, std softplus(1) = 1.313, in units of
+    `unit`. In those of 20 the means lie in [-2, 2]^2 and the std is .066.
+
+    The benchmark of FAB (2208.01893) and iDEM (2402.06121), with means of our own: theirs come from another generator.
+    """
+    means = np.random.RandomState(0).uniform(-40.0, 40.0, (40, 2))  # its stream is frozen; that of jax is not
+    return GaussianMixture(means / unit, float(np.log1p(np.e)) / unit)
 
 
 class Separable(eqx.Module):

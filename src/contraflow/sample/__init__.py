@@ -1,8 +1,8 @@
-"""`contraflow sample TARGET`: train flows to an unnormalised density in the plane, compare them with exact samples."""
+"""`contraflow sample TARGET`: train flows to an unnormalised density, compare them with exact samples."""
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from contraflow.config import suggest
+from contraflow.flow.path import VE
 from contraflow.flow.solve import Drift, Euler
-from contraflow.sample.distances import DISTANCES, distances, require_ott
+from contraflow.sample.distances import DISTANCES, distances, modes_found, require_ott
+from contraflow.sample.fab import Buffer
+from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import TARGETS, Target, find_target
-from contraflow.sample.trainer import METHODS, FlowState, PRNGKeys, Trainer, draw, flow_field, train, with_samples
+from contraflow.sample.trainer import FlowState, Method, PRNGKeys, Trainer, draw, flow_field, train
 from contraflow.types import PRNGKey, UserError
 
 
@@ -30,10 +33,10 @@ class Settings:
     """Train one flow per method and seed, all with the same number of density calls, and compare their samples."""
 
     target: tyro.conf.Positional[str]
-    """two-moons, eight-gaussians, or your own module:function (x [2] -> log density) with --trust."""
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{rfm,qne,idem,mixture} ...")] = ("rfm", "qne", "idem")
+    """two-moons, eight-gaussians, forty, many-well-32; or your module:function (x [2] -> log density) with --trust."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(METHODS)}}} ...")] = ("rfm", "qne", "idem")
     samples: int = 128
-    """K: candidates, that is density calls, per query."""
+    """K: density calls per query point."""
     steps: int = 1500
     """Updates."""
     batch: int = 64
@@ -48,9 +51,9 @@ class Settings:
     width: int = 64
     learning_rate: float = 3e-3
     bounded: bool = True
-    """Project estimates of E[x1 | x_t] into the box."""
+    """Project estimates of E[x1 | x_t] into the box (not fab, which has none)."""
     box: float = 4.0
-    """Half the side of a square around 0 that holds the target."""
+    """Half the side of a square around 0 that holds the target; also the noise that idem-ve starts from."""
     out: Path | None = None
     """Folder for samples.png and results.json; default runs/sample-TARGET."""
     trust: bool = False
@@ -65,15 +68,19 @@ class Settings:
         for method in set(self.methods) & set(METHODS):
             self.trainer(method)  # raises ValueError for values out of range
 
-    def trainer(self, method: str) -> Trainer:
-        """Every method is the same trainer with another estimator."""
-        return Trainer(
-            with_samples(METHODS[method], self.samples),
+    def trainer(self, method: str) -> Method:
+        """The method of that name with these settings."""
+        chosen = METHODS[method].with_samples(self.samples)
+        if isinstance(chosen, Trainer):
+            chosen = replace(chosen, bounded=self.bounded)
+        if isinstance(chosen.path, VE):  # its noise must cover the target
+            chosen = replace(chosen, path=VE(self.box / 400, self.box))
+        return replace(
+            chosen,
             steps=self.steps,
             batch=self.batch,
             width=self.width,
             learning_rate=self.learning_rate,
-            bounded=self.bounded,
             box=self.box,
         )
 
@@ -82,7 +89,7 @@ class Settings:
         return self.out or Path("runs") / f"sample-{self.target.replace(':', '-').replace('.', '-')}"
 
 
-def equal_calls(trainers: dict[str, Trainer]) -> int:
+def equal_calls(trainers: dict[str, Method]) -> int:
     """The number of density calls that all trainers make; ValueError if they differ."""
     calls = {name: trainer.critic_calls for name, trainer in trainers.items()}
     if len(set(calls.values())) != 1:
@@ -91,15 +98,17 @@ def equal_calls(trainers: dict[str, Trainer]) -> int:
 
 
 def judge(
-    target: Target, trainer: Trainer, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
+    target: Target, trainer: Method, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
 ) -> list[dict[str, float]]:
-    """Distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn afresh for each."""
+    """Distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn afresh for each, and the
+    share of modes found where the target says what they are."""
     scores = []
     for i, key in enumerate(keys):
         net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
         k_flow, k_exact, k_slices = jr.split(key, 3)
-        x = draw(net, trainer.path, Euler(solver_steps), k_flow, points)
-        scores.append(distances(k_slices, x, target.sample(k_exact, points)))
+        x, y = draw(trainer, net, Euler(solver_steps), k_flow, points), target.sample(k_exact, points)
+        modes = {} if target.modes is None else {"modes": modes_found(x, y, target.modes)}
+        scores.append(distances(k_slices, x, y) | modes)
     return scores
 
 
@@ -123,7 +132,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def trajectories(field: Drift, x: Any, steps: int = 100):
-    """States [n, steps + 1, 2] of the flow from x [n, 2] at t = 0 to t = 1."""
+    """States [n, steps + 1, d] of the flow from x [n, d] at t = 0 to t = 1."""
     times = jnp.arange(steps) / steps
 
     def one(x):
@@ -136,8 +145,8 @@ def trajectories(field: Drift, x: Any, steps: int = 100):
     return jax.jit(jax.vmap(one))(x)
 
 
-def exact_field(target: Target, trainer: Trainer) -> Drift | None:
-    """The velocity that carries N(0, I) to the target, where it is known."""
+def exact_field(target: Target, trainer: Method) -> Drift | None:
+    """The velocity that carries the noise to the target, where it is known."""
     posterior_mean = target.posterior_mean
     if posterior_mean is None:
         return None
@@ -167,13 +176,18 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
     k_train, k_judge = (jnp.stack([pair[i] for pair in keys]) for i in (0, 1))
     k_floor, k_x0, k_exact, k_flow = jr.split(jr.fold_in(jr.key(settings.seed), 1), 4)
     floors = floor(target, settings.points, k_floor)
-    x0 = jr.normal(k_x0, (120, 2))
-    exact = exact_field(target, next(iter(trainers.values())))
-    panels = [("exact", target.sample(k_exact, 1200), None if exact is None else trajectories(exact, x0))]
-    rows = []
+    noise = jr.normal(k_x0, (120, target.dim))
+    first = next(iter(trainers.values()))
+    exact = exact_field(target, first)
+    routes = None if exact is None else trajectories(exact, first.path.source_scale * noise)
+    panels = [("exact", target.sample(k_exact, 1200), routes)]
+    rows, log_zs = [], {"exact": target.log_z}
     for name, trainer in trainers.items():
         progress = None if report is None else partial(report, name)
-        state = train(trainer, target.log_density, jr.clone(k_train), progress=progress)  # the same for all methods
+        k_same = jr.clone(k_train)  # for all methods
+        state = train(trainer, target.log_density, k_same, dim=target.dim, progress=progress)
+        log_z = jax.vmap(Buffer.log_z)(state.memory).tolist() if isinstance(state.memory, Buffer) else []
+        log_zs |= {name: log_z} if log_z else {}
         for steps in settings.solver_steps:
             scores = judge(target, trainer, state, steps, settings.points, jr.clone(k_judge))
             rows += [
@@ -181,11 +195,11 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
                 for seed, s in zip(seeds, scores, strict=True)
             ]
         net = jax.tree.map(lambda leaf: leaf[0], state.net)
-        shown = draw(net, trainer.path, Euler(settings.solver_steps[0]), jr.clone(k_flow), 1200)
+        shown = draw(trainer, net, Euler(settings.solver_steps[0]), jr.clone(k_flow), 1200)
         steps = settings.solver_steps[0]
-        routes = trajectories(flow_field(net, trainer.path), x0, steps)
+        routes = trajectories(flow_field(trainer, net), trainer.path.source_scale * noise, steps)
         panels.append((f"{name}, {steps} steps", shown, routes))
-    results = {"settings": asdict(settings), "density_calls": calls, "floor": floors, "rows": rows}
+    results = {"settings": asdict(settings), "density_calls": calls, "floor": floors, "log_z": log_zs, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1, default=str))
     from contraflow.sample.plot import plot_comparison
@@ -208,14 +222,19 @@ def print_table(console: Console, settings: Settings, results: dict[str, Any]) -
 
     console.print(f"\n{settings.target}: distance to {settings.points} exact samples, {settings.seeds} seed(s)")
     console.print(f"K = {settings.samples}, {results['density_calls']:,} density calls per flow")
-    table = Table("method", "steps", "sliced W", "MMD^2", "Sinkhorn", box=box.SIMPLE_HEAD, pad_edge=False)
+    modes = ["modes"] if "modes" in results["rows"][0] else []
+    table = Table("method", "steps", "sliced W", "MMD^2", "Sinkhorn", *modes, box=box.SIMPLE_HEAD, pad_edge=False)
     for method in dict.fromkeys(row["method"] for row in results["rows"]):
         for steps in settings.solver_steps:
             rows = [r for r in results["rows"] if (r["method"], r["solver_steps"]) == (method, steps)]
-            table.add_row(method, str(steps), *cells(rows))
+            found = [f"{np.mean([r['modes'] for r in rows]):.0%}" for _ in modes]
+            table.add_row(method, str(steps), *cells(rows), *found)
     table.add_section()
     table.add_row("exact", "", *cells(results["floor"]))
     console.print(table)
+    if "fab" in results["log_z"]:
+        estimates = ", ".join(f"{value:.2f}" for value in results["log_z"]["fab"])
+        console.print(f"log Z by fab: {estimates}; exact: {results['log_z']['exact']:.2f}")
 
 
 def main(args: list[str]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.flow.density import GaussianMixture
 from contraflow.types import PRNGKey, UserError
 
 Points = Float[Array, "_ d"]
@@ -34,12 +35,15 @@ def sliced_wasserstein(key: PRNGKey, x: Points, y: Points, projections: int = 25
 def mmd2(x: Points, y: Points) -> Float[Array, ""]:
     """Unbiased MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y), x and x' different points; it can come out below 0.
 
-    k(u, v) = mean over h in BANDWIDTHS of exp(-|u - v|^2 / (2 h^2)). Lies in [-2, 2].
+    k(u, v) = mean over h in BANDWIDTHS of exp(-|u - v|^2 / (d h^2)), so that points of unit spread are as alike in any
+    dimension d as in the plane. Lies in [-2, 2].
     """
+
+    unit = 0.5 * x.shape[1]
 
     def kernel(u, v):
         squared = jax.vmap(lambda p: jnp.sum(jax.vmap(jnp.subtract, (0, None))(v, p) ** 2, -1))(u)
-        return sum(jnp.exp(-squared / (2.0 * h**2)) for h in BANDWIDTHS) / len(BANDWIDTHS)
+        return sum(jnp.exp(-squared / (2.0 * unit * h**2)) for h in BANDWIDTHS) / len(BANDWIDTHS)
 
     def within(u):
         n = u.shape[0]
@@ -66,11 +70,23 @@ def require_ott() -> None:
 def sinkhorn(x: Points, y: Points, epsilon: float = 0.1) -> Float[Array, ""]:
     """Sinkhorn divergence OT_e(x, y) - OT_e(x, x) / 2 - OT_e(y, y) / 2 with cost |u - v|^2: W2^2 as epsilon -> 0.
 
+    e = epsilon d / 2, as costs grow with the dimension.
+
     Raises UserError if ott-jax is not installed.
     """
     require_ott()
     with jax.numpy_rank_promotion("allow"):  # ott broadcasts
-        return _sinkhorn(x, y, epsilon)
+        return _sinkhorn(x, y, 0.5 * epsilon * x.shape[1])
+
+
+def modes_found(x: Points, y: Points, modes: GaussianMixture) -> float:
+    """Share of `modes` that hold, within 3 std of the mean, at least half as many of x as of y, exact samples."""
+
+    def counts(points: Points) -> Float[Array, " m"]:
+        near = lambda mean, std: jnp.sum(jnp.sum((points - mean[None]) ** 2, 1) < (3.0 * std) ** 2)
+        return jax.vmap(near)(modes.means, modes.std) / points.shape[0]
+
+    return float(jnp.mean(counts(x) >= 0.5 * counts(y)))
 
 
 def distances(key: PRNGKey, x: Points, y: Points, sinkhorn_points: int = 1000) -> dict[str, float]:
