@@ -27,7 +27,7 @@ from contraflow.sample.distances import modes_found, sliced_wasserstein
 from contraflow.sample.fab import Buffer
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import TARGETS, Target, find_target
-from contraflow.sample.trainer import FlowState, Method, Trainer, draw, train
+from contraflow.sample.trainer import Estimated, FlowState, Trainer, draw, train
 
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1000
@@ -50,12 +50,14 @@ class Settings:
     file: Path = Path(__file__).parent / "results" / "samplers.csv"
 
 
-def method_of(name: str, settings: Settings) -> Method:
-    method = replace(METHODS[name].with_samples(settings.samples), steps=settings.steps)
-    return replace(method, bounded=True) if isinstance(method, Trainer) else method
+def method_of(name: str, settings: Settings) -> Trainer:
+    trainer = replace(METHODS[name].with_samples(settings.samples), steps=settings.steps)
+    if isinstance(trainer.method, Estimated):
+        trainer = replace(trainer, method=replace(trainer.method, bounded=True))
+    return trainer
 
 
-def tuned_rate(target: Target, method: Method) -> float:
+def tuned_rate(target: Target, method: Trainer) -> float:
     k_train, k_judge = keys_of([TUNING_SEED] * len(RATES))
     state = train(method, target.log_density, k_train, jnp.asarray(RATES), target.dim)
 
@@ -67,7 +69,7 @@ def tuned_rate(target: Target, method: Method) -> float:
     return RATES[int(np.nanargmin(jax.vmap(score)(state.net, k_judge)))]
 
 
-def extras(target: Target, method: Method, state: FlowState, keys) -> list[dict[str, float]]:
+def extras(target: Target, method: Trainer, state: FlowState, keys) -> list[dict[str, float]]:
     """What the distances do not say, by seed."""
     rows = []
     for i, key in enumerate(keys):
@@ -85,7 +87,7 @@ def extras(target: Target, method: Method, state: FlowState, keys) -> list[dict[
     return rows
 
 
-def cell(target: Target, method: Method, seeds: int) -> list[dict]:
+def cell(target: Target, method: Trainer, seeds: int) -> list[dict]:
     """Rows of one method on one target."""
     rate = tuned_rate(target, method)
     k_train, k_judge = keys_of(range(seeds))

@@ -28,7 +28,7 @@ from contraflow.sample import DISTANCES, floor, interval, judge
 from contraflow.sample.distances import sliced_wasserstein
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import Target, find_target
-from contraflow.sample.trainer import Trainer, draw, train
+from contraflow.sample.trainer import Estimated, Trainer, draw, train
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "sampling_study.png"
@@ -61,11 +61,15 @@ def keys_of(seeds) -> tuple[Any, Any]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def trainer_of(method: str, samples: int) -> Trainer:
-    """The method with K = `samples`; one of those that regress on estimates."""
-    trainer = METHODS[method].with_samples(samples)
-    assert isinstance(trainer, Trainer)
-    return trainer
+def estimated(trainer: Trainer) -> Estimated:
+    """Its method, one of those that regress on estimates."""
+    assert isinstance(trainer.method, Estimated)
+    return trainer.method
+
+
+def changed(trainer: Trainer, bounded: bool, **fields: Any) -> Trainer:
+    """The trainer with estimates projected into the box or not, and other settings of its own."""
+    return replace(trainer, method=replace(estimated(trainer), bounded=bounded), **fields)
 
 
 def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
@@ -75,7 +79,7 @@ def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
     rates = jnp.asarray([rate for rate, _ in lanes])
     rows = []
     for bounded in (False, True):
-        tried = replace(trainer, bounded=bounded)
+        tried = changed(trainer, bounded)
         state = train(tried, target.log_density, k_train, rates)
         for steps in SOLVER_STEPS:
             for i, ((rate, seed), key) in enumerate(zip(lanes, k_judge, strict=True)):
@@ -91,7 +95,7 @@ def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
         return float(np.mean(chosen)) if np.isfinite(chosen).all() else float("inf")
 
     rate, bounded = min(itertools.product(RATES, (True, False)), key=mean_score)
-    return replace(trainer, learning_rate=rate, bounded=bounded), rows
+    return changed(trainer, bounded, learning_rate=rate), rows
 
 
 def study_cell(target: Target, trainer: Trainer) -> list[dict]:
@@ -99,7 +103,7 @@ def study_cell(target: Target, trainer: Trainer) -> list[dict]:
     best, rows = tune(target, trainer)
     k_train, k_judge = keys_of(SEEDS)
     state = train(best, target.log_density, k_train)
-    setting = {"phase": "final", "learning_rate": best.learning_rate, "bounded": best.bounded}
+    setting = {"phase": "final", "learning_rate": best.learning_rate, "bounded": estimated(best).bounded}
     for steps in SOLVER_STEPS:
         scores = judge(target, best, state, steps, POINTS, k_judge)
         rows += [setting | {"seed": s, "solver_steps": steps, **d} for s, d in zip(SEEDS, scores, strict=True)]
@@ -118,7 +122,7 @@ def run_study(settings: Settings, file: Path) -> None:
             common = {"phase": "final", "learning_rate": 0.0, "bounded": False, "solver_steps": 0}
             new = [common | {"seed": i, **d} for i, d in enumerate(floor(target, POINTS, jr.key(77), pairs=10))]
         else:
-            new = study_cell(target, replace(trainer_of(method, samples), steps=settings.steps))
+            new = study_cell(target, replace(METHODS[method].with_samples(samples), steps=settings.steps))
         new = [{"target": name, "K": samples, "method": method, **row} for row in new]
         append(file, rounded(new), COLUMNS)
         rows += new
@@ -142,14 +146,14 @@ def target_errors(settings: Settings, file: Path, queries: int = 128, repeats: i
         target = find_target(name, Trainer.box)
         exact_mean = target.posterior_mean
         assert exact_mean is not None
-        estimator = trainer_of(method, samples).estimator
+        estimator = estimated(METHODS[method].with_samples(samples)).estimator
 
         @jax.jit
         def one_time(key, t, target=target, estimator=estimator, exact_mean=exact_mean):
             k_x1, k_x0, k_support, k_mean = jr.split(key, 4)
             x1 = target.sample(k_x1, queries)
             x_t = jax.vmap(path.perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
-            support = target.sample(k_support, Trainer.particles)
+            support = target.sample(k_support, Estimated.particles)
             exact = jax.vmap(lambda x: exact_mean(path, x, t))(x_t)
 
             def repeat(key):

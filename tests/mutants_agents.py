@@ -223,16 +223,16 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     ),
     (
         "the predicted end leaves the box",
-        "agents/rfm.py",
+        "rl/latent_flow.py",
         'x1 if self.bounds == "tanh" else jnp.clip(x1, -1.0, 1.0)',
         'x1 if self.bounds == "tanh" else x1',
         (RFM + "test_update_against_an_independent_one[soft]",),
     ),
     (
         "an actor that returns noise learns velocities",
-        "agents/rfm.py",
-        "self.path, x1, x_t, t, self.predict)",
-        "self.path, x1, x_t, t)",
+        "rl/latent_flow.py",
+        "self.path, mean, x_t, t, self.predict)",
+        "self.path, mean, x_t, t)",
         (RFM + "test_update_against_an_independent_one[soft]",),
     ),
     (

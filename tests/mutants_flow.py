@@ -206,15 +206,15 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "the base forgets that it was wide",
         "sample/fab.py",
-        "second = share * (w @ buffer.x**2) + (1.0 - share) * (0.5 * self.box) ** 2",
+        "second = share * (w @ buffer.x**2) + (1.0 - share) * (0.5 * box) ** 2",
         "second = share * (w @ buffer.x**2)",
         (FAB + "test_the_base_goes_from_wide_to_the_moments_of_the_buffer",),
     ),
     (
         "the first point of a chain is not counted",
         "sample/fab.py",
-        "return self.chains(updates) * (1 + self.temperatures)",
-        "return self.chains(updates) * self.temperatures",
+        "return self.chains(trainer, updates) * (1 + self.temperatures)",
+        "return self.chains(trainer, updates) * self.temperatures",
         (FAB + "test_density_calls_are_counted_truly",),
     ),
     (
@@ -248,15 +248,15 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "a noise taken for a velocity",
         "sample/trainer.py",
-        '    if method.predict == "velocity":',
-        '    if method.predict != "":',
+        '    if trainer.predict == "velocity":',
+        '    if trainer.predict != "":',
         (TRAINER + "test_a_network_that_predicts_noise_moves_by_its_velocity",),
     ),
     (
         "older rounds before the newest",
         "sample/trainer.py",
-        "pool = jnp.concatenate([_endpoints(self, state.net, k_pool), state.memory])",
-        "pool = jnp.concatenate([state.memory, _endpoints(self, state.net, k_pool)])",
+        "pool = jnp.concatenate([self.draw(trainer, state.net, k_pool), state.memory])",
+        "pool = jnp.concatenate([state.memory, self.draw(trainer, state.net, k_pool)])",
         (TRAINER + "test_the_newest_rounds_are_kept",),
     ),
     (

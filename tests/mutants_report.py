@@ -71,8 +71,8 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "a preset keeps its own networks",
         "compare/matrix.py",
-        "if name not in own else set()",
-        "if name in own else set()",
+        "agent if name in own else with_networks(agent, network)",
+        "agent if name not in own else with_networks(agent, network)",
         (COMPARE + "test_compare_matrix.py",),
     ),
     (

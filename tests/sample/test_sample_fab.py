@@ -15,10 +15,11 @@ from contraflow.flow.path import Linear
 from contraflow.sample.distances import modes_found
 from contraflow.sample.fab import Buffer, Fab, anneal
 from contraflow.sample.targets import find_target, many_well
-from contraflow.sample.trainer import noised, start, train
+from contraflow.sample.trainer import Trainer, noised, start, train
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
-SMALL = Fab(samples=40, temperatures=7, steps=100, batch=16, every=50, kept=2, width=8)
+FAB = Fab(samples=40, temperatures=7)
+SMALL = Trainer(FAB, steps=100, batch=16, every=50, kept=2, width=8)
 
 
 def double_well(x):
@@ -109,13 +110,12 @@ def test_log_z_and_samples_of_many_well():
 
 def test_the_optimum_of_the_weighted_regression_is_the_velocity_of_a_gaussian():
     """v(x, t) is linear in x there, so at one time least squares finds it: slope and intercept in closed form."""
-    method = replace(SMALL, samples=400)
-    n = method.chains(50)
-    memory = method.memory(jr.key(0), 2)
+    method = replace(FAB, samples=400)
+    memory = method.memory(SMALL, jr.key(0), 2)
     for i in range(2):
-        memory = jax.jit(partial(method.fill, GAUSSIAN, n))(memory, jr.key(i + 1))
+        memory = jax.jit(partial(method.fill, SMALL, GAUSSIAN, 50))(memory, jr.key(i + 1))
     x1 = method.endpoints(memory, jr.key(9), 40_000)
-    x_t, t = noised(method, jr.key(3), jr.key(4), x1)
+    x_t, t = noised(SMALL, jr.key(3), jr.key(4), x1)
     near = np.asarray(jnp.abs(t - 0.6) < 0.02)
     target = jax.vmap(Linear().velocity)(x1, x_t, t)[near]
     design = np.column_stack([x_t[near], np.ones(near.sum())])
@@ -129,22 +129,22 @@ def test_the_optimum_of_the_weighted_regression_is_the_velocity_of_a_gaussian():
 
 
 def test_the_base_goes_from_wide_to_the_moments_of_the_buffer():
-    method = replace(SMALL, prior=100.0)
-    empty = method.memory(jr.key(0), 2)
-    mean, std = method.base(empty)
+    method = replace(FAB, prior=100.0)
+    empty = method.memory(SMALL, jr.key(0), 2)
+    mean, std = method.base(empty, 4.0)
     np.testing.assert_allclose(mean, 0.0)
     np.testing.assert_allclose(std, 2.0)
     x = GAUSSIAN.sample(jr.key(1), 1000)
-    mean, std = method.base(Buffer(x, jnp.zeros(1000), jnp.array(1000), empty.sizes))
+    mean, std = method.base(Buffer(x, jnp.zeros(1000), jnp.array(1000), empty.sizes), 4.0)
     share = 1000 / 1100
     np.testing.assert_allclose(mean, share * x.mean(0), rtol=1e-3)
     np.testing.assert_allclose(std**2, share * jnp.mean(x**2, 0) + (1 - share) * 4.0 - mean**2, rtol=1e-3)
 
 
 def test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves():
-    fill = jax.jit(partial(SMALL.fill, GAUSSIAN, SMALL.chains(50)))
-    n = SMALL.chains(50)
-    buffer = SMALL.memory(jr.key(0), 2)
+    fill = jax.jit(partial(FAB.fill, SMALL, GAUSSIAN, 50))
+    n = FAB.chains(SMALL, 50)
+    buffer = FAB.memory(SMALL, jr.key(0), 2)
     assert n == 50 * 16 * 40 // 8 and buffer.x.shape == (2 * n, 2)
     seen = []
     for i in range(3):
@@ -154,7 +154,7 @@ def test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves():
         if i == 0:
             assert buffer.log_z() == pytest.approx(0.0, abs=0.05)
     np.testing.assert_array_equal(buffer.x[n:], seen[1])
-    drawn = SMALL.endpoints(buffer, jr.key(9), 1000)
+    drawn = FAB.endpoints(buffer, jr.key(9), 1000)
     assert np.abs(drawn[:500].mean(0) - drawn[500:].mean(0)).max() < 0.2
     newest = np.isin(drawn[:, 0], seen[2][:, 0])
     assert 0.3 < newest[:500].mean() < 0.7  # in random order, not round after round
@@ -168,8 +168,9 @@ def test_forty_modes_are_all_found_by_chains():
     assert target.modes.means.shape == (40, 2) and bool(jnp.all(jnp.abs(target.modes.means) <= 2.0))
     assert target.modes.std[0] * 20 == pytest.approx(np.log1p(np.e))
     method = Fab(samples=64, temperatures=31)
-    fill = jax.jit(partial(method.fill, target.log_density, method.chains(50)))
-    buffer = method.memory(jr.key(0), 2)
+    trainer = Trainer(method)
+    fill = jax.jit(partial(method.fill, trainer, target.log_density, 50))
+    buffer = method.memory(trainer, jr.key(0), 2)
     for i in range(3):
         buffer = fill(buffer, jr.key(i + 3))
     points = method.endpoints(buffer, jr.key(8), 4000)
@@ -185,14 +186,14 @@ def test_density_calls_are_counted_truly():
         jax.debug.callback(lambda x: calls.append(1), x)
         return GAUSSIAN(x)
 
-    method = Fab(samples=4, temperatures=3, steps=5, every=2, batch=2, width=8)
-    state = jax.block_until_ready(train(method, log_pi, jr.split(jr.key(0), 1)))
+    trainer = Trainer(Fab(samples=4, temperatures=3), steps=5, every=2, batch=2, width=8)
+    state = jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
     jax.effects_barrier()
     assert state.step.tolist() == [5]
-    assert len(calls) == method.critic_calls == 5 * 2 * 4
+    assert len(calls) == trainer.critic_calls == 5 * 2 * 4
 
 
-@pytest.mark.parametrize("wrong", [{"temperatures": 0}, {"samples": 0}, {"prior": 0.0}, {"steps": 0}, {"kept": 0}])
+@pytest.mark.parametrize("wrong", [{"temperatures": 0}, {"samples": 0}, {"prior": 0.0}])
 def test_settings_out_of_range(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Fab(**wrong)
@@ -200,7 +201,7 @@ def test_settings_out_of_range(wrong: dict):
 
 def test_chains_must_be_whole():
     with pytest.raises(ValueError, match="density calls per chain"):
-        Fab(samples=10, temperatures=62)
+        Trainer(Fab(samples=10, temperatures=62))
 
 
 def test_a_fresh_flow_has_an_empty_buffer():

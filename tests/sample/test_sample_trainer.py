@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,23 +18,29 @@ from contraflow.nets.velocity import Velocity
 from contraflow.sample import equal_calls, floor, interval, judge
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import find_target, mixture_log_density
-from contraflow.sample.trainer import FlowState, Method, Trainer, _endpoints, draw, flow_field, start, train
+from contraflow.sample.trainer import Estimated, FlowState, Trainer, draw, flow_field, start, train
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
 
 
-def small(method: str, samples: int) -> Method:
+def change(trainer: Trainer, **fields: Any) -> Trainer:
+    """The trainer with other settings, of its own or of its method."""
+    mine = {name: fields.pop(name) for name in tuple(fields) if hasattr(trainer, name)}
+    return replace(trainer, method=replace(trainer.method, **fields), **mine)
+
+
+def small(method: str, samples: int) -> Trainer:
     """A quick version of a method."""
-    quick = replace(METHODS[method].with_samples(samples), steps=400, batch=16, width=32)
-    return replace(quick, endpoints=64, bounded=True) if isinstance(quick, Trainer) else quick
+    quick = change(METHODS[method].with_samples(samples), steps=400, batch=16, width=32)
+    return change(quick, endpoints=64, bounded=True) if isinstance(quick.method, Estimated) else quick
 
 
-def fresh(trainer: Method) -> FlowState:
+def fresh(trainer: Trainer) -> FlowState:
     """One flow, without the axis of seeds."""
     return jax.tree.map(lambda leaf: leaf[0], start(trainer, jr.split(jr.key(0), 1)))
 
 
-def samples_of(trainer: Method, state, n: int = 2000) -> np.ndarray:
+def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
     net = jax.tree.map(lambda leaf: leaf[0], state.net)
     return np.asarray(jax.jit(lambda k: draw(trainer, net, Euler(400), k, n))(jr.key(9)))
 
@@ -59,13 +66,13 @@ def test_every_method_learns_a_gaussian(method: str, path: Path, tolerance: floa
 
 
 def test_methods_are_what_their_names_say():
-    assert METHODS["rfm"] == Trainer(estimator=Reverse(control=MinVariance()))
-    estimators = {name: m.estimator for name, m in METHODS.items() if isinstance(m, Trainer)}
+    assert METHODS["rfm"] == Trainer(Estimated(Reverse(control=MinVariance())))
+    estimators = {name: m.method.estimator for name, m in METHODS.items() if isinstance(m.method, Estimated)}
     assert estimators["qne"].control == Fixed(0.0) and estimators["idem"].control == Fixed(1.0)
     assert estimators["rfm"].proposal == estimators["qne"].proposal == estimators["idem"].proposal == Noise()
     assert estimators["idem-ve"] == estimators["idem"] and isinstance(METHODS["idem-ve"].path, VE)
     with_k = METHODS["idem"].with_samples(7)
-    assert with_k == replace(METHODS["idem"], estimator=replace(estimators["idem"], samples=7))
+    assert with_k == change(METHODS["idem"], estimator=replace(estimators["idem"], samples=7))
 
 
 @pytest.mark.slow
@@ -76,7 +83,7 @@ def test_density_calls_are_counted_truly():
         jax.debug.callback(lambda x: calls.append(1), x)
         return GAUSSIAN(x)
 
-    trainer = replace(METHODS["mixture"].with_samples(5), steps=4, every=3, batch=3, width=8, endpoints=4, particles=2)
+    trainer = change(METHODS["mixture"].with_samples(5), steps=4, every=3, batch=3, width=8, endpoints=4, particles=2)
     state = jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
     jax.effects_barrier()
     assert state.step.tolist() == [4]
@@ -93,7 +100,7 @@ def test_unequal_density_calls_are_refused():
 @pytest.mark.slow
 def test_lanes_are_independent():
     """Three flows side by side, the last two with one seed but other learning rates; the middle one also alone."""
-    trainer = replace(METHODS["qne"].with_samples(4), steps=6, every=3, batch=4, width=8, endpoints=8)
+    trainer = change(METHODS["qne"].with_samples(4), steps=6, every=3, batch=4, width=8, endpoints=8)
     keys = jr.split(jr.key(3), 2)
     seen = []
     lanes = jr.clone(keys)[jnp.array([0, 1, 1])]
@@ -113,18 +120,18 @@ def test_wild_estimates_are_projected_into_the_box():
     target = eight_gaussians()
     losses = {}
     for bounded in (False, True):
-        trainer = replace(METHODS["idem"].with_samples(8), steps=10, bounded=bounded, width=8, endpoints=16)
-        _, losses[bounded] = trainer.round(target, 10, fresh(trainer), jr.key(1))
+        trainer = change(METHODS["idem"].with_samples(8), steps=10, bounded=bounded, width=8, endpoints=16)
+        _, losses[bounded] = trainer.method.round(trainer, target, 10, fresh(trainer), jr.key(1))
     # |v| <= (box + |x_t|) / (1 - t) on average over t
     assert losses[True] < 1e4 < losses[False]
 
 
 def test_the_newest_rounds_are_kept():
-    trainer = replace(METHODS["qne"].with_samples(2), kept=3, endpoints=8, batch=2, every=1, width=8)
+    trainer = change(METHODS["qne"].with_samples(2), kept=3, endpoints=8, batch=2, every=1, width=8)
     state, first = fresh(trainer), None
     for i in range(3):
         before = state.memory
-        state, _ = jax.jit(partial(trainer.round, GAUSSIAN, 1))(state, jr.key(i))
+        state, _ = jax.jit(partial(trainer.method.round, trainer, GAUSSIAN, 1))(state, jr.key(i))
         first = state.memory[:8] if first is None else first
         np.testing.assert_array_equal(state.memory[8:], before[:16])
         assert state.memory.shape == (24, 2) and not np.allclose(state.memory[:8], before[:8])
@@ -146,11 +153,11 @@ def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
 
 
 def test_a_diverged_flow_still_gives_queries_in_the_box():
-    trainer = replace(METHODS["qne"].with_samples(4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
+    trainer = change(METHODS["qne"].with_samples(4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
     state = fresh(trainer)
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.net)
     for net in (broken, state.net):
-        pool = _endpoints(trainer, net, jr.key(2))
+        pool = trainer.method.draw(trainer, net, jr.key(2))
         assert bool(jnp.all(jnp.abs(pool) <= trainer.box)) and pool.std() > 0.1
 
 
@@ -168,7 +175,7 @@ def test_a_diverged_flow_still_gives_queries_in_the_box():
 )
 def test_settings_out_of_range(wrong: dict):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Trainer(**wrong)
+        change(Trainer(), **wrong)
 
 
 @pytest.mark.parametrize("mixture", [two_moons(points=16), eight_gaussians(), forty_gaussians()])
@@ -203,7 +210,7 @@ def test_intervals():
 @pytest.mark.learn
 def test_two_moons_are_learned():
     target = find_target("two-moons", 4.0)
-    trainer = replace(METHODS["rfm"].with_samples(128), bounded=True)
+    trainer = change(METHODS["rfm"].with_samples(128), bounded=True)
     state = train(trainer, target.log_density, jr.split(jr.key(0), 1))
     score = judge(target, trainer, state, 20, 2000, jr.split(jr.key(1), 1))[0]
     assert score["sliced_wasserstein"] < 0.2 and score["mmd2"] < 0.01

@@ -24,7 +24,7 @@ from contraflow.sample.distances import DISTANCES, distances, modes_found, requi
 from contraflow.sample.fab import Buffer
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import TARGETS, Target, find_target
-from contraflow.sample.trainer import FlowState, Method, PRNGKeys, Trainer, draw, flow_field, train
+from contraflow.sample.trainer import Estimated, FlowState, PRNGKeys, Trainer, draw, flow_field, train
 from contraflow.types import PRNGKey, UserError
 
 
@@ -68,11 +68,11 @@ class Settings:
         for method in set(self.methods) & set(METHODS):
             self.trainer(method)  # raises ValueError for values out of range
 
-    def trainer(self, method: str) -> Method:
+    def trainer(self, method: str) -> Trainer:
         """The method of that name with these settings."""
         chosen = METHODS[method].with_samples(self.samples)
-        if isinstance(chosen, Trainer):
-            chosen = replace(chosen, bounded=self.bounded)
+        if isinstance(chosen.method, Estimated):
+            chosen = replace(chosen, method=replace(chosen.method, bounded=self.bounded))
         if isinstance(chosen.path, VE):  # its noise must cover the target
             chosen = replace(chosen, path=VE(self.box / 400, self.box))
         return replace(
@@ -89,7 +89,7 @@ class Settings:
         return self.out or Path("runs") / f"sample-{self.target.replace(':', '-').replace('.', '-')}"
 
 
-def equal_calls(trainers: dict[str, Method]) -> int:
+def equal_calls(trainers: dict[str, Trainer]) -> int:
     """The number of density calls that all trainers make; ValueError if they differ."""
     calls = {name: trainer.critic_calls for name, trainer in trainers.items()}
     if len(set(calls.values())) != 1:
@@ -98,7 +98,7 @@ def equal_calls(trainers: dict[str, Method]) -> int:
 
 
 def judge(
-    target: Target, trainer: Method, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
+    target: Target, trainer: Trainer, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
 ) -> list[dict[str, float]]:
     """Distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn afresh for each, and the
     share of modes found where the target says what they are."""
@@ -145,7 +145,7 @@ def trajectories(field: Drift, x: Any, steps: int = 100):
     return jax.jit(jax.vmap(one))(x)
 
 
-def exact_field(target: Target, trainer: Method) -> Drift | None:
+def exact_field(target: Target, trainer: Trainer) -> Drift | None:
     """The velocity that carries the noise to the target, where it is known."""
     posterior_mean = target.posterior_mean
     if posterior_mean is None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from contraflow.flow.density import LogDensity, log_normal
 from contraflow.flow.path import Scalar, Vector
 from contraflow.flow.proposal import systematic
-from contraflow.sample.trainer import FlowState, Method, noised, regress
+from contraflow.sample.trainer import FlowState, Trainer, noised, regress
 from contraflow.types import PRNGKey
 
 Temperatures = Float[Array, " T"]
@@ -101,7 +101,7 @@ class Buffer(eqx.Module):
 
 
 @dataclass(frozen=True)
-class Fab(Method):
+class Fab:
     """As many density calls as a method with `samples` per query point: a round of n updates runs
     n batch samples / (1 + temperatures) chains, and ValueError where that is no whole number.
     """
@@ -112,34 +112,31 @@ class Fab(Method):
     """How many points the wide Gaussian of the first round counts for when later ones are fitted to the buffer."""
 
     def __post_init__(self):
-        super().__post_init__()
         if not (self.samples > 0 and self.temperatures > 0 and self.prior > 0):
             raise ValueError(f"needs samples, temperatures and prior above 0: {self}")
-        for updates in self.rounds:
-            self.chains(updates)
 
     def with_samples(self, samples: int) -> "Fab":
         return replace(self, samples=samples)
 
-    def chains(self, updates: int) -> int:
+    def chains(self, trainer: Trainer, updates: int) -> int:
         """Chains of a round with so many updates."""
-        chains, rest = divmod(updates * self.batch * self.samples, 1 + self.temperatures)
+        chains, rest = divmod(updates * trainer.batch * self.samples, 1 + self.temperatures)
         if rest:
             raise ValueError(
                 f"fab makes 1 + {self.temperatures} density calls per chain: that must divide the "
-                f"{updates} x {self.batch} x {self.samples} of {updates} updates"
+                f"{updates} x {trainer.batch} x {self.samples} of {updates} updates"
             )
         return chains
 
-    def calls(self, updates: int) -> int:
-        return self.chains(updates) * (1 + self.temperatures)
+    def calls(self, trainer: Trainer, updates: int) -> int:
+        return self.chains(trainer, updates) * (1 + self.temperatures)
 
-    def memory(self, key: PRNGKey, dim: int) -> Buffer:
-        n = self.kept * self.chains(self.rounds[0])
+    def memory(self, trainer: Trainer, key: PRNGKey, dim: int) -> Buffer:
+        n = trainer.kept * self.chains(trainer, trainer.rounds[0])
         sizes = jnp.full(self.temperatures, 0.3)
         return Buffer(jnp.zeros((n, dim)), jnp.full(n, -jnp.inf), jnp.zeros((), int), sizes)
 
-    def base(self, buffer: Buffer) -> tuple[Vector, Vector]:
+    def base(self, buffer: Buffer, box: float) -> tuple[Vector, Vector]:
         """Mean and standard deviation of the Gaussian that annealing starts from, each [d].
 
         The moments of the weighted buffer, which count for as many points as it is effectively worth, and of
@@ -149,12 +146,12 @@ class Fab(Method):
         w = jnp.where(buffer.count > 0, jax.nn.softmax(buffer.log_w), 0.0)
         share = ess / (ess + self.prior)
         mean = share * (w @ buffer.x)
-        second = share * (w @ buffer.x**2) + (1.0 - share) * (0.5 * self.box) ** 2
+        second = share * (w @ buffer.x**2) + (1.0 - share) * (0.5 * box) ** 2
         return mean, jnp.sqrt(second - mean**2)
 
-    def fill(self, log_pi: LogDensity, chains: int, buffer: Buffer, key: PRNGKey) -> Buffer:
-        """`chains` new points; the oldest drop out. Sizes of moves go towards an acceptance of .65."""
-        mean, std = self.base(buffer)
+    def fill(self, trainer: Trainer, log_pi: LogDensity, updates: int, buffer: Buffer, key: PRNGKey) -> Buffer:
+        """The new points of a round; the oldest drop out. Sizes of moves go towards an acceptance of .65."""
+        chains, (mean, std) = self.chains(trainer, updates), self.base(buffer, trainer.box)
         betas = (jnp.arange(1, self.temperatures + 1) / self.temperatures) ** 2  # denser where the density is flat
         one = lambda key: anneal(key, log_pi, mean, std, betas, buffer.sizes)
         new = jax.vmap(one)(jr.split(key, chains))
@@ -170,16 +167,18 @@ class Fab(Method):
         k_pick, k_order = jr.split(key)
         return buffer.x[jr.permutation(k_order, systematic(k_pick, jax.nn.softmax(buffer.log_w), n))]
 
-    def round(self, log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey) -> tuple[FlowState, Scalar]:
+    def round(
+        self, trainer: Trainer, log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey
+    ) -> tuple[FlowState, Scalar]:
         k_fill, k_points, k_updates = jr.split(key, 3)
-        buffer = self.fill(log_pi, self.chains(updates), state.memory, k_fill)
-        points = self.endpoints(buffer, k_points, updates * self.batch).reshape(updates, self.batch, -1)
+        buffer = self.fill(trainer, log_pi, updates, state.memory, k_fill)
+        points = self.endpoints(buffer, k_points, updates * trainer.batch).reshape(updates, trainer.batch, -1)
 
         def query(key: PRNGKey, x1):
             k_x0, k_t = jr.split(key)
-            return x1, *noised(self, k_x0, k_t, x1)
+            return x1, *noised(trainer, k_x0, k_t, x1)
 
         queries = jax.vmap(query)(jr.split(k_updates, updates), points)
-        body = lambda state, inputs: regress(self, state, *inputs)
+        body = lambda state, inputs: regress(trainer, state, *inputs)
         state, losses = jax.lax.scan(body, replace(state, memory=buffer), queries)
         return state, jnp.mean(losses)
