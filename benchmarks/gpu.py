@@ -32,6 +32,15 @@ def compared(tasks: tuple[str, ...], out: Path) -> list[str]:
     return [*command, *settings.split(), "--out", str(out)]
 
 
+def family(out: Path) -> list[str]:
+    """All presets of the online family on two of the study's tasks, at its settings."""
+    agents = "rfm,rfm-one,maxentdp,sdac,dqs,qsm,flame,flame-m,mfpo,dpmd,fpmd,fpmd-m,qvpo,dacer,td3,sac,sir"
+    settings = "--steps 40000 --collect 4000 --num-envs 4 --updates 2 --batch-size 128 --n-step 3 --buffer-size 40000"
+    settings += " --critic.tau 0.02 --final-episodes 8 --seeds 3 --jobs 2"
+    command = [PYTHON, "-m", "contraflow", "compare", "--agents", agents]
+    return [*command, "--envs", "envpool:WalkerWalk-v1,envpool:CheetahRun-v1", *settings.split(), "--out", str(out)]
+
+
 def stages(out: Path) -> dict[str, list[str]]:
     """Commands by name, in order."""
     device = "import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == 'gpu'"
@@ -45,7 +54,10 @@ def stages(out: Path) -> dict[str, list[str]]:
         "speed": [*speed, "update", "act"],
         "seeds-sac": seeds,
         "seeds-rfm": [*seeds, "--agent", "rfm"],
+        "playground": [PYTHON, str(HERE / "environments.py")],
+        "playground-seeds": [*seeds, "--env", "playground:CartpoleSwingup"],
         "returns-first": compared(FIRST, out / "returns"),
+        "family": family(out / "family"),
         "returns-then": compared(THEN, out / "returns"),
     }
 
