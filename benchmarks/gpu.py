@@ -46,16 +46,15 @@ def stages(out: Path) -> dict[str, list[str]]:
     device = "import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == 'gpu'"
     tests = [str(HERE.parent / "tests" / part) for part in ("flow", "contract")]
     speed = [PYTHON, str(HERE / "speed.py")]
-    sizes = ["--env", "jax:cartpole-swingup", "--width", "256", "--batch-size", "256"]
-    seeds = [PYTHON, str(HERE / "seeds.py"), *sizes]
+    seeds = [PYTHON, str(HERE / "seeds.py"), "--width", "256", "--batch-size", "256", "--env"]
     return {
         "device": [PYTHON, "-c", device],
         "tests": [PYTHON, "-m", "pytest", "-q", *tests],
         "speed": [*speed, "update", "act"],
-        "seeds-sac": seeds,
-        "seeds-rfm": [*seeds, "--agent", "rfm"],
+        "seeds-sac": [*seeds, "jax:cartpole-swingup"],
+        "seeds-rfm": [*seeds, "jax:cartpole-swingup", "--agent", "rfm"],
         "playground": [PYTHON, str(HERE / "environments.py")],
-        "playground-seeds": [*seeds, "--env", "playground:CartpoleSwingup"],
+        "playground-seeds": [*seeds, "playground:CartpoleSwingup"],
         "returns-first": compared(FIRST, out / "returns"),
         "family": family(out / "family"),
         "returns-then": compared(THEN, out / "returns"),
