@@ -8,7 +8,7 @@ not run again. `contraflow report DIR` makes the page of a matrix.
 
 import csv
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
-from contraflow.presets import PRESETS
+from contraflow.presets import PRESETS, STRONG
 from contraflow.rl.critics import Critics
 from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
@@ -155,6 +155,16 @@ MATRICES = {
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
+    # The critic's share and the flow's: the same critics for both, and no normalised observations without them.
+    "max": Matrix(
+        {
+            "rfm-max": RFM(normalise_obs=True, temperature=Tuned(-0.5), **SEVERAL),
+            "sac-max": SAC(normalise_obs=True, actor_lr=1e-3, init_alpha=0.1),
+            "sir-max": SIR(normalise_obs=True),
+        },
+        DEVELOPMENT,
+        replace(SETTINGS, critic=replace(STRONG, width=64, tau=0.02, lr=1e-3)),
+    ),
     # Nothing is chosen here: the settings come from the development tasks.
     "test": Matrix(
         {"rfm-paper": PRESETS["rfm-paper"].agent, "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL)},
@@ -173,7 +183,7 @@ def published(name: str) -> set[tuple[str, str, int]]:
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "test"],
+    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "max", "test"],
     /,
     out: Path,
     seeds: int = 5,

@@ -101,9 +101,14 @@ FAMILY: dict[str, Any] = {
     ),
 }  # fmt: skip
 
+# The critics of today's strongest results: residual blocks with layer norm (SimBa, BRO), values as probabilities, two
+# updates for a step, normalised observations. Rewards in [0, 1] and gamma = .99 stay within the head's range.
+STRONG = Critics(width=256, head=Categorical(target="hl-gauss"), block="residual", lr=3e-4)
+
 PRESETS: dict[str, AnyRun] = {
     **{name: Run(agent=agent) for name, agent in FAMILY.items()},
     "rfm": Run(agent=RFM()),
+    "rfm-max": Run(agent=RFM(critic=STRONG, normalise_obs=True), updates=2),
     "pmd": Run(agent=PMD()),
     "dacer": Run(agent=DACER()),
     "sac": Run(agent=SAC()),

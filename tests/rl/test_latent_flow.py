@@ -97,6 +97,12 @@ def test_update_adds_both_and_moves_the_copy():
             lambda slow, old, actor: np.testing.assert_allclose(slow, old + 0.25 * (actor - old), atol=1e-6),
             new.slow, state.slow, new.actor,
         )  # fmt: skip
+    keys = jr.split(jr.key(6), 8)  # as `update` splits it: the second for endpoints, the last for ties
+    x1 = jax.jit(agent.endpoints)(state, batch.obs, keys[1])[:, 0]
+    tie = jax.jit(jax.vmap(agent.flow.tie, (None, None, 0, 0, 0)))
+    tied = tie(state.actor, state.slow, batch.obs, x1, jr.split(keys[7], 5)).mean()
+    slope = (losses[0.8] - losses[0.2]) / 0.6
+    np.testing.assert_allclose(losses[0.2] - 0.2 * slope, tied, rtol=1e-3)
     np.testing.assert_allclose(losses[0.5], (losses[0.2] + losses[0.8]) / 2, rtol=1e-4)
     assert abs(losses[0.8] - losses[0.2]) > 1e-3
 
