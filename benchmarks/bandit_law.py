@@ -91,6 +91,7 @@ def learn(agent: RFM, dim: int, key: jax.Array, updates: int, batch_size: int) -
     )
 
     def one(slope, key):
+        """The last state for one Q, with the averaged actor."""
         k_start, k_learn = jr.split(key)
 
         def step(carry, inputs):

@@ -58,6 +58,7 @@ def method_of(name: str, settings: Settings) -> Trainer:
 
 
 def tuned_rate(target: Target, method: Trainer) -> float:
+    """The learning rate of least sliced Wasserstein distance on the tuning seed."""
     k_train, k_judge = keys_of([TUNING_SEED] * len(RATES))
     state = train(method, target.log_density, k_train, jnp.asarray(RATES), target.dim)
 
@@ -99,6 +100,7 @@ def cell(target: Target, method: Trainer, seeds: int) -> list[dict]:
 
 
 def run(settings: Settings) -> None:
+    """Append the rows of what the file lacks."""
     done = {(r["target"], r["method"]) for r in read(settings.file)}
     for method, name in itertools.product(("exact", *settings.methods), TARGETS):
         if (name, method) in done:

@@ -150,6 +150,7 @@ def target_errors(settings: Settings, file: Path, queries: int = 128, repeats: i
 
         @jax.jit
         def one_time(key, t, target=target, estimator=estimator, exact_mean=exact_mean):
+            """Squared bias and variance of the velocity target at one time, projected into the box or not; mean ESS."""
             k_x1, k_x0, k_support, k_mean = jr.split(key, 4)
             x1 = target.sample(k_x1, queries)
             x_t = jax.vmap(path.perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)

@@ -215,7 +215,7 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "sample/fab.py",
         "return self.chains(trainer, updates) * (1 + self.temperatures)",
         "return self.chains(trainer, updates) * self.temperatures",
-        (FAB + "test_density_calls_are_counted_truly",),
+        (TRAINER + "test_density_calls_are_counted_truly[fab]",),
     ),
     (
         "one well too shallow",

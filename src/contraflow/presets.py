@@ -45,11 +45,11 @@ BEST: dict[str, Any] = {"explore": Argmax(32), "backup": Argmax(32)}
 KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # of 32 candidates: log 32 - 2
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
 OWN_C51: dict[str, Any] = OWN | {"critic": replace(WIDE, head=Categorical())}
-SOFT_BEST: dict[str, Any] = OWN | BEST
+OWN_BEST: dict[str, Any] = OWN | BEST
 FLAME = RFM(
     estimator=Reverse(100, TruncatedNoise(), Fixed(0.0)), endpoint="buffer", bounds="box",
     density=ChangeOfVariables(Euler(2), Hutchinson(1)), solver=Euler(20), temperature=Constant(0.01), depth=3,
-    **SOFT_BEST,
+    **OWN_BEST,
 )  # fmt: skip
 FAMILY: dict[str, Any] = {
     # 2502.11612

@@ -16,7 +16,7 @@ from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler, EulerMaruyama, Midpoint
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.critics import Critics
-from contraflow.rl.latent_flow import CLOCK
+from contraflow.rl.flow_policy import CLOCK
 from contraflow.rl.select import First
 from contraflow.types import EnvSpec, Transition
 

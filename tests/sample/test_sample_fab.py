@@ -15,7 +15,7 @@ from contraflow.flow.path import Linear
 from contraflow.sample.distances import modes_found
 from contraflow.sample.fab import Buffer, Fab, anneal
 from contraflow.sample.targets import find_target, many_well
-from contraflow.sample.trainer import Trainer, noised, start, train
+from contraflow.sample.trainer import Trainer, noised, start
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
 FAB = Fab(samples=40, temperatures=7)
@@ -176,21 +176,6 @@ def test_forty_modes_are_all_found_by_chains():
     points = method.endpoints(buffer, jr.key(8), 4000)
     assert modes_found(points, target.sample(jr.key(2), 4000), target.modes) >= 0.95
     assert buffer.log_z() == pytest.approx(0.0, abs=0.1)
-
-
-@pytest.mark.slow
-def test_density_calls_are_counted_truly():
-    calls = []
-
-    def log_pi(x):
-        jax.debug.callback(lambda x: calls.append(1), x)
-        return GAUSSIAN(x)
-
-    trainer = Trainer(Fab(samples=4, temperatures=3), steps=5, every=2, batch=2, width=8)
-    state = jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
-    jax.effects_barrier()
-    assert state.step.tolist() == [5]
-    assert len(calls) == trainer.critic_calls == 5 * 2 * 4
 
 
 @pytest.mark.parametrize("wrong", [{"temperatures": 0}, {"samples": 0}, {"prior": 0.0}])

@@ -16,6 +16,7 @@ from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler
 from contraflow.nets.velocity import Velocity
 from contraflow.sample import equal_calls, floor, interval, judge
+from contraflow.sample.fab import Fab
 from contraflow.sample.methods import METHODS
 from contraflow.sample.targets import find_target, mixture_log_density
 from contraflow.sample.trainer import Estimated, FlowState, Trainer, draw, flow_field, start, train
@@ -76,18 +77,25 @@ def test_methods_are_what_their_names_say():
 
 
 @pytest.mark.slow
-def test_density_calls_are_counted_truly():
+@pytest.mark.parametrize(
+    ("trainer", "wanted"),
+    [
+        (change(METHODS["mixture"].with_samples(5), steps=4, every=3, batch=3, endpoints=4, particles=2), 4 * 3 * 5),
+        (Trainer(Fab(samples=4, temperatures=3), steps=5, every=2, batch=2), 5 * 2 * 4),
+    ],
+    ids=["mixture", "fab"],
+)
+def test_density_calls_are_counted_truly(trainer: Trainer, wanted: int):
     calls = []
 
     def log_pi(x):
         jax.debug.callback(lambda x: calls.append(1), x)
         return GAUSSIAN(x)
 
-    trainer = change(METHODS["mixture"].with_samples(5), steps=4, every=3, batch=3, width=8, endpoints=4, particles=2)
-    state = jax.block_until_ready(train(trainer, log_pi, jr.split(jr.key(0), 1)))
+    state = jax.block_until_ready(train(replace(trainer, width=8), log_pi, jr.split(jr.key(0), 1)))
     jax.effects_barrier()
-    assert state.step.tolist() == [4]
-    assert len(calls) == trainer.critic_calls == 4 * 3 * 5
+    assert state.step.tolist() == [trainer.steps]
+    assert len(calls) == trainer.critic_calls == wanted
 
 
 def test_unequal_density_calls_are_refused():

@@ -162,6 +162,7 @@ class Separable(eqx.Module):
         return mean, jnp.sqrt(jnp.sum(w * jax.vmap(lambda v: (v - mean) ** 2)(u), 0))
 
     def posterior_mean(self, path: AbstractPath, x_t: Vector, t: Scalar) -> Vector:
+        """E[x1 | x_t] [d] by quadrature in each dimension; needs alpha_t > 0 and beta_t > 0."""
         a, b = path.alpha(t), path.beta(t)
         centre, std = x_t / a, b / a
         # The posterior lies where both factors do: within `reach` of the likelihood's centre (the slope 2 of log sech^2

@@ -276,8 +276,8 @@ class Pooled:
     """Several estimates, each weighted by its share of the effective sample sizes (MFPO, 2604.14698).
 
     MFPO pools two with eta = 0: candidates from noise, which are good near t = 1, and from the policy, which are good
-    near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density). A
-    `Mixture` of the proposals in one estimate has less variance for the same calls. `ess` is the sum.
+    near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density). Against a
+    `Mixture` of the same proposals in one estimate: docs/online.md. `ess` is the sum. ValueError without parts.
     """
 
     parts: tuple[Reverse, ...] = (

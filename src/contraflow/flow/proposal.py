@@ -64,6 +64,7 @@ class TruncatedNoise:
         return mean, std, sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
 
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        """n draws [n, d] by the inverse of the distribution function; within the box whatever x_t is."""
         mean, std, sign, lower, upper = self._standard(path, x_t, t)
 
         def invert(place: Vector) -> Vector:

@@ -16,16 +16,20 @@ from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.flow.solve import Drift, Euler, EulerMaruyama, Solver
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
+from contraflow.rl.flow_policy import CLOCK
 from contraflow.types import PRNGKey
 
 Bounds = Literal["tanh", "box"]
 Condition = Float[Array, " c"]
-CLOCK = 5.0  # the length of a step reaches its embedding as [0, 5], as in rl/flow_policy.py
 
 
 @dataclass(frozen=True)
 class LatentFlow:
-    """Settings as in `RFM`, and what follows from them for a network and the condition it is given."""
+    """Settings as in `RFM`, and what follows from them for a network and the condition it is given.
+
+    Raises ValueError for t_min outside (0, .5), a stochastic solver of another path, and an averaged velocity with a
+    solver other than Euler, off the linear path, with predicted noise or with weighed rows.
+    """
 
     path: Path
     solver: Solver
@@ -51,20 +55,17 @@ class LatentFlow:
                 raise ValueError(f"rows are not weighed here: use {type(self.objective).__name__}(power=0)")
 
     def init(self, key: PRNGKey, dim: int, cond: int) -> Velocity:
-        """A fresh network."""
+        """A fresh network for actions of size `dim` under a condition of size `cond`."""
         cond += self.embedding * self.objective.averaged
         return Velocity(dim, cond, self.width, self.depth, embedding=self.embedding, key=key)
 
     def average(self, net: Velocity, cond: Condition) -> Average:
-        """u(x, t, r): the velocity of the whole step from t to r, the one at t where that was not learned."""
-        if not self.objective.averaged:
-            drift = self.drift(net, cond)
-            return lambda x, t, r: drift(x, t)
+        """u(x [a], t, r) -> [a]: the velocity of the whole step from t to r, of an averaged flow."""
         length = lambda t, r: time_embedding(CLOCK * (r - t), self.embedding)
         return lambda x, t, r: net(x, t, jnp.concatenate([cond, length(t, r)]))
 
     def drift(self, net: Velocity, cond: Condition) -> Drift:
-        """The velocity at t."""
+        """v(x [a], t) -> [a], the velocity at t."""
         if self.objective.averaged:
             u = self.average(net, cond)
             return lambda x, t: u(x, t, t)
@@ -79,7 +80,7 @@ class LatentFlow:
         return from_noise
 
     def draw(self, net: Velocity, cond: Condition, key: PRNGKey, n: int) -> Float[Array, "n a"]:
-        """n ends u. Averaged velocities step over the whole of [0, 1], others over [t_min, 1 - t_min]."""
+        """n ends u from n noises. Averaged velocities step over the whole of [0, 1], others over [t_min, 1 - t_min]."""
         x0 = self.path.source_scale * jr.normal(key, (n, net.dim))
         if self.objective.averaged:
             u = self.average(net, cond)

@@ -54,6 +54,7 @@ def anneal(
         return log_normal(x, mean, std)
 
     def step(carry, inputs):
+        """The next temperature: reweigh, then move. State (x, log pi, its gradient), log w, last beta; acceptance."""
         (x, log_p, grad), log_w, last = carry
         beta, size, momentum, place = inputs
         log_w = log_w + (beta - last) * (log_p - log_base(x))
@@ -170,6 +171,7 @@ class Fab:
     def round(
         self, trainer: Trainer, log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey
     ) -> tuple[FlowState, Scalar]:
+        """New points for the buffer, then `updates` updates on points picked from it; the mean loss."""
         k_fill, k_points, k_updates = jr.split(key, 3)
         buffer = self.fill(trainer, log_pi, updates, state.memory, k_fill)
         points = self.endpoints(buffer, k_points, updates * trainer.batch).reshape(updates, trainer.batch, -1)

@@ -101,6 +101,7 @@ class Estimated:
     def round(
         self, trainer: "Trainer", log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey
     ) -> tuple[FlowState, Scalar]:
+        """New endpoints from the flow, then `updates` updates; the mean loss."""
         k_pool, k_updates = jr.split(key)
         pool = jnp.concatenate([self.draw(trainer, state.net, k_pool), state.memory])[: trainer.kept * self.endpoints]
 
