@@ -350,8 +350,15 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "gradient stops at the box",
         "agents/dacer.py",
-        "return end + jax.lax.stop_gradient(jnp.clip(end, -1.0, 1.0) - end)",
-        "return jnp.clip(end, -1.0, 1.0)",
-        (DACER + "test_an_end_beyond_the_box_comes_back",),
+        "jnp.where((jnp.abs(end) > 1.0) & (end * g < 0.0), 0.0, g)",
+        "jnp.where(jnp.abs(end) > 1.0, 0.0, g)",
+        (DACER + "test_an_end_beyond_the_box_comes_back_and_goes_no_further",),
+    ),
+    (
+        "gradient drives an end out of the box",
+        "agents/dacer.py",
+        "jnp.where((jnp.abs(end) > 1.0) & (end * g < 0.0), 0.0, g)",
+        "g",
+        (DACER + "test_an_end_beyond_the_box_comes_back_and_goes_no_further",),
     ),
 )

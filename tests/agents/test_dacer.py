@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.dacer import DACER
+from contraflow.agents.dacer import DACER, into_box
 from contraflow.flow.path import Linear
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
@@ -87,14 +87,17 @@ def test_only_what_can_be_is_accepted():
             DACER(**bad)
 
 
-def test_an_end_beyond_the_box_comes_back():
-    """Q falls towards the face that all actions are clipped to: its gradient must reach the actor."""
+def test_an_end_beyond_the_box_comes_back_and_goes_no_further():
+    """The gradient reaches the actor where it leads back to the maximum, and does not where it leads out."""
     agent = replace(AGENT, policy=replace(AGENT.policy, steps=1))
     actor = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)).actor
     actor = eqx.tree_at(lambda a: a.last.bias, actor, jnp.full(1, 50.0))
 
-    def value(actor):
-        return -jnp.sum((agent._sample(actor, jnp.zeros(1), jr.key(5)) - 0.4) ** 2)
+    def loss(actor, best):
+        return jnp.sum((agent._sample(actor, jnp.zeros(1), jr.key(5)) - best) ** 2)
 
-    np.testing.assert_allclose(value(actor), -0.36, rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(value)(actor).last.bias, -1.2, rtol=1e-5)
+    np.testing.assert_allclose(loss(actor, 0.4), 0.36, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(actor, 0.4).last.bias, 1.2, rtol=1e-5)
+    np.testing.assert_array_equal(jax.grad(loss)(actor, 1.6).last.bias, 0.0)
+    end, slope = jnp.array([-2.0, -2.0, -0.5, 0.5, 2.0]), jnp.array([1.0, -1.0, -1.0, -1.0, 1.0])
+    np.testing.assert_array_equal(jax.vjp(into_box, end)[1](slope)[0], [0, -1, -1, -1, 1])

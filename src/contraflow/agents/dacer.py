@@ -107,9 +107,7 @@ class DACER:
         return DACERState(actor, critic, target, log_scale, actor_opt, critic_opt, state.step + 1, stats), metrics
 
     def _sample(self, actor: Network, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
-        end = self.policy(actor, jr.normal(key, (actor.dim,)), obs)
-        # The gradient of what is clipped goes through: an end beyond the box would never come back.
-        return end + jax.lax.stop_gradient(jnp.clip(end, -1.0, 1.0) - end)
+        return into_box(self.policy(actor, jr.normal(key, (actor.dim,)), obs))
 
     def _explore(self, state: DACERState, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, " a"]:
         k_sample, k_noise = jr.split(key)
@@ -120,3 +118,23 @@ class DACER:
     @property
     def _tx(self):
         return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
+
+
+@jax.custom_vjp
+def into_box(end: Float[Array, " a"]) -> Float[Array, " a"]:
+    """clip(end, -1, 1); beyond the box the gradient passes where descent along it leads back (1511.04143).
+
+    Without it an end beyond the box would never come back; with all of it a slope outwards drives the end to infinity.
+    """
+    return jnp.clip(end, -1.0, 1.0)
+
+
+def _forward(end):
+    return into_box(end), end
+
+
+def _backward(end, g):
+    return (jnp.where((jnp.abs(end) > 1.0) & (end * g < 0.0), 0.0, g),)
+
+
+into_box.defvjp(_forward, _backward)
