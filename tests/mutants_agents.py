@@ -361,4 +361,18 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "g",
         (DACER + "test_an_end_beyond_the_box_comes_back_and_goes_no_further",),
     ),
+    (
+        "base law with another kappa",
+        "agents/sir.py",
+        "minval=1e-37)) / kappa) * cos**2",
+        "minval=1e-37)) / kappa) * cos",
+        ("agents/test_sir.py::test_first_shows_the_base_and_argmax_the_best",),
+    ),
+    (
+        "base law on the faces is not a number",
+        "agents/sir.py",
+        "jnp.sign(cos) / jnp.sqrt(1.0 + 1.0 / odds)",
+        "jnp.sign(cos) * jnp.sqrt(odds / (1.0 + odds))",
+        ("agents/test_sir.py::test_a_base_on_the_faces_is_finite",),
+    ),
 )

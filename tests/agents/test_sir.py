@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from contraflow.agents.sir import SIR
+from contraflow.agents.sir import SIR, symmetric_beta
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
@@ -67,12 +67,13 @@ def test_many_particles_give_the_boltzmann_law(base):
     assert abs(a.mean() - mean) < 4 * np.sqrt(p @ (grid - mean) ** 2 / 4000) + 5e-3
 
 
-def test_first_shows_the_base_and_argmax_the_best():
-    base = SIR(critic=CRITIC, explore=First(), exploit=Argmax(500), base=0.5)
+@pytest.mark.parametrize("kappa", [0.5, 2.0])
+def test_first_shows_the_base_and_argmax_the_best(kappa):
+    base = SIR(critic=CRITIC, explore=First(), exploit=Argmax(500), base=kappa)
     state = state_of(base)
     act = jax.jit(jax.vmap(lambda k: base.act(state, jnp.zeros(1), k, True)))
     a = np.asarray(act(jr.split(jr.key(3), 2000)), float)[:, 0]
-    assert stats.kstest(a, stats.beta(0.5, 0.5, -1, 2).cdf).pvalue > 1e-3
+    assert stats.kstest(a, stats.beta(kappa, kappa, -1, 2).cdf).pvalue > 1e-3
     best = base.act(state, jnp.zeros(1), jr.key(4), False)
     np.testing.assert_allclose(best, [np.pi / 6], atol=0.05)
 
@@ -94,3 +95,8 @@ def test_backup_takes_the_minimum_of_the_target_under_the_backup_rule():
     _, metrics = jax.jit(agent.update)(state, batch, jr.key(6))
     # The best of 200 uniform actions is .99, so the rows are worth 0 + .98, 1, 2 + .98, 3.
     np.testing.assert_allclose(metrics["q"], (0.98 + 1 + 2.98 + 3) / 4, atol=0.01)
+
+
+def test_a_base_on_the_faces_is_finite():
+    a = np.asarray(symmetric_beta(jr.key(0), 0.02, (4000,)))
+    assert np.isfinite(a).all() and (np.abs(a) > 0.99).mean() > 0.85

@@ -73,10 +73,20 @@ class SIR:
     def _pick(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
         k_action, k_pick = jr.split(key)
         shape = (selector.particles, *state.action.shape)
-        actions = (
-            2.0 * jr.beta(k_action, self.base, self.base, shape) - 1.0
-            if self.base != 1
-            else jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
-        )
+        if self.base == 1:
+            actions = jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
+        else:
+            actions = symmetric_beta(k_action, self.base, shape)
         score = jax.vmap(lambda a: state.critic.value(obs, a))(actions) / self.temperature(state.step)
         return actions[selector(k_pick, score)]
+
+
+def symmetric_beta(key: PRNGKey, kappa: float, shape: tuple[int, ...]) -> Array:
+    """2 b - 1 with b ~ Beta(kappa, kappa), in one line of code (Devroye, Winter Simulation Conference 1996).
+
+    `jax.random.beta` rejects, and takes ten times as long on a CPU.
+    """
+    k_size, k_angle = jr.split(key)
+    cos = jnp.cos(2.0 * jnp.pi * jr.uniform(k_angle, shape))
+    odds = jnp.expm1(-jnp.log(jr.uniform(k_size, shape, minval=1e-37)) / kappa) * cos**2  # inf for a small kappa is 1
+    return jnp.sign(cos) / jnp.sqrt(1.0 + 1.0 / odds)
