@@ -40,6 +40,7 @@ ONE: dict[str, Any] = {"explore": First(), "backup": First()}
 FAST: dict[str, Any] = {"actor_lr": 1e-3, "explore": Softmax(32), "backup": First()}
 FOUR: dict[str, Any] = FAST | {"backup": Softmax(4)}
 SEVERAL: dict[str, Any] = FOUR | {"query": First(8), "estimator": Markov(sizes=(1.0, 1.0))}
+ONE_STEP: dict[str, Any] = SEVERAL | {"backup": Softmax(32), "solver": Euler(1), "objective": MeanFlow()}
 
 
 def fixed(eta: float, **fields: Any) -> RFM:
@@ -155,6 +156,17 @@ MATRICES = {
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
+    # After three seeds of "test" had not shown the candidate to be as good: the second round, on development tasks. An
+    # actor of one evaluation has 32 particles in the backup at the cost of four of the candidate's.
+    "second": Matrix(
+        {
+            "start": RFM(temperature=Tuned(-0.5, start=0.02), **SEVERAL),
+            "one-32": RFM(temperature=Tuned(-0.5, start=0.02), **ONE_STEP),
+            "one-32-cold": RFM(temperature=Tuned(-1.0, start=0.02), **ONE_STEP),
+            "one-32-constant": RFM(temperature=Constant(0.004), **ONE_STEP),
+        },
+        DEVELOPMENT,
+    ),
     # The critic's share and the flow's: the same critics for both, and no normalised observations without them.
     "max": Matrix(
         {
@@ -183,7 +195,7 @@ def published(name: str) -> set[tuple[str, str, int]]:
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "max", "test"],
+    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "second", "max", "test"],
     /,
     out: Path,
     seeds: int = 5,
