@@ -1,4 +1,4 @@
-"""Every off-policy preset swings up the cartpole, with networks of 64 and few candidates. Random actions earn 30."""
+"""Presets swing up the cartpole, with networks of 64 and few candidates. Random actions earn 23."""
 
 import dataclasses
 from dataclasses import replace
@@ -21,13 +21,11 @@ from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.train.evaluate import evaluate
 from contraflow.train.loop import Carry, epoch
 from contraflow.train.offpolicy import OffPolicy, first_learner
-from contraflow.train.run import Run
 
 ENV = CartpoleSwingup(4)
 SMALL = {"width": 64, "depth": 2, "embedding": 32, "actor_lr": 1e-3}
 CRITIC = {"width": 64, "depth": 2, "lr": 1e-3, "tau": 0.02}
-# Another task, or another preset with larger networks.
-NAMES = sorted(k for k, v in PRESETS.items() if isinstance(v, Run) and k not in ("rfm-cartpole", "rfm-paper"))
+NAMES = "dqs", "pmd", "qsm", "rfm", "rfm-one", "sac", "sir"
 
 
 def shrunk(part: Any) -> Any:

@@ -1,0 +1,121 @@
+"""How far and how fast an actor follows a critic that stands still, without anything else in the way.
+
+    python benchmarks/follow.py RUN [--agents rfm,rfm-paper] [--updates 1000 2000 4000]   # adds to results/follow.csv
+
+RUN is a finished run of an agent with the study's critics, `sir` say. Each agent of docs/study.md starts afresh and
+learns from the run's replay while the run's critic stays as it is. On 64 replayed states, means over these, with 0 the
+mean Q of uniform actions and 1 the best found by gradient ascent from 32 of them:
+
+    one          mean Q of one particle
+    best         Q of the best of 32 particles
+    entropy      of a particle, nats per dimension, by a Gaussian: above log 2 = .69 the law has modes on the faces
+    saturated    P(|a| > .95)
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import tyro
+from study import MATRICES
+from tables import append
+
+from contraflow.agents import RFM
+from contraflow.compare.matrix import NETWORK, with_networks
+from contraflow.envs import make
+from contraflow.rl.select import First
+from contraflow.rl.temperature import gaussian_entropy
+from contraflow.train.checkpoint import latest
+from contraflow.train.run import first_carry, read_config
+
+CHUNK = 500
+AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items() if isinstance(agent, RFM)}
+
+
+@partial(jax.jit, static_argnames=("agent", "run"))
+def study(agent: RFM, run: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
+    """CHUNK updates on batches of the replay."""
+
+    def update(state, key):
+        k_sample, k_update = jr.split(key)
+        batch = buffer.sample(k_sample, run.batch_size, run.n_step, agent.critic.gamma)
+        return agent.update(state, batch, k_update)[0], None
+
+    return jax.lax.scan(update, state, jr.split(key, CHUNK))[0]
+
+
+@jax.jit
+def scale(critic: Any, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean Q of uniform actions and the best that ascent finds, [B] each."""
+
+    def one(obs, key):
+        q = jax.vmap(lambda a: critic.value(obs, a))
+        start = jr.uniform(key, (32, critic.members.first.weights[0].shape[1]), minval=-1.0, maxval=1.0)
+
+        def ascend(actions, _):
+            slope = jax.vmap(jax.grad(lambda a: critic.value(obs, a)))(actions)
+            size = jnp.linalg.norm(slope, axis=-1, keepdims=True)
+            return jnp.clip(actions + 0.05 * slope / (size + 1e-6), -1.0, 1.0), None
+
+        end, _ = jax.lax.scan(ascend, start, None, length=100)
+        return q(start).mean(), q(end).max()
+
+    return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
+
+
+@partial(jax.jit, static_argnames=("agent",))
+def look(agent: RFM, state: Any, obs: jax.Array, low: jax.Array, high: jax.Array, key: jax.Array) -> dict[str, Any]:
+    actions = agent.flow.action(replace(agent, query=First(32)).endpoints(state, obs, key))
+    q = jax.vmap(lambda o, own: jax.vmap(lambda a: state.critic.value(o, a))(own))(obs, actions)
+    share = (q - low[:, None]) / (high - low)[:, None]
+    return {
+        "one": share.mean(),
+        "best": share.max(1).mean(),
+        "entropy": jax.vmap(gaussian_entropy)(actions).mean(),
+        "saturated": jnp.mean(jnp.abs(actions) > 0.95),
+        "temperature": agent.lam(state),
+    }
+
+
+def main(
+    folder: tyro.conf.Positional[Path],
+    /,
+    agents: tuple[str, ...] = ("rfm", "rfm-paper"),
+    updates: tuple[int, ...] = (1000, 2000, 4000),
+    seed: int = 0,
+) -> None:
+    """Print and write the rows."""
+    run: Any = read_config(folder)
+    env = make(run.env, run.num_envs, run.seed)
+    k_start, k_obs, k_scale, k_init, k_learn, k_look = jr.split(jr.key(seed), 6)
+    learner = first_carry(run, folder, env, k_start, latest(folder)).learner
+    critic, buffer = learner.agent.critic, learner.buffer
+    obs = jax.jit(lambda key: buffer.sample(key, 64, 1, 0.99))(k_obs).obs
+    low, high = scale(critic, obs, k_scale)
+    shared = {name: getattr(run.agent, name) for name in NETWORK if hasattr(run.agent, name)}
+    for name in agents:
+        agent = with_networks(AGENTS[name], shared | {"critic": replace(run.agent.critic, lr=1e-30), "width": 64})
+        state = jax.jit(lambda key, agent=agent: agent.init(key, env.spec))(k_init)
+        state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, critic))
+        done, rows = 0, []
+        for count in sorted(updates):
+            while done < count:
+                state = study(agent, run, state, buffer, jr.fold_in(k_learn, done))
+                done += CHUNK
+            seen = {
+                k: float(f"{float(v):.3g}") for k, v in look(agent, state, obs, low, high, jr.clone(k_look)).items()
+            }
+            rows.append(
+                {"env": run.env, "critic": folder.parts[-3], "agent": name, "seed": seed, "updates": done} | seen
+            )
+            print(rows[-1], flush=True)
+        append(Path(__file__).parent / "results" / "follow.csv", rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
