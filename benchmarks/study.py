@@ -185,7 +185,7 @@ MATRICES = {
             "rfm-paper": PRESETS["rfm-paper"].agent,
             "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL),
             "sac-fast": SAC(actor_lr=1e-3),
-            "sir": SIR(),
+            "sir-quarter": SIR(base=0.25),
             "noise-fast-tuned": NOISE_TUNED,
         },
         TEST,
