@@ -10,6 +10,8 @@ mean Q of uniform actions and 1 the best found by gradient ascent from 32 of the
     best         Q of the best of 32 particles
     entropy      of a particle, nats per dimension, by a Gaussian: above log 2 = .69 the law has modes on the faces
     saturated    P(|a| > .95)
+
+The rows "uniform actions" and "random corners" have no actor: 32 of these in its place.
 """
 
 from dataclasses import replace
@@ -70,15 +72,21 @@ def scale(critic: Any, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.A
 
 @partial(jax.jit, static_argnames=("agent",))
 def look(agent: RFM, state: Any, obs: jax.Array, low: jax.Array, high: jax.Array, key: jax.Array) -> dict[str, Any]:
+    """The row of the agent's own particles."""
     actions = agent.flow.action(replace(agent, query=First(32)).endpoints(state, obs, key))
-    q = jax.vmap(lambda o, own: jax.vmap(lambda a: state.critic.value(o, a))(own))(obs, actions)
+    return worth(state.critic, obs, actions, low, high) | {"temperature": agent.lam(state)}
+
+
+@jax.jit
+def worth(critic: Any, obs: jax.Array, actions: jax.Array, low: jax.Array, high: jax.Array) -> dict[str, Any]:
+    """The row of 32 actions [B, 32, a] for each state."""
+    q = jax.vmap(lambda o, own: jax.vmap(lambda a: critic.value(o, a))(own))(obs, actions)
     share = (q - low[:, None]) / (high - low)[:, None]
     return {
         "one": share.mean(),
         "best": share.max(1).mean(),
         "entropy": jax.vmap(gaussian_entropy)(actions).mean(),
         "saturated": jnp.mean(jnp.abs(actions) > 0.95),
-        "temperature": agent.lam(state),
     }
 
 
@@ -98,23 +106,30 @@ def main(
     obs = jax.jit(lambda key: buffer.sample(key, 64, 1, 0.99))(k_obs).obs
     low, high = scale(critic, obs, k_scale)
     shared = {name: getattr(run.agent, name) for name in NETWORK if hasattr(run.agent, name)}
+    out = Path(__file__).parent / "results" / "follow.csv"
+    uniform = jr.uniform(jr.clone(k_look), (obs.shape[0], 32, env.spec.action_dim), minval=-1.0, maxval=1.0)
+    rows = []
+
+    def tell(name: str, updates: int, seen: dict[str, jax.Array]) -> None:
+        numbers = {k: float(f"{float(v):.3g}") for k, v in ({"temperature": jnp.nan} | seen).items()}
+        rows.append(
+            {"env": run.env, "critic": folder.parts[-3], "agent": name, "seed": seed, "updates": updates} | numbers
+        )
+        print(rows[-1], flush=True)
+
+    tell("uniform actions", 0, worth(critic, obs, uniform, low, high))
+    tell("random corners", 0, worth(critic, obs, jnp.sign(uniform), low, high))
     for name in agents:
         agent = with_networks(AGENTS[name], shared | {"critic": replace(run.agent.critic, lr=1e-30), "width": 64})
         state = jax.jit(lambda key, agent=agent: agent.init(key, env.spec))(k_init)
         state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, critic))
-        done, rows = 0, []
+        done = 0
         for count in sorted(updates):
             while done < count:
                 state = study(agent, run, state, buffer, jr.fold_in(k_learn, done))
                 done += CHUNK
-            seen = {
-                k: float(f"{float(v):.3g}") for k, v in look(agent, state, obs, low, high, jr.clone(k_look)).items()
-            }
-            rows.append(
-                {"env": run.env, "critic": folder.parts[-3], "agent": name, "seed": seed, "updates": done} | seen
-            )
-            print(rows[-1], flush=True)
-        append(Path(__file__).parent / "results" / "follow.csv", rows)
+            tell(name, done, look(agent, state, obs, low, high, jr.clone(k_look)))
+    append(out, rows)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ MATRICES = {
             "sir": SIR(),
             "kappa-half": SIR(base=0.5),
             "kappa-quarter": SIR(base=0.25),
+            "corners": SIR(base=0.02),
             "cold": SIR(temperature=Constant(0.005)),
             "warm": SIR(temperature=Constant(0.1)),
         },
