@@ -187,6 +187,7 @@ MATRICES = {
             "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL),
             "sac-fast": SAC(actor_lr=1e-3),
             "sir-quarter": SIR(base=0.25),
+            "corners": SIR(base=0.02),  # a seventh trial, see docs/study.md
             "noise-fast-tuned": NOISE_TUNED,
         },
         TEST,
