@@ -1,10 +1,10 @@
 """How far and how fast an actor follows a critic that stands still, without anything else in the way.
 
-    python benchmarks/follow.py RUN [--agents rfm,rfm-paper] [--updates 1000 2000 4000]   # adds to results/follow.csv
+    python benchmarks/follow.py RUN [--agents rfm rfm-paper] [--updates 1000 2000 4000]   # adds to results/follow.csv
 
-RUN is a finished run of an agent with the study's critics, `sir` say. Each agent of docs/study.md starts afresh and
-learns from the run's replay while the run's critic stays as it is. On 64 replayed states, means over these, with 0 the
-mean Q of uniform actions and 1 the best found by gradient ascent from 32 of them:
+RUN is a finished run of an agent with the study's critics, `sir` say. Each agent, an `RFM` of docs/study.md, starts
+afresh and learns from the run's replay while the run's critic stays as it is. On 64 replayed states, means over these,
+with 0 the mean Q of uniform actions and 1 the best found by gradient ascent from 32 of them:
 
     one          mean Q of one particle
     best         Q of the best of 32 particles
@@ -24,31 +24,12 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
-from study import MATRICES
+from passive import CHUNK, fitted, replayed, study
 from tables import append
 
 from contraflow.agents import RFM
-from contraflow.compare.matrix import NETWORK, with_networks
-from contraflow.envs import make
 from contraflow.rl.select import First
 from contraflow.rl.temperature import gaussian_entropy
-from contraflow.train.checkpoint import latest
-from contraflow.train.run import first_carry, read_config
-
-CHUNK = 500
-AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items() if isinstance(agent, RFM)}
-
-
-@partial(jax.jit, static_argnames=("agent", "run"))
-def study(agent: RFM, run: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
-    """CHUNK updates on batches of the replay."""
-
-    def update(state, key):
-        k_sample, k_update = jr.split(key)
-        batch = buffer.sample(k_sample, run.batch_size, run.n_step, agent.critic.gamma)
-        return agent.update(state, batch, k_update)[0], None
-
-    return jax.lax.scan(update, state, jr.split(key, CHUNK))[0]
 
 
 @jax.jit
@@ -56,6 +37,7 @@ def scale(critic: Any, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.A
     """Mean Q of uniform actions and the best that ascent finds, [B] each."""
 
     def one(obs, key):
+        """Both at one state."""
         q = jax.vmap(lambda a: critic.value(obs, a))
         start = jr.uniform(key, (32, critic.members.first.weights[0].shape[1]), minval=-1.0, maxval=1.0)
 
@@ -98,14 +80,11 @@ def main(
     seed: int = 0,
 ) -> None:
     """Print and write the rows."""
-    run: Any = read_config(folder)
-    env = make(run.env, run.num_envs, run.seed)
-    k_start, k_obs, k_scale, k_init, k_learn, k_look = jr.split(jr.key(seed), 6)
-    learner = first_carry(run, folder, env, k_start, latest(folder)).learner
+    run, env, learner = replayed(folder)
+    k_obs, k_scale, k_init, k_learn, k_look = jr.split(jr.key(seed), 6)[1:]
     critic, buffer = learner.agent.critic, learner.buffer
     obs = jax.jit(lambda key: buffer.sample(key, 64, 1, 0.99))(k_obs).obs
     low, high = scale(critic, obs, k_scale)
-    shared = {name: getattr(run.agent, name) for name in NETWORK if hasattr(run.agent, name)}
     out = Path(__file__).parent / "results" / "follow.csv"
     uniform = jr.uniform(jr.clone(k_look), (obs.shape[0], 32, env.spec.action_dim), minval=-1.0, maxval=1.0)
     rows = []
@@ -120,13 +99,13 @@ def main(
     tell("uniform actions", 0, worth(critic, obs, uniform, low, high))
     tell("random corners", 0, worth(critic, obs, jnp.sign(uniform), low, high))
     for name in agents:
-        agent = with_networks(AGENTS[name], shared | {"critic": replace(run.agent.critic, lr=1e-30), "width": 64})
+        agent = replace(fitted(name, run.agent), critic=replace(run.agent.critic, lr=1e-30), width=64)
         state = jax.jit(lambda key, agent=agent: agent.init(key, env.spec))(k_init)
-        state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, critic))
+        state = eqx.tree_at(lambda s: (s.critic, s.target), state, jax.tree.map(jnp.copy, (critic, critic)))
         done = 0
         for count in sorted(updates):
             while done < count:
-                state = study(agent, run, state, buffer, jr.fold_in(k_learn, done))
+                state = study(run, agent, state, buffer, jr.fold_in(k_learn, done))
                 done += CHUNK
             tell(name, done, look(agent, state, obs, low, high, jr.clone(k_look)))
     append(out, rows)

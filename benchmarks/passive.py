@@ -1,6 +1,6 @@
 """E4 of docs/study.md: agents learn, without acting, from the replay that another agent collected.
 
-    python benchmarks/passive.py RUN [RUN ...] [--students rfm,rfm-paper] # adds to benchmarks/results/passive.csv
+    python benchmarks/passive.py RUN [RUN ...] [--students rfm rfm-paper]  # adds to benchmarks/results/passive.csv
 
 For each finished run of a matrix and each student (an agent of one of the matrices): as many updates as the run made,
 at its settings, on all that its replay holds, from fresh networks; then the evaluation of the matrix. If the ranking
@@ -20,17 +20,15 @@ from tables import append
 from contraflow.compare.matrix import NETWORK, with_networks
 from contraflow.compare.worker import SEED
 from contraflow.envs import make
-from contraflow.presets import PRESETS
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import variants
 from contraflow.train.checkpoint import latest
 from contraflow.train.evaluate import evaluate
 from contraflow.train.run import first_carry, read_config
 
-CHUNK = 1_000
-AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items()} | {
-    "rfm-paper": PRESETS["rfm-paper"].agent
-}
+CHUNK = 500
+# By name; of a name in several matrices the last, "test", so that `rfm` is the candidate.
+AGENTS = {name: agent for part in MATRICES.values() for name, agent in part.agents.items()}
 
 
 @partial(jax.jit, static_argnames=("run", "agent"), donate_argnames=("state",))
@@ -40,26 +38,33 @@ def study(run: Any, agent: Any, state: Any, buffer: Any, key: jax.Array) -> Any:
 
     def update(state, key):
         k_sample, k_update = jr.split(key)
-        return agent.update(state, buffer.sample(k_sample, run.batch_size, run.n_step, teacher.critic.gamma), k_update)[
-            0
-        ], None
+        batch = buffer.sample(k_sample, run.batch_size, run.n_step, teacher.critic.gamma)
+        return agent.update(state, batch, k_update)[0], None
 
     return jax.lax.scan(update, state, jr.split(key, CHUNK))[0]
 
 
-def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
-    """One row per rule of acting of the student `name`."""
+def replayed(folder: Path) -> tuple[Any, Any, Any]:
+    """The run, its environment, and what it had learned and replayed at its last checkpoint."""
     run: Any = read_config(folder)
     env = make(run.env, run.num_envs, run.seed)
-    k_start, k_init, k_learn, k_eval = jr.split(jr.key(run.seed), 4)
-    buffer = first_carry(run, folder, env, k_start, latest(folder)).learner.buffer
-    teacher: Any = run.agent
-    shared = {field: getattr(teacher, field) for field in NETWORK if hasattr(teacher, field)}
-    agent: Any = with_networks(AGENTS[name], shared)
+    return run, env, first_carry(run, folder, env, jr.key(run.seed), latest(folder)).learner
+
+
+def fitted(name: str, teacher: Any) -> Any:
+    """The agent of that name with the networks of another."""
+    return with_networks(AGENTS[name], {field: getattr(teacher, field) for field in NETWORK if hasattr(teacher, field)})
+
+
+def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
+    """One row per rule of acting of the student `name`."""
+    run, env, learner = replayed(folder)
+    k_init, k_learn, k_eval = jr.split(jr.key(run.seed), 3)
+    agent = fitted(name, run.agent)
     state = jax.jit(lambda key: agent.init(key, env.spec))(k_init)
     updates = (run.steps - run.collect) // run.num_envs * run.updates
     for i in range(updates // CHUNK):
-        state = study(run, agent, state, buffer, jr.fold_in(k_learn, i))
+        state = study(run, agent, state, learner.buffer, jr.fold_in(k_learn, i))
     rows = []
     judge = make(run.env, episodes, SEED)
     for rule, (rival, rival_state) in variants(Policy(agent, env.spec, run.env, state)).items():

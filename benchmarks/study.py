@@ -21,7 +21,7 @@ from contraflow.flow.onestep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, Markov, Reverse
 from contraflow.flow.proposal import Noise
-from contraflow.flow.solve import Euler
+from contraflow.flow.solve import Euler, Midpoint
 from contraflow.presets import PRESETS, STRONG
 from contraflow.rl.critics import Critics
 from contraflow.rl.select import First, Softmax
@@ -50,6 +50,8 @@ def fixed(eta: float, **fields: Any) -> RFM:
 
 
 NOISE_TUNED = fixed(0.0, temperature=Tuned(-0.5), **FOUR)
+
+LEAN = RFM(temperature=Tuned(-0.5), solver=Midpoint(steps=2), **(SEVERAL | {"query": First()}))
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ MATRICES = {
             "sir-quarter": SIR(base=0.25),
             "corners": SIR(base=0.02),  # a seventh trial, see docs/study.md
             "noise-fast-tuned": NOISE_TUNED,
+            "rfm-lean": LEAN,  # of the candidate, below 1/15 of the operations of `rfm-paper` at equal width
         },
         TEST,
     ),
