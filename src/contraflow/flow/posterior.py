@@ -2,8 +2,8 @@
 
 `Reverse` needs only the unnormalised density pi of x1: self-normalised importance sampling with a Stein control variate
 (Reverse Flow Matching, 2601.08136); `Pooled` joins several such estimates. `Markov` starts at the policy's own
-endpoints and moves them by Markov steps: no bias once the policy is right. `Local` looks at pi in x_t only. `FromData`
-needs samples of pi (flow matching).
+endpoints and moves them by Markov steps, `Gibbs` one coordinate after another: no bias once the policy is right.
+`Local` looks at pi in x_t only. `FromData` needs samples of pi (flow matching).
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -20,11 +20,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float, Int
 
 from contraflow.flow.density import LogDensity, log_normal
 from contraflow.flow.path import AbstractPath, Scalar, Vector
 from contraflow.flow.proposal import Mixture, Noise, Particles, Proposal, Support, systematic
+from contraflow.flow.strata import Strata
 from contraflow.types import PRNGKey
 
 Weights = Float[Array, " K"]
@@ -227,9 +229,7 @@ class Markov:
         def log_weight(u):
             return log_p(u) - self.proposal.log_prob(u, path, x_t, t, support)
 
-        # Starts: the policy's endpoints, as often as they explain x_t.
-        likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, a * u, b))(support))
-        starts = systematic(k_starts, likelihood, chains)
+        starts = _starts(k_starts, path, x_t, t, support)
 
         # Global: each start competes with the same fresh candidates.
         fresh = self.proposal.sample(k_candidates, path, x_t, t, self.samples - 1, support)
@@ -269,6 +269,82 @@ class Markov:
         means, ess = jax.vmap(chain)(starts, *keys)
         eta = weight * (a / b) ** 2 if self.sizes else 0.0
         return Posterior(means.mean(0), jnp.full_like(x_t, eta), ess.mean())
+
+
+def _starts(key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, support: Candidates) -> Int[Array, " K"]:
+    """Where as many chains as endpoints start: at each as often as it explains x_t."""
+    likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, path.alpha(t) * u, path.beta(t)))(support))
+    return systematic(key, likelihood, support.shape[0])
+
+
+@dataclass(frozen=True)
+class Gibbs:
+    """As `Markov`, but the kernel renews one coordinate after another, in random order.
+
+    Coordinate j of the start competes with `samples` - 1 candidates, all other coordinates being as they are by then:
+    one is picked by the weight pi(u) N(x_t,j; alpha u_j, beta^2) / q_j(u_j), and the weighted mean of all is the
+    estimate of E[x1_j | x_t]. q is `Strata`, nearly the posterior but for the critic; of n candidates one lies in each
+    n-th of its probability, the start in its own. That leaves the posterior invariant: wherever a draw of it lies, the
+    other n - 1 are drawn as they would be around any other. So the estimate is unbiased where the policy is right, and
+    its variance is that of a sum over a grid in one dimension, not that of importance sampling in d.
+
+    A sweep forgets its start as far as coordinates are independent given x_t; where the critic ties them, `Markov`'s
+    gradients may move further. `eta` is 0, `ess` the mean over coordinates in [1, samples]. Critic calls for each
+    endpoint: 1 + d (samples - 1), d in turn. Raises ValueError for samples < 2 or a call without `support`.
+    """
+
+    samples: int = 8
+
+    def __post_init__(self):
+        if self.samples < 2:
+            raise ValueError(f"Gibbs(samples={self.samples}): needs at least one candidate beside the start")
+
+    def __call__(
+        self,
+        key: PRNGKey,
+        path: AbstractPath,
+        log_pi: LogDensity,
+        x_t: Vector,
+        t: Scalar,
+        support: Support = None,
+    ) -> Posterior:
+        """x_t: [d], t: [] with beta_t > 0; support: [P, d], of which the first is the endpoint noised to x_t."""
+        if support is None:
+            raise ValueError("Gibbs starts at the endpoint that was noised to x_t: pass support=[P, d], that one first")
+        k_starts, k_chains = jr.split(key)
+        d, n = x_t.shape[0], self.samples
+        a, b = path.alpha(t), path.beta(t)
+        strata = jax.vmap(lambda x: Strata.fit(path, x, t))(x_t)
+
+        def chain(start, key):
+            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
+            k_fresh, k_order, k_pick = jr.split(key, 3)
+            u = support[start]
+            rank, log_q = jax.vmap(Strata.rank)(strata, u)
+            shift, place = jnp.arange(1.0, n), jr.uniform(k_fresh, (d, n - 1))
+            ranks = ((jnp.floor(n * rank)[:, None] + shift[None]) % n + place) / n
+            fresh, log_q_fresh = jax.vmap(lambda q, r: jax.vmap(q.quantile)(r))(strata, ranks)
+            values = jnp.concatenate([u[:, None], fresh], axis=1)
+            log_q = jnp.concatenate([log_q[:, None], log_q_fresh], axis=1)
+            log_ratio = norm.logpdf(x_t[:, None], a * values, b) - log_q
+
+            def renew(state, inputs):
+                """One coordinate; state (u, log pi(u))."""
+                u, p = state
+                j, gumbel = inputs
+                trials = jnp.repeat(u[None], n - 1, axis=0).at[:, j].set(fresh[j])
+                log_p = jnp.concatenate([p[None], jax.vmap(log_pi)(trials)])
+                log_w = log_p + log_ratio[j]
+                w, picked = jax.nn.softmax(log_w), jnp.argmax(log_w + gumbel)
+                state = u.at[j].set(values[j, picked]), log_p[picked]
+                return state, (w @ values[j], 1.0 / jnp.sum(w**2))
+
+            order = jr.permutation(k_order, d)
+            _, (means, ess) = jax.lax.scan(renew, (u, log_pi(u)), (order, jr.gumbel(k_pick, (d, n))))
+            return jnp.zeros_like(u).at[order].set(means), ess.mean()
+
+        means, ess = jax.vmap(chain)(_starts(k_starts, path, x_t, t, support), jr.split(k_chains, support.shape[0]))
+        return Posterior(means.mean(0), jnp.zeros_like(x_t), ess.mean())
 
 
 @dataclass(frozen=True)
@@ -349,4 +425,4 @@ class FromData:
         return Posterior(w @ support, jnp.zeros_like(x_t), 1.0 / jnp.sum(w**2))
 
 
-Estimator = Reverse | Markov | Pooled | Local | FromData
+Estimator = Reverse | Markov | Gibbs | Pooled | Local | FromData
