@@ -31,7 +31,7 @@ from tables import write
 
 from contraflow.flow.density import Separable
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, Markov, MinVariance, Posterior, Reverse
+from contraflow.flow.posterior import Fixed, Gibbs, Markov, MinVariance, Posterior, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Ramp, UniformAction
 
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
@@ -164,10 +164,10 @@ def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature:
     mixture = Mixture((Noise(), UniformAction()), Ramp(0.1, 0.3, 0.9))
     rivals = {name: e for name, e in estimators().items() if name.endswith(" 100") and "mixture" not in name}
     rivals["constant"] = Constant()
-    # Name: estimator, endpoints.
+    # Name: estimator, endpoints. Of `Gibbs` one sweep within 100 calls, and the default.
     ours = {
         "mixture 100": (Reverse(100, mixture, Fixed(0)), 1),
-        "Markov, default, 21 calls": (Markov(), 1),
+        "Markov, 1 x 4 steps, 21 calls": (Markov(), 1),
         "Markov, 8 x 2 steps, 47 calls": (Markov(16, mixture, (1.0,) * 2), 8),
         "Markov, 1 x 83 steps": (Markov(16, mixture, (1.0,) * 83), 1),
         "Markov, 8 x 8 steps, 95 calls": (Markov(16, mixture, (1.0,) * 8), 8),
@@ -179,7 +179,8 @@ def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature:
             target = Separable.two_modes(d, temperature)
             keys = [jr.key(seed + 1000 * d + i) for i in range(len(TIMES))]
             best = [float("inf")] * len(TIMES)
-            for name, (estimator, endpoints) in ({k: (e, 1) for k, e in rivals.items()} | ours).items():
+            sweeps = {f"Gibbs, {1 + d * (n - 1)} calls": (Gibbs(n), 1) for n in (1 + 99 // d, 5)}
+            for name, (estimator, endpoints) in ({k: (e, 1) for k, e in rivals.items()} | ours | sweeps).items():
                 for i, (t, key) in enumerate(zip(TIMES, keys, strict=True)):
                     b, v, ess = measure(
                         Given(estimator), 0.0, target, jnp.asarray(t), states, repeats, key, policy, endpoints

@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.density import Gaussian, GaussianMixture, Separable
+from contraflow.flow.density import Gaussian, GaussianMixture, Separable, log_normal
 from contraflow.flow.path import Linear
 from contraflow.flow.posterior import Fixed, Gibbs, Markov, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles
@@ -58,27 +58,46 @@ def test_unbiased_with_several_endpoints(t):
     assert residuals(estimator, SIX, jr.key(3), 40_000, jnp.asarray(t), 5).max() < 4.0
 
 
-@pytest.mark.parametrize("t", [0.15, 0.5, 0.85])
-@pytest.mark.parametrize("endpoints", [1, 4])
-def test_gibbs_is_unbiased_where_coordinates_hang_together(t, endpoints):
-    """Two modes on a diagonal, and u far out, where the strata's tails are: a sweep hardly moves, and stays right."""
-    target = GaussianMixture(jnp.array([[1.0, 1.0, 1.0], [-3.0, -3.0, -3.0]]), 0.3, jnp.array([0.3, 0.7]))
-    assert residuals(Gibbs(3), target, jr.key(4), 40_000, jnp.asarray(t), endpoints).max() < 4.0
+@pytest.mark.parametrize(("modes", "std"), [((1.0, -1.0), 0.5), ((1.0, -3.0), 0.3)], ids=["near", "far"])
+@pytest.mark.parametrize(("t", "endpoints"), [(0.5, 1), (0.15, 4), (0.85, 4)])
+def test_gibbs_is_unbiased_where_coordinates_hang_together(modes, std, t, endpoints):
+    """Two modes on a diagonal; far: u out in the strata's tails, where a sweep hardly moves."""
+    target = GaussianMixture(jnp.outer(jnp.array(modes), jnp.ones(3)), std, jnp.array([0.3, 0.7]))
+    draws = 160_000 // endpoints
+    assert residuals(Gibbs(3), target, jr.key(4), draws, jnp.asarray(t), endpoints).max() < 4.0
 
 
-@pytest.mark.parametrize("policy", [0.0, 2.0])
-def test_a_sweep_forgets_a_wrong_endpoint_where_coordinates_are_independent(policy):
-    """In 20 dimensions, where 1 600 candidates drawn for all coordinates at once do not."""
+def test_a_sweep_renews_each_coordinate_given_the_others_by_then():
+    """With many candidates the mean is that of two exact steps, in either order, by quadrature."""
+    target = GaussianMixture(jnp.array([[0.8, 0.8], [-0.8, -0.8]]), 0.5, jnp.array([0.3, 0.7]))
+    x_t, t, start = jnp.array([0.1, 0.0]), jnp.asarray(0.3), jnp.array([1.0, 0.4])
+    u = jnp.linspace(-4.0, 4.0, 801)
+    pairs = jnp.stack(jnp.meshgrid(u, u, indexing="ij"), -1).reshape(-1, 2)
+    log_p = jax.vmap(lambda u: target(u) + log_normal(x_t, t * u, 1 - t))(pairs).reshape(801, 801)
+
+    def means(log_p, second):
+        """(first, second) renewed in that order, the second starting at `second`."""
+        p_first = jax.nn.softmax(log_p[:, jnp.argmin(jnp.abs(u - second))])
+        return p_first @ u, p_first @ (jax.nn.softmax(log_p, axis=1) @ u)
+
+    forwards, backwards = means(log_p, start[1]), means(log_p.T, start[0])
+    exact = jnp.stack([(forwards[0] + backwards[1]) / 2, (forwards[1] + backwards[0]) / 2])
+    run = jax.jit(jax.vmap(lambda k: Gibbs(64)(k, Linear(), target, x_t, t, start[None]).mean))
+    np.testing.assert_allclose(run(jr.split(jr.key(0), 20_000)).mean(0), exact, atol=0.01)
+
+
+def test_a_sweep_forgets_a_wrong_endpoint_where_coordinates_are_independent():
+    """In 20 dimensions, where 400 candidates drawn for all coordinates at once do not."""
     target, t = Separable.two_modes(20, 0.3), jnp.asarray(0.3)
     x_t = Linear().perturb(jr.normal(jr.key(0), (20,)), target.sample(jr.key(1), 1)[0], t)
     exact = target.posterior_mean(Linear(), x_t, t)
 
     def error(estimator):
-        run = jax.vmap(lambda k: estimator(k, Linear(), target, x_t, t, jnp.full((1, 20), policy)).mean)
-        return jnp.sqrt(jnp.mean((jax.jit(run)(jr.split(jr.key(2), 500)).mean(0) - exact) ** 2))
+        run = jax.vmap(lambda k: estimator(k, Linear(), target, x_t, t, jnp.full((1, 20), 2.0)).mean)
+        return jnp.sqrt(jnp.mean((jax.jit(run)(jr.split(jr.key(2), 300)).mean(0) - exact) ** 2))
 
-    assert error(Gibbs(16)) < 0.02
-    assert error(Markov(1600, sizes=())) > 0.1
+    assert error(Gibbs(16)) < 0.04
+    assert error(Markov(400, sizes=())) > 0.1
 
 
 def test_several_endpoints_are_less_noise():

@@ -322,7 +322,8 @@ class Gibbs:
             u = support[start]
             rank, log_q = jax.vmap(Strata.rank)(strata, u)
             shift, place = jnp.arange(1.0, n), jr.uniform(k_fresh, (d, n - 1))
-            ranks = ((jnp.floor(n * rank)[:, None] + shift[None]) % n + place) / n
+            own = jnp.minimum(jnp.floor(n * rank), n - 1)
+            ranks = ((own[:, None] + shift[None]) % n + place) / n
             fresh, log_q_fresh = jax.vmap(lambda q, r: jax.vmap(q.quantile)(r))(strata, ranks)
             values = jnp.concatenate([u[:, None], fresh], axis=1)
             log_q = jnp.concatenate([log_q[:, None], log_q_fresh], axis=1)
