@@ -36,6 +36,7 @@ MARKOV = {
     "langevin": Markov(1, sizes=(2.5,) * 6, control=0.0),
     "both": Markov(4, sizes=(1.0, 3.0), control=0.5),
     "gibbs": Gibbs(3),
+    "sweeps": Gibbs(3, sweeps=3),
 }
 QUICK = ("resampling", "both", "gibbs")
 SIX = Separable.two_modes(6, 0.5)
@@ -146,6 +147,8 @@ def test_forgets_a_wrong_endpoint():
 
     few, many = (error(Markov(1, sizes=(1.0,) * n, control=0.0)) for n in (2, 60))
     assert few > 0.3 and many < 0.02
+    few, many = (error(Gibbs(2, n)) for n in (1, 30))
+    assert few > 0.3 and many < 0.02
     assert error(Markov(32, Noise(), sizes=())) < 0.05  # importance weights alone leave only their bias
 
 
@@ -156,8 +159,9 @@ def test_refusals():
         Gibbs()(jr.key(0), Linear(), SIX, jnp.zeros(6), jnp.asarray(0.5))
     with pytest.raises(ValueError, match="at least one candidate"):
         Markov(samples=0)
-    with pytest.raises(ValueError, match="beside the start"):
-        Gibbs(samples=1)
+    for wrong in ({"samples": 1}, {"sweeps": 0}):
+        with pytest.raises(ValueError, match="beside the start and one sweep"):
+            Gibbs(**wrong)
     with pytest.raises(ValueError, match="positive"):
         Markov(sizes=(1.0, 0.0))
     with pytest.raises(ValueError, match="not Particles"):

@@ -289,15 +289,17 @@ class Gibbs:
     its variance is that of a sum over a grid in one dimension, not that of importance sampling in d.
 
     A sweep forgets its start as far as coordinates are independent given x_t; where the critic ties them, `Markov`'s
-    gradients may move further. `eta` is 0, `ess` the mean over coordinates in [1, samples]. Critic calls for each
-    endpoint: 1 + d (samples - 1), d in turn. Raises ValueError for samples < 2 or a call without `support`.
+    gradients may move further. Of several sweeps the second half is averaged. `eta` is 0, `ess` the mean over
+    coordinates in [1, samples]. Critic calls for each endpoint: 1 + sweeps d (samples - 1), sweeps d in turn. Raises
+    ValueError for samples < 2, sweeps < 1 or a call without `support`.
     """
 
     samples: int = 8
+    sweeps: int = 1
 
     def __post_init__(self):
-        if self.samples < 2:
-            raise ValueError(f"Gibbs(samples={self.samples}): needs at least one candidate beside the start")
+        if self.samples < 2 or self.sweeps < 1:
+            raise ValueError(f"{self}: needs at least one candidate beside the start and one sweep")
 
     def __call__(
         self,
@@ -316,21 +318,19 @@ class Gibbs:
         a, b = path.alpha(t), path.beta(t)
         strata = jax.vmap(lambda x: Strata.fit(path, x, t))(x_t)
 
-        def chain(start, key):
-            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
-            k_fresh, k_order, k_pick = jr.split(key, 3)
-            u = support[start]
-            rank, log_q = jax.vmap(Strata.rank)(strata, u)
-            shift, place = jnp.arange(1.0, n), jr.uniform(k_fresh, (d, n - 1))
-            own = jnp.minimum(jnp.floor(n * rank), n - 1)
+        def sweep(state, inputs):
+            """Every coordinate once; state (u, log pi(u))."""
+            place, order, gumbel = inputs
+            rank, log_q = jax.vmap(Strata.rank)(strata, state[0])
+            own, shift = jnp.minimum(jnp.floor(n * rank), n - 1), jnp.arange(1.0, n)
             ranks = ((own[:, None] + shift[None]) % n + place) / n
             fresh, log_q_fresh = jax.vmap(lambda q, r: jax.vmap(q.quantile)(r))(strata, ranks)
-            values = jnp.concatenate([u[:, None], fresh], axis=1)
+            values = jnp.concatenate([state[0][:, None], fresh], axis=1)
             log_q = jnp.concatenate([log_q[:, None], log_q_fresh], axis=1)
             log_ratio = norm.logpdf(x_t[:, None], a * values, b) - log_q
 
             def renew(state, inputs):
-                """One coordinate; state (u, log pi(u))."""
+                """One coordinate."""
                 u, p = state
                 j, gumbel = inputs
                 trials = jnp.repeat(u[None], n - 1, axis=0).at[:, j].set(fresh[j])
@@ -340,9 +340,18 @@ class Gibbs:
                 state = u.at[j].set(values[j, picked]), log_p[picked]
                 return state, (w @ values[j], 1.0 / jnp.sum(w**2))
 
-            order = jr.permutation(k_order, d)
-            _, (means, ess) = jax.lax.scan(renew, (u, log_pi(u)), (order, jr.gumbel(k_pick, (d, n))))
-            return jnp.zeros_like(u).at[order].set(means), ess.mean()
+            state, (means, ess) = jax.lax.scan(renew, state, (order, gumbel))
+            return state, (jnp.zeros_like(means).at[order].set(means), ess.mean())
+
+        def chain(start, key):
+            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
+            k_fresh, k_order, k_pick = jr.split(key, 3)
+            place = jr.uniform(k_fresh, (self.sweeps, d, n - 1))
+            order = jnp.argsort(jr.uniform(k_order, (self.sweeps, d)), axis=1)
+            gumbel = jr.gumbel(k_pick, (self.sweeps, d, n))
+            u = support[start]
+            _, (means, ess) = jax.lax.scan(sweep, (u, log_pi(u)), (place, order, gumbel))
+            return means[self.sweeps // 2 :].mean(0), ess.mean()
 
         means, ess = jax.vmap(chain)(_starts(k_starts, path, x_t, t, support), jr.split(k_chains, support.shape[0]))
         return Posterior(means.mean(0), jnp.zeros_like(x_t), ess.mean())
