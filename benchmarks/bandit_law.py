@@ -30,6 +30,7 @@ from contraflow.flow.solve import Euler, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First
+from contraflow.rl.temperature import Constant
 from contraflow.types import EnvSpec, Transition
 
 SLOPES = (0.0, 2.0)
@@ -70,9 +71,10 @@ def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
 
 
 def prepare(agent: RFM, width: int = 64) -> RFM:
-    """The agent with one particle and a critic that stays where it is put."""
+    """The agent with one particle and temperature, and a critic that stays where it is put."""
     frozen = replace(agent.critic, members=1, width=1, depth=1, lr=1e-30)
-    return replace(agent, width=width, critic=frozen, backup=First(), query=First(), exploit=First())
+    one = {"backup": First(), "query": First(), "exploit": First()}
+    return replace(agent, width=width, critic=frozen, temperature=Constant(0.02), **one)
 
 
 def start(agent: RFM, dim: int, slope: jax.Array, key: jax.Array) -> RFMState:

@@ -36,6 +36,10 @@ SETTINGS = matrix.Settings(
 )  # fmt: skip
 FALLING = Anneal(0.2, 0.02, steps=16_000)
 FINE = Markov(sizes=(1.0, 0.3, 0.1, 0.03), control=0.1)
+WAS: dict[str, Any] = {
+    "estimator": Markov(), "solver": Midpoint(3), "temperature": Constant(0.02), "actor_lr": 3e-4,
+    "explore": Softmax(8), "backup": Softmax(8),
+}  # fmt: skip
 ONE: dict[str, Any] = {"explore": First(), "backup": First()}
 FAST: dict[str, Any] = {"actor_lr": 1e-3, "explore": Softmax(32), "backup": First()}
 FOUR: dict[str, Any] = FAST | {"backup": Softmax(4)}
@@ -43,15 +47,20 @@ SEVERAL: dict[str, Any] = FOUR | {"query": First(8), "estimator": Markov(sizes=(
 ONE_STEP: dict[str, Any] = SEVERAL | {"backup": Softmax(32), "solver": Euler(1), "objective": MeanFlow()}
 
 
+def was(**fields: Any) -> RFM:
+    """RFM as its default was until the end of the study."""
+    return RFM(**(WAS | fields))
+
+
 def fixed(eta: float, **fields: Any) -> RFM:
     """RFM with candidates from noise, as many as the default asks the critic for, and a fixed control weight: 0 is
     noise-expectation (QNE), 1 gradient-expectation (iDEM, DQS)."""
-    return RFM(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **(ONE | fields))
+    return was(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **(ONE | fields))
 
 
 NOISE_TUNED = fixed(0.0, temperature=Tuned(-0.5), **FOUR)
 
-LEAN = RFM(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(steps=2), **FOUR)
+LEAN = was(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(2), **FOUR)
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,8 @@ MATRICES = {
     # Two trials for everyone: temperature constant or falling; for SAC the rate of the actor.
     "development": Matrix(
         {
-            "rfm": RFM(**ONE),
-            "rfm-falling": RFM(temperature=FALLING, **ONE),
+            "rfm": was(**ONE),
+            "rfm-falling": was(temperature=FALLING, **ONE),
             "noise": fixed(0.0),
             "noise-falling": fixed(0.0, temperature=FALLING),
             "gradient": fixed(1.0),
@@ -98,12 +107,12 @@ MATRICES = {
     # E5, the particles and the chain: one choice of the default at a time.
     "parts": Matrix(
         {
-            "rfm-fine": RFM(estimator=FINE, **ONE),
-            "rfm-fine-falling": RFM(estimator=FINE, temperature=FALLING, **ONE),
-            "rfm-8": RFM(),
-            "rfm-8-acting": RFM(backup=First()),
-            "rfm-8-backup": RFM(explore=First()),
-            "rfm-kappa-half": RFM(base=0.5, **ONE),
+            "rfm-fine": was(estimator=FINE, **ONE),
+            "rfm-fine-falling": was(estimator=FINE, temperature=FALLING, **ONE),
+            "rfm-8": was(),
+            "rfm-8-acting": was(backup=First()),
+            "rfm-8-backup": was(explore=First()),
+            "rfm-kappa-half": was(base=0.5, **ONE),
         },
         DEVELOPMENT,
     ),
@@ -111,24 +120,24 @@ MATRICES = {
     # of 32 is picked.
     "why": Matrix(
         {
-            "cold": RFM(temperature=Constant(0.005)),
-            "colder": RFM(temperature=Constant(0.001)),
-            "rfm-32": RFM(explore=Softmax(32), backup=Softmax(32)),
-            "saturated-32": RFM(base=0.25, explore=Softmax(32), backup=Softmax(32)),
-            "tuned-half": RFM(temperature=Tuned(-0.5)),
-            "tuned-one": RFM(temperature=Tuned(-1.0)),
+            "cold": was(temperature=Constant(0.005)),
+            "colder": was(temperature=Constant(0.001)),
+            "rfm-32": was(explore=Softmax(32), backup=Softmax(32)),
+            "saturated-32": was(base=0.25, explore=Softmax(32), backup=Softmax(32)),
+            "tuned-half": was(temperature=Tuned(-0.5)),
+            "tuned-one": was(temperature=Tuned(-1.0)),
             # A faster actor, which is what SAC gained from; many particles only where they cost no update.
-            "fast": RFM(**FAST),
-            "fast-saturated": RFM(base=0.25, **FAST),
+            "fast": was(**FAST),
+            "fast-saturated": was(base=0.25, **FAST),
             # Eight endpoints for each x_t: less noise in the target for 47 instead of 21 calls.
-            "fast-several": RFM(query=First(8), estimator=Markov(sizes=(1.0, 1.0)), **FAST),
-            "fast-tuned": RFM(temperature=Tuned(-0.5), **FOUR),
-            "fast-tuned-zero": RFM(temperature=Tuned(0.0), **FOUR),
-            "fast-tuned-one": RFM(temperature=Tuned(-1.0), **FOUR),
-            "fast-tuned-quick": RFM(temperature=Tuned(-0.5, start=0.02, rate=3e-3), **FOUR),
-            "tuned-saturated": RFM(temperature=Tuned(-0.5), base=0.25, explore=Softmax(32), backup=Softmax(4)),
-            "fast-tuned-several": RFM(temperature=Tuned(-0.5), **SEVERAL),
-            "fast-tuned-one-several": RFM(temperature=Tuned(-1.0), **SEVERAL),
+            "fast-several": was(query=First(8), estimator=Markov(sizes=(1.0, 1.0)), **FAST),
+            "fast-tuned": was(temperature=Tuned(-0.5), **FOUR),
+            "fast-tuned-zero": was(temperature=Tuned(0.0), **FOUR),
+            "fast-tuned-one": was(temperature=Tuned(-1.0), **FOUR),
+            "fast-tuned-quick": was(temperature=Tuned(-0.5, start=0.02, rate=3e-3), **FOUR),
+            "tuned-saturated": was(temperature=Tuned(-0.5), base=0.25, explore=Softmax(32), backup=Softmax(4)),
+            "fast-tuned-several": was(temperature=Tuned(-0.5), **SEVERAL),
+            "fast-tuned-one-several": was(temperature=Tuned(-1.0), **SEVERAL),
         },
         ("WalkerWalk-v1", "CartpoleSwingup-v1"),
     ),
@@ -153,10 +162,10 @@ MATRICES = {
     # The candidate with an actor that acts in one evaluation, against ten Euler steps.
     "one": Matrix(
         {
-            "ten": RFM(solver=Euler(10), temperature=Tuned(-0.5), **SEVERAL),
-            "one": RFM(solver=Euler(1), objective=MeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
-            "one-shortcut": RFM(solver=Euler(1), objective=Shortcut(), temperature=Tuned(-0.5), **SEVERAL),
-            "one-split": RFM(solver=Euler(1), objective=SplitMeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
+            "ten": was(solver=Euler(10), temperature=Tuned(-0.5), **SEVERAL),
+            "one": was(solver=Euler(1), objective=MeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
+            "one-shortcut": was(solver=Euler(1), objective=Shortcut(), temperature=Tuned(-0.5), **SEVERAL),
+            "one-split": was(solver=Euler(1), objective=SplitMeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
@@ -164,18 +173,18 @@ MATRICES = {
     # actor of one evaluation has 32 particles in the backup at the cost of four of the candidate's.
     "second": Matrix(
         {
-            "start": RFM(temperature=Tuned(-0.5, start=0.02), **SEVERAL),
+            "start": was(temperature=Tuned(-0.5, start=0.02), **SEVERAL),
             "rfm-lean": LEAN,
-            "one-32": RFM(temperature=Tuned(-0.5, start=0.02), **ONE_STEP),
-            "one-32-cold": RFM(temperature=Tuned(-1.0, start=0.02), **ONE_STEP),
-            "one-32-constant": RFM(temperature=Constant(0.004), **ONE_STEP),
+            "one-32": was(temperature=Tuned(-0.5, start=0.02), **ONE_STEP),
+            "one-32-cold": was(temperature=Tuned(-1.0, start=0.02), **ONE_STEP),
+            "one-32-constant": was(temperature=Constant(0.004), **ONE_STEP),
         },
         DEVELOPMENT,
     ),
     # The critic's share and the flow's: the same critics for both, and no normalised observations without them.
     "max": Matrix(
         {
-            "rfm-max": RFM(normalise_obs=True, temperature=Tuned(-0.5), **SEVERAL),
+            "rfm-max": was(normalise_obs=True, temperature=Tuned(-0.5), **SEVERAL),
             "sac-max": SAC(normalise_obs=True, actor_lr=1e-3, init_alpha=0.1),
             "sir-max": SIR(normalise_obs=True),
         },
@@ -187,7 +196,7 @@ MATRICES = {
     "test": Matrix(
         {
             "rfm-paper": PRESETS["rfm-paper"].agent,
-            "rfm": RFM(temperature=Tuned(-0.5), **SEVERAL),
+            "rfm": was(temperature=Tuned(-0.5), **SEVERAL),
             "sac-fast": SAC(actor_lr=1e-3),
             "sir-quarter": SIR(base=0.25),
             "corners": SIR(base=0.02),  # a seventh trial, see docs/study.md

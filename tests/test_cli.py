@@ -17,7 +17,7 @@ from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
 from contraflow.config import members
 from contraflow.flow.path import Cosine
-from contraflow.flow.posterior import Fixed, Markov, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, Gibbs, Markov, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Heun
 from contraflow.presets import PRESETS
@@ -42,7 +42,7 @@ BASE = PRESETS["rfm"]
 AGENT = BASE.agent
 assert isinstance(AGENT, RFM)
 ESTIMATOR = AGENT.estimator
-assert isinstance(ESTIMATOR, Markov)
+assert isinstance(ESTIMATOR, Gibbs)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ assert isinstance(ESTIMATOR, Markov)
             replace(AGENT, estimator=Reverse(samples=9, proposal=UniformAction())),
         ),
         (
-            "agent.estimator.proposal.shares:tuple-float-ellipsis .2 .8",
-            replace(AGENT, estimator=replace(ESTIMATOR, proposal=Mixture(shares=(0.2, 0.8)))),
+            "agent.estimator:markov agent.estimator.proposal.shares:tuple-float-ellipsis .2 .8",
+            replace(AGENT, estimator=Markov(proposal=Mixture(shares=(0.2, 0.8)))),
         ),
         (
             "agent.temperature:anneal --agent.temperature.start 1 agent.behaviour:anneal",

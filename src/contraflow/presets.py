@@ -7,9 +7,9 @@ from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3
 from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson
 from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.path import VE, VP, Cosine
-from contraflow.flow.posterior import Fixed, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior import Fixed, Local, Markov, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Noise, TruncatedNoise
-from contraflow.flow.solve import Euler
+from contraflow.flow.solve import Euler, Midpoint
 from contraflow.nets.heads import Categorical
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
@@ -39,7 +39,8 @@ RFM_PAPER = RFM(
 
 # The family at its papers' defaults: networks of 256, no clipping. Deviations: docs/online.md.
 WIDE = Critics(width=256, lr=3e-4, max_grad_norm=None)
-OWN: dict[str, Any] = {"explore": First(), "backup": First(), "width": 256, "critic": WIDE, "max_grad_norm": None}
+ONE: dict[str, Any] = {"explore": First(), "backup": First()}
+OWN: dict[str, Any] = ONE | {"width": 256, "actor_lr": 3e-4, "critic": WIDE, "max_grad_norm": None}
 IN_BOX: dict[str, Any] = OWN | {"bounds": "box", "predict": "noise", "solver": Euler(20)}
 BEST: dict[str, Any] = {"explore": Argmax(32), "backup": Argmax(32)}
 KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # of 32 candidates: log 32 - 2
@@ -132,9 +133,11 @@ PRESETS: dict[str, AnyRun] = {
     "rfm-cartpole": Run(
         env="envpool:CartpoleSwingup-v1",
         agent=RFM(
-            explore=First(),
-            backup=First(),
+            estimator=Markov(),
+            solver=Midpoint(steps=3),
+            **ONE,
             temperature=Anneal(0.2, 0.02, steps=50_000),
+            actor_lr=3e-4,
             critic=Critics(tau=0.02, decay_steps=58_000),
             embedding=32,
             decay_steps=58_000,

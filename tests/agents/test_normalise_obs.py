@@ -17,6 +17,7 @@ from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.running import Running, look
 from contraflow.rl.select import Argmax, First, Softmax
+from contraflow.rl.temperature import Constant
 from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
@@ -27,7 +28,7 @@ SAMPLER = FlowPolicy(steps=2, width=8, depth=1, embedding=4)
 AGENTS = {
     "rfm": RFM(
         embedding=4, estimator=Reverse(4, Noise(), Fixed(0.0)), solver=Euler(2), backup=First(), explore=Softmax(3),
-        exploit=Argmax(3), **SMALL,
+        exploit=Argmax(3), temperature=Constant(0.02), **SMALL,
     ),
     "pmd": PMD(policy=SAMPLER, candidates=4, explore=Softmax(3), exploit=Argmax(3), critic=CRITIC),
     "sir": SIR(explore=Softmax(64), backup=Softmax(3), exploit=Argmax(64), critic=CRITIC),

@@ -98,8 +98,8 @@ def test_an_interrupted_cell_is_not_failed_and_goes_on(tmp_path: Path, monkeypat
 
 
 def test_the_cost_of_an_action():
-    assert acting_cost(PRESETS["rfm"].agent) == Cost(32, 6, 32)
-    assert acting_cost(RFM(exploit=First(3))) == Cost(3, 6, 0)
+    assert acting_cost(PRESETS["rfm"].agent) == Cost(32, 4, 32)
+    assert acting_cost(RFM(exploit=First(3))) == Cost(3, 4, 0)
     assert acting_cost(PRESETS["dpmd"].agent) == Cost(10, 20, 10)
     assert acting_cost(PRESETS["dacer"].agent) == Cost(1, 20, 0)
     assert acting_cost(PRESETS["td3"].agent) == Cost(1, 1, 0)
@@ -136,7 +136,7 @@ def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: P
     costs = [
         row["cost"] and (row["cost"]["particles"], row["cost"]["nfe"], row["cost"]["critic_calls"]) for row in rows
     ]
-    assert costs == [(32, 6, 32), (1, 6, 0), (32, 0, 32), (32, 6, 32), None]
+    assert costs == [(32, 4, 32), (1, 4, 0), (32, 0, 32), (32, 4, 32), None]
     assert seen[1].exploit.particles == 1 and seen[2].exploit.particles == 32
     for found, trained in zip(critics[:4], [states[0]] * 3 + [states[1]], strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(found, jax.tree.leaves(trained.critic), strict=True))

@@ -22,7 +22,7 @@ from contraflow.agents.sir import SIR
 from contraflow.agents.td3 import TD3
 from contraflow.config import from_json, to_json
 from contraflow.flow.onestep import MeanFlow
-from contraflow.flow.posterior import Fixed, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior import Fixed, Markov, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
 from contraflow.nets.heads import Quantile
@@ -39,16 +39,14 @@ B = 8
 CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
 SMALL = {"width": 8, "depth": 1, "critic": CRITIC}
 PICKS = {"explore": Softmax(3), "backup": Softmax(3), "exploit": Argmax(3)}
-FLOW = SMALL | PICKS | {"embedding": 4, "actor_lr": 1e-2, "solver": Euler(2)}
+FLOW = SMALL | PICKS | {"embedding": 4, "actor_lr": 1e-2, "solver": Euler(2), "temperature": Constant(0.02)}
 POOL = Reverse(4, Noise(), Fixed(0.0)), Reverse(4, Particles(0.3), Fixed(0.0))
 
 TABLE: dict[str, Any] = {
     "rfm": RFM(**FLOW),
-    "rfm-paper": RFM(
-        **FLOW, estimator=Reverse(8, Noise(), MinVariance()), condition_on_temperature=True, temperature=Constant(0.02)
-    ),
+    "rfm-paper": RFM(**FLOW, estimator=Reverse(8, Noise(), MinVariance()), condition_on_temperature=True),
     "rfm-gradient": RFM(
-        **FLOW, estimator=Reverse(8, Noise(), Fixed(1.0)), endpoint="buffer", temperature=Anneal(0.5, 0.1, 10)
+        **(FLOW | {"temperature": Anneal(0.5, 0.1, 10)}), estimator=Reverse(8, Noise(), Fixed(1.0)), endpoint="buffer"
     ),
     "rfm-particles": RFM(
         **FLOW,
@@ -56,7 +54,7 @@ TABLE: dict[str, Any] = {
         behaviour=Constant(0.1),
     ),
     "rfm-one": RFM(**(FLOW | {"solver": Euler(1), "objective": MeanFlow(), "estimator": Pooled(POOL)})),
-    "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4)}), temperature=Tuned(rate=0.1)),
+    "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4), "temperature": Tuned(rate=0.1), "estimator": Markov(4)})),
     "pmd": PMD(
         policy=FlowPolicy(steps=2, width=8, depth=1, embedding=4),
         candidates=4,

@@ -92,7 +92,7 @@ def test_what_the_page_says(page: Path):
         "sac: 1 runs are left out of the aggregates",
         "mean over 2 fresh episodes",
         "A step is one decision of the agent",
-        "rfm, one particle", "rfm, uniform actions instead of its actor", "32 x 6 NFE, 32 Q", "1 x 1 NFE, 0 Q",
+        "rfm, one particle", "rfm, uniform actions instead of its actor", "32 x 4 NFE, 32 Q", "1 x 1 NFE, 0 Q",
         "sir 32 x 0 NFE, 32 Q 220 ± 15.81 (5) 22 ± 1.581 (5)",
         "sac 1 x 1 NFE, 0 Q 120 ± 15.81 (5) 11.5 ± 1.291 (4)",
         "DeepMind Control Suite: return / 1000",
@@ -100,7 +100,7 @@ def test_what_the_page_says(page: Path):
         "has too few seeds (fewer than 5) for a verdict against sir",
         "rfm is behind sir: -",
         "Critic, widths, batch, updates per step, clipping and evaluation are the same for all agents.",
-        "agent.critic.width 64", "agent.estimator Markov - -",
+        "agent.critic.width 64", "agent.estimator Gibbs - -",
         "rfm/probe-action/seed0 rfm probe:action 0 40 45 0.2 0 contraflow",
         "cpu: Abacus 3, cores: 2", "jax 0.9.9",
     ):  # fmt: skip

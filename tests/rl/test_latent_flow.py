@@ -18,13 +18,15 @@ from contraflow.nets.velocity import Velocity
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import CLOCK
 from contraflow.rl.select import First
+from contraflow.rl.temperature import Constant
 from contraflow.types import EnvSpec, Transition
 
 MEAN, STD = 1.3, 0.4
 SPEC = EnvSpec(3, 2, 4, 10, True)
 AGENT = RFM(
     objective=Shortcut(levels=3), solver=Euler(1), width=8, depth=1, embedding=8,
-    estimator=Reverse(4, Noise(), Fixed(0.0)), backup=First(), critic=Critics(width=8, depth=1),
+    estimator=Reverse(4, Noise(), Fixed(0.0)), backup=First(), temperature=Constant(0.02),
+    critic=Critics(width=8, depth=1),
 )  # fmt: skip
 OBJECTIVES = [Shortcut(levels=3), SplitMeanFlow(), MeanFlow()]
 COND = jnp.zeros(3)

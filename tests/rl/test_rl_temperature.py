@@ -12,7 +12,7 @@ from contraflow.flow.posterior import Fixed, Local, Reverse
 from contraflow.flow.proposal import TruncatedNoise
 from contraflow.flow.solve import Euler
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import First, Softmax
+from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy
 from contraflow.types import EnvSpec, Transition
 
@@ -39,15 +39,15 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="low <= start"):
         Tuned(start=20.0)
     with pytest.raises(ValueError, match="at least 4 particles"):
-        RFM(temperature=Tuned(), backup=First())
+        RFM(backup=First())
     with pytest.raises(ValueError, match="entropy of weights is positive"):
         Tuned(-0.5, of="weights")
     with pytest.raises(ValueError, match="Local has no weights"):
         RFM(temperature=Tuned(1.0, of="weights"), estimator=Local())
     with pytest.raises(ValueError, match="of='weights'"):
         PMD(temperature=Tuned())
-    assert RFM(temperature=Tuned(), backup=Softmax(4)).temperature.entropy == -0.5
-    assert isinstance(RFM().temperature, Constant)
+    assert RFM().temperature == Tuned(entropy=-0.5)
+    assert RFM(temperature=Constant(0.02), backup=First()).backup.particles == 1
 
 
 @pytest.mark.parametrize("size", [3.0, 10.0])

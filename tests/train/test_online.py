@@ -17,8 +17,8 @@ from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
 from contraflow.envs.probe import PROBES, TwoStep
 from contraflow.flow.posterior import Fixed, Local, Reverse
-from contraflow.flow.proposal import Mixture, TruncatedNoise
-from contraflow.flow.solve import Euler, Midpoint
+from contraflow.flow.proposal import TruncatedNoise
+from contraflow.flow.solve import Euler
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.select import Argmax, Softmax
@@ -233,17 +233,16 @@ def test_truncation_is_not_an_end():
 
 
 LEARNING = Critics(width=32, lr=3e-3, tau=0.02, gamma=0.8)
+HELD: dict[str, Any] = {"explore": Softmax(8), "backup": Softmax(8), "temperature": Constant(0.02)}
 LEARNERS = {
-    "rfm": RFM(
-        width=32, solver=Midpoint(2), estimator=Reverse(16, Mixture(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
-    ),
+    "rfm": RFM(width=32, critic=LEARNING, **HELD),
     "qne": RFM(
         width=32, solver=Euler(5), estimator=Reverse(16, TruncatedNoise(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
-        bounds="box", predict="noise", endpoint="buffer",
+        bounds="box", predict="noise", endpoint="buffer", **HELD,
     ),
     "qsm": RFM(
         width=32, solver=Euler(5), estimator=Local(), actor_lr=1e-3, critic=LEARNING, bounds="box", predict="noise",
-        endpoint="buffer",
+        endpoint="buffer", **HELD,
     ),
     "pmd": PMD(
         policy=FlowPolicy(steps=5, width=32, depth=2), candidates=16, temperature=Constant(0.02), follow=0.02,

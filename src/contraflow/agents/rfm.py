@@ -19,7 +19,7 @@ from contraflow.flow.likelihood import PolicyDensity
 from contraflow.flow.loss import Predict
 from contraflow.flow.onestep import Matching, Objective
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Local, Markov, Pooled, Reverse
+from contraflow.flow.posterior import Estimator, Gibbs, Local, Pooled, Reverse
 from contraflow.flow.solve import Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
@@ -30,7 +30,7 @@ from contraflow.rl.latent_flow import Bounds, LatentFlow
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
-from contraflow.rl.temperature import Constant, Schedule, Tuned, current, gaussian_entropy
+from contraflow.rl.temperature import Schedule, Tuned, current, gaussian_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -55,17 +55,17 @@ class RFM:
     acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam", "stats")
 
     path: Path = Linear()
-    estimator: Estimator = Markov()
-    solver: Solver = Midpoint(steps=3)
-    explore: Selector = Softmax(particles=8)
+    estimator: Estimator = Gibbs()
+    solver: Solver = Midpoint(steps=2)
+    explore: Selector = Softmax(particles=32)
     """Acting during training: how one of n particles is picked by Q / behaviour temperature."""
-    backup: Selector = Softmax(particles=8)
+    backup: Selector = Softmax(particles=4)
     """The action of the temporal-difference target."""
     query: Selector = First()
     """The policy's endpoint that is noised to x_t; its particles are the estimator's `support`, that one first."""
     exploit: Selector = Argmax(particles=32)
     """Acting in evaluation."""
-    temperature: Schedule | Tuned = Constant(0.02)
+    temperature: Schedule | Tuned = Tuned()
     """lambda of the target law and of `backup`, whose particles tell the entropy of actions where it is tuned."""
     behaviour: Schedule | None = None
     """Temperature of `explore`; None uses `temperature`."""
@@ -95,7 +95,7 @@ class RFM:
     width: int = 64
     depth: int = 2
     embedding: int = 128
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     decay_steps: int | None = None
     """Updates over which the learning rate falls to a tenth; None keeps it constant."""
     max_grad_norm: float | None = 10.0

@@ -294,7 +294,7 @@ class Gibbs:
     ValueError for samples < 2, sweeps < 1 or a call without `support`.
     """
 
-    samples: int = 8
+    samples: int = 5
     sweeps: int = 1
 
     def __post_init__(self):
