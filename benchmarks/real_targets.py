@@ -5,9 +5,8 @@
 For states that the policy visits, x_t lies on the path of an endpoint of the policy, and each repeat draws the endpoint
 that the chain starts from out of 512 of the policy by its weight given x_t. The reference is the mean of 16 Gibbs
 chains of 200 sweeps with 32 candidates, which start at endpoints of the policy. How far it is from the mean of 16 that
-start at uniform actions (half the squared distance) is the row "reference". With `--wrong` x_t and the starts come from
-uniform actions in place of the policy. Numbers as in `yardstick.py`, means over states: bias^2 and variance per
-dimension of the velocity.
+start at uniform actions (half the squared distance) is the row "reference". Numbers as in `yardstick.py`, means over
+states: bias^2 and variance per dimension of the velocity.
 """
 
 from functools import partial
@@ -23,7 +22,8 @@ from tables import append
 from contraflow import load
 from contraflow.envs import make
 from contraflow.flow.density import log_normal
-from contraflow.flow.posterior import Fixed, Gibbs, Markov, MinVariance, Reverse
+from contraflow.flow.markov import Gibbs, Markov
+from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.runtime.policy import Policy
 
@@ -55,23 +55,17 @@ def visited(policy: Policy, states: int, num_envs: int = 4, steps: int = 250) ->
     return jnp.asarray(np.concatenate(seen))[:: num_envs * steps // states]
 
 
-def pool(agent, state, obs, key, wrong: bool):
-    """[POOL, d] endpoints at one state."""
-    if wrong:
-        return UniformAction().sample(key, agent.path, jnp.zeros(state.actor.dim), jnp.zeros(()), POOL, None)
-    return jax.vmap(lambda k: agent.endpoints(state, obs[None], k)[0, 0])(jr.split(key, POOL))
-
-
-@partial(jax.jit, static_argnames=("agent", "wrong"))
-def points(agent, state, obs, t, wrong: bool):
+@partial(jax.jit, static_argnames=("agent",))
+def points(agent, state, obs, t):
     """At each state the endpoints, x_t, the reference, and the error that it seems to have."""
 
     def one(obs, key):
         """At one state."""
         k_pool, k_noise, k_uniform, *k_reference = jr.split(key, 5)
-        log_pi, ends = agent.log_pi(state.critic, obs, agent.lam(state)), pool(agent, state, obs, k_pool, wrong)
+        log_pi = agent.log_pi(state.critic, obs, agent.lam(state))
+        ends = jax.vmap(lambda k: agent.endpoints(state, obs[None], k)[0, 0])(jr.split(k_pool, POOL))
         x_t = agent.path.perturb(jr.normal(k_noise, ends[0].shape), ends[0], t)
-        starts = ends[:CHAINS], pool(agent, state, obs, k_uniform, True)[:CHAINS]
+        starts = ends[:CHAINS], UniformAction().sample(k_uniform, agent.path, x_t, t, CHAINS, None)
         a, b = (REFERENCE(k, agent.path, log_pi, x_t, t, s).mean for k, s in zip(k_reference, starts, strict=True))
         return ends, x_t, a, jnp.mean((a - b) ** 2) / 2 / agent.path.beta(t) ** 2
 
@@ -98,16 +92,14 @@ def measure(agent, estimator, state, obs, t, given, repeats: int):
     return bias2.mean(), variance.mean()
 
 
-def main(
-    runs: tyro.conf.Positional[tuple[Path, ...]], /, states: int = 16, repeats: int = 96, wrong: bool = False
-) -> None:
+def main(runs: tyro.conf.Positional[tuple[Path, ...]], /, states: int = 16, repeats: int = 96) -> None:
     """Print and write the table."""
     out = Path(__file__).parent / "results" / "real_targets.csv"
     rows = []
     for run in runs:
         policy = load(run)
         obs = visited(policy, states)
-        given = {t: points(policy.agent, policy.state, obs, jnp.asarray(t), wrong) for t in TIMES}
+        given = {t: points(policy.agent, policy.state, obs, jnp.asarray(t)) for t in TIMES}
         for name, estimator in ({"reference": None} | ESTIMATORS).items():
             for t in TIMES:
                 if estimator is None:
@@ -115,8 +107,7 @@ def main(
                 else:
                     b, v = measure(policy.agent, estimator, policy.state, obs, jnp.asarray(t), given[t], repeats)
                 entry = {"env": policy.env, "agent": run.parts[-3], "seed": run.parts[-1].removeprefix("seed")}
-                entry |= {"d": policy.spec.action_dim, "starts": "uniform" if wrong else "policy"}
-                entry |= {"estimator": name, "t": t}
+                entry |= {"d": policy.spec.action_dim, "estimator": name, "t": t}
                 rows.append(entry | {"bias2": float(f"{b:.3g}"), "variance": float(f"{v:.3g}")})
             cells = "  ".join(f"{r['bias2']:7.3f}/{r['variance']:<7.3g}" for r in rows[-len(TIMES) :])
             print(f"{policy.env:30} {name:16} {cells}", flush=True)

@@ -17,9 +17,10 @@ import tyro
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.compare import matrix
 from contraflow.compare.pool import run_cells
+from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.onestep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
-from contraflow.flow.posterior import Fixed, Gibbs, Markov, Reverse
+from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler, Midpoint
 from contraflow.presets import PRESETS, STRONG

@@ -30,8 +30,9 @@ import tyro
 from tables import write
 
 from contraflow.flow.density import Separable
+from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, Gibbs, Markov, MinVariance, Posterior, Reverse
+from contraflow.flow.posterior import Fixed, MinVariance, Posterior, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Ramp, UniformAction
 
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)

@@ -16,8 +16,9 @@ from contraflow.cli import COMMANDS
 from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
 from contraflow.config import members
+from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.path import Cosine
-from contraflow.flow.posterior import Fixed, Gibbs, Markov, MinVariance, Reverse
+from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Heun
 from contraflow.presets import PRESETS

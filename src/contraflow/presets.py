@@ -5,9 +5,10 @@ from typing import Any
 
 from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3, ReinFlow
 from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson
+from contraflow.flow.markov import Markov
 from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.path import VE, VP, Cosine
-from contraflow.flow.posterior import Fixed, Local, Markov, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior import Fixed, Local, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Noise, TruncatedNoise
 from contraflow.flow.solve import Euler, Midpoint
 from contraflow.nets.heads import Categorical

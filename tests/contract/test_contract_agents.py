@@ -21,8 +21,9 @@ from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
 from contraflow.agents.td3 import TD3
 from contraflow.config import from_json, to_json
+from contraflow.flow.markov import Markov
 from contraflow.flow.onestep import MeanFlow
-from contraflow.flow.posterior import Fixed, Markov, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior import Fixed, MinVariance, Pooled, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solve import Euler
 from contraflow.nets.heads import Quantile

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from contraflow.flow.density import Gaussian, GaussianMixture, Separable, log_normal
+from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, Gibbs, Markov, Reverse
+from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, Particles
 
 

@@ -1,8 +1,9 @@
 """Reverse Flow Matching (arXiv 2601.08136): a flow policy for exp(Q / lambda), trained without samples of it.
 
 The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, tanh u) / lambda) times
-the tanh Jacobian, estimated by importance sampling with a Stein control variate. `RFM()` is our default; the official
-settings are the preset `rfm-paper`. Noise- and gradient-expectation methods are `control=Fixed(0)` and `Fixed(1)`.
+the tanh Jacobian, which an estimator finds without samples of pi. `RFM()` is our default, with `Gibbs`. The paper's
+importance sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and
+`Fixed(1)` as control it is a noise- or gradient-expectation method.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.flow.density import LogDensity
+from contraflow.flow.estimator import Estimator
 from contraflow.flow.likelihood import PolicyDensity
 from contraflow.flow.loss import Predict
+from contraflow.flow.markov import Gibbs
 from contraflow.flow.onestep import Matching, Objective
 from contraflow.flow.path import Linear, Path
-from contraflow.flow.posterior import Estimator, Gibbs, Local, Pooled, Reverse
+from contraflow.flow.posterior import Local, Pooled, Reverse
 from contraflow.flow.solve import Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding

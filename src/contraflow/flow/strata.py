@@ -16,12 +16,12 @@ from contraflow.flow.density import log_sech2
 from contraflow.flow.path import AbstractPath, Scalar
 
 CELLS = 32
-FLOOR = 0.05  # share of the logistic law by itself, so that no weight exceeds 1 / FLOOR of what it should be
+FLOOR = 0.05  # share of the logistic law by itself, so that the density is nowhere far below its
 TAIL = 1e-6  # of the logistic law's probability; beyond it single precision has no quantiles
 
 
 class Strata(eqx.Module):
-    """q(u) of one coordinate: a logistic law times a factor that is constant on each of CELLS equal shares of it.
+    """q(u) = l(u) CELLS m_c(u): a logistic density l, times what gives its c-th of CELLS equal shares the mass m_c.
 
     The logistic law has the mean and nearly the deviation that sech^2 and the likelihood would have together if both
     were Gaussian, and the factors make q follow their product. Every u has a density, whatever x_t and t.
