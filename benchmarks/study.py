@@ -66,7 +66,7 @@ LEAN = was(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(2), **FO
 
 @dataclass(frozen=True)
 class Matrix:
-    """Agents by name, on EnvPool's tasks."""
+    """Agents by name, on EnvPool's tasks or those of `held.py`."""
 
     agents: dict[str, Any]
     envs: tuple[str, ...]
@@ -104,6 +104,22 @@ MATRICES = {
             "warm": SIR(temperature=Constant(0.1)),
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+    ),
+    # E3, actions held for four steps: as many updates and simulated steps as without, a quarter of the decisions.
+    "held": Matrix(
+        {"sir": SIR(), "corners": SIR(base=0.02)},
+        ("held:CartpoleSwingup", "held:WalkerWalk"),
+        replace(
+            SETTINGS,
+            steps=10_000,
+            collect=1_000,
+            updates=8,
+            n_step=1,
+            critic=Critics(tau=0.02, gamma=0.96),
+            buffer_size=10_000,
+            eval_every=2_500,
+            log_every=500,
+        ),
     ),
     # E5, the particles and the chain: one choice of the default at a time.
     "parts": Matrix(
@@ -219,7 +235,7 @@ def published(name: str) -> set[tuple[str, str, int]]:
 
 
 def main(
-    name: Literal["development", "actor-free", "parts", "why", "trials", "one", "second", "max", "test"],
+    name: Literal["development", "actor-free", "held", "parts", "why", "trials", "one", "second", "max", "test"],
     /,
     out: Path,
     seeds: int = 5,
@@ -230,12 +246,12 @@ def main(
     """Run the matrix `name`, or those `agents` and `envs` of it, seed by seed."""
     chosen = MATRICES[name]
     named = {agent: chosen.agents[agent] for agent in agents or chosen.agents}
-    ids = [f"envpool:{env}" for env in envs or chosen.envs]
+    ids = [env if ":" in env else f"envpool:{env}" for env in envs or chosen.envs]
     cells = matrix.plan(named, ids, seeds, chosen.settings, frozenset(), out)
     matrix.record(named, ids, seeds, chosen.settings, frozenset(), out)
     have = published(name)
     cells = [cell for cell in cells if (cell.agent, cell.env, cell.seed) not in have]
-    outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, False, not sys.stdout.isatty())
+    outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, name == "held", not sys.stdout.isatty())
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
     return 1 if outcome.failed or outcome.interrupted else 0
