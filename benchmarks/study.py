@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from shrink import shrunk
 
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.compare import matrix
@@ -59,6 +60,10 @@ def fixed(eta: float, **fields: Any) -> RFM:
     return was(estimator=Reverse(32, Noise(), Fixed(eta)), solver=Euler(10), **(ONE | fields))
 
 
+FAMILY = (
+    "rfm", "sir", "sac", "td3", "rfm-one", "maxentdp", "sdac", "qsm", "dqs", "flame", "flame-m", "mfpo", "pmd", "dpmd",
+    "fpmd", "fpmd-m", "qvpo", "dacer",
+)  # fmt: skip
 NOISE_TUNED = fixed(0.0, temperature=Tuned(-0.5), **FOUR)
 
 LEAN = was(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(2), **FOUR)
@@ -198,6 +203,8 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
+    # The whole family, shrunk to what two cores can do.
+    "family": Matrix({name: shrunk(PRESETS[name].agent) for name in FAMILY}, ("CartpoleSwingup-v1", "WalkerWalk-v1")),
     # The critic's share and the flow's: the same critics for both, and no normalised observations without them.
     "max": Matrix(
         {
@@ -235,7 +242,9 @@ def published(name: str) -> set[tuple[str, str, int]]:
 
 
 def main(
-    name: Literal["development", "actor-free", "held", "parts", "why", "trials", "one", "second", "max", "test"],
+    name: Literal[
+        "development", "actor-free", "held", "parts", "why", "trials", "one", "second", "family", "max", "test"
+    ],
     /,
     out: Path,
     seeds: int = 5,

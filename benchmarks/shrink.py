@@ -1,0 +1,29 @@
+"""Presets with what they do often done less often, for two cores; full settings are on the list for a GPU."""
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from contraflow.flow.likelihood import Denoising
+from contraflow.flow.posterior import Reverse
+from contraflow.flow.solve import Euler
+from contraflow.rl.flow_policy import FlowPolicy
+from contraflow.rl.select import Argmax, First, Softmax
+
+
+def shrunk(part: Any) -> Any:
+    """Settings with at most 32 candidates for an estimate (16 in PMD), 8 actions to choose from, 10 solver steps, and
+    64 evaluations for a log-density by denoising."""
+    if isinstance(part, Reverse):
+        return replace(part, samples=min(part.samples, 32))
+    if isinstance(part, Softmax | Argmax | First):
+        return replace(part, particles=min(part.particles, 8))
+    if isinstance(part, Euler | FlowPolicy):
+        return replace(part, steps=min(part.steps, 10))
+    if isinstance(part, Denoising):
+        return Denoising(levels=8, probes=8)
+    if dataclasses.is_dataclass(part):
+        mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        few = {"candidates": min(mine["candidates"], 16)} if "candidates" in mine else {}
+        return replace(part, **few, **{k: shrunk(v) for k, v in mine.items() if dataclasses.is_dataclass(v)})
+    return part
