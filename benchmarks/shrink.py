@@ -22,8 +22,6 @@ def shrunk(part: Any) -> Any:
         return replace(part, steps=min(part.steps, 10))
     if isinstance(part, Denoising):
         return Denoising(levels=8, probes=8)
-    if dataclasses.is_dataclass(part):
-        mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-        few = {"candidates": min(mine["candidates"], 16)} if "candidates" in mine else {}
-        return replace(part, **few, **{k: shrunk(v) for k, v in mine.items() if dataclasses.is_dataclass(v)})
-    return part
+    mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    few = {"candidates": min(mine["candidates"], 16)} if "candidates" in mine else {}
+    return replace(part, **few, **{k: shrunk(v) for k, v in mine.items() if dataclasses.is_dataclass(v)})
