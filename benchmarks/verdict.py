@@ -45,16 +45,21 @@ def read(table: Path) -> tuple[dict[str, Returns], dict[str, float]]:
     return returns, {env: mean(values) for env, values in random.items()}
 
 
+def scales(returns: Returns, random: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """The returns that are score 0 and 1, by environment; `returns` are those by the agents' own rules."""
+    envs = sorted({env for by_env in returns.values() for env in by_env})
+    best = {env: max(max(by_env[env].values(), default=-np.inf) for by_env in returns.values()) for env in envs}
+    return {env: (0.0, 1000.0) if is_dmc(env) else (random[env], best[env]) for env in envs}
+
+
 def main(
     table: tyro.conf.Positional[Path] = Path(__file__).parent / "results" / "study_test.csv",
     than: str = "rfm-paper",
 ) -> None:
     """Print the tables."""
     returns, random = read(table)
-    envs = sorted({env for by_env in returns["own"].values() for env in by_env})
-    bounds = {env: (0.0, 1000.0) for env in envs if is_dmc(env)}
-    for env in set(envs) - set(bounds):
-        bounds[env] = random[env], max(max(by_env[env].values(), default=-np.inf) for by_env in returns["own"].values())
+    bounds = scales(returns["own"], random)
+    envs = list(bounds)
 
     def scores(rule: str, agent: str) -> np.ndarray:
         """[seeds, tasks]"""
