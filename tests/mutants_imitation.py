@@ -108,6 +108,13 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         ("agents/test_bc.py",),
     ),
     (
+        "noise is turned into an action where there is nothing of it",
+        "rl/flow_policy.py",
+        "late = jnp.maximum(t, EDGE)",
+        "late = t",
+        ("rl/test_flow_policy.py",),
+    ),
+    (
         "chunks run on into the next episode",
         "envs/chunk.py",
         "active = ~(total.terminated | total.truncated)",

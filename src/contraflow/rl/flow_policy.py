@@ -76,7 +76,8 @@ class FlowPolicy:
         if self.predict == "velocity":
             x1, x0 = self.path.x1_from_velocity(out, x, t), self.path.x0_from_velocity(out, x, t)
         else:
-            x1, x0 = self.path.x1_from_x0(out, x, t), out
+            late = jnp.maximum(t, EDGE)  # at t = 0 x_t is noise alone on some paths, and x1 would be 0 / 0
+            x1, x0 = self.path.x1_from_x0(out, x, late), out
         if self.clip is not None:
             x1 = jnp.clip(x1, -self.clip, self.clip)
             x0 = self.path.x0_from_x1(x1, x, t)
