@@ -67,6 +67,9 @@ FAMILY = (
 NOISE_TUNED = fixed(0.0, temperature=Tuned(-0.5), **FOUR)
 
 LEAN = was(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(2), **FOUR)
+# After E4: the same, exploring without a choice among particles, or with that of `rfm-paper`.
+LEAN_ONE = replace(LEAN, explore=First())
+LEAN_WARM = replace(LEAN, behaviour=Constant(0.02))
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ MATRICES = {
         {
             "start": was(temperature=Tuned(-0.5, start=0.02), **SEVERAL),
             "rfm-lean": LEAN,
+            "lean-one": LEAN_ONE,
+            "lean-warm": LEAN_WARM,
             "one-32": was(temperature=Tuned(-0.5, start=0.02), **ONE_STEP),
             "one-32-cold": was(temperature=Tuned(-1.0, start=0.02), **ONE_STEP),
             "one-32-constant": was(temperature=Constant(0.004), **ONE_STEP),
