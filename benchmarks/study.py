@@ -36,6 +36,11 @@ SETTINGS = matrix.Settings(
     steps=40_000, collect=4_000, num_envs=4, updates=2, batch_size=128, n_step=3, critic=Critics(tau=0.02),
     buffer_size=40_000, eval_every=10_000, eval_episodes=4, final_episodes=8, log_every=2_000,
 )  # fmt: skip
+# A decision every four steps of the simulation, as many updates and simulated steps.
+HELD = replace(
+    SETTINGS, steps=10_000, collect=1_000, updates=8, n_step=1, critic=Critics(tau=0.02, gamma=0.96),
+    buffer_size=10_000, eval_every=2_500, log_every=500,
+)  # fmt: skip
 FALLING = Anneal(0.2, 0.02, steps=16_000)
 FINE = Markov(sizes=(1.0, 0.3, 0.1, 0.03), control=0.1)
 WAS: dict[str, Any] = {
@@ -50,7 +55,7 @@ ONE_STEP: dict[str, Any] = SEVERAL | {"backup": Softmax(32), "solver": Euler(1),
 
 
 def was(**fields: Any) -> RFM:
-    """RFM as its default was until the end of the study."""
+    """RFM as its default was before `Gibbs`."""
     return RFM(**(WAS | fields))
 
 
@@ -67,9 +72,6 @@ FAMILY = (
 NOISE_TUNED = fixed(0.0, temperature=Tuned(-0.5), **FOUR)
 
 LEAN = was(temperature=Tuned(-0.5), estimator=Gibbs(5), solver=Midpoint(2), **FOUR)
-# After E4: the same, exploring without a choice among particles, or with that of `rfm-paper`.
-LEAN_ONE = replace(LEAN, explore=First())
-LEAN_WARM = replace(LEAN, behaviour=Constant(0.02))
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,11 @@ MATRICES = {
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
-    # E3, actions held for four steps: as many updates and simulated steps as without, a quarter of the decisions.
+    # E3, actions held for four steps.
     "held": Matrix(
         {"sir": SIR(), "corners": SIR(base=0.02)},
         ("held:CartpoleSwingup", "held:WalkerWalk"),
-        replace(
-            SETTINGS,
-            steps=10_000,
-            collect=1_000,
-            updates=8,
-            n_step=1,
-            critic=Critics(tau=0.02, gamma=0.96),
-            buffer_size=10_000,
-            eval_every=2_500,
-            log_every=500,
-        ),
+        HELD,
     ),
     # E5, the particles and the chain: one choice of the default at a time.
     "parts": Matrix(
@@ -200,8 +192,9 @@ MATRICES = {
         {
             "start": was(temperature=Tuned(-0.5, start=0.02), **SEVERAL),
             "rfm-lean": LEAN,
-            "lean-one": LEAN_ONE,
-            "lean-warm": LEAN_WARM,
+            # After E4: the same, exploring without a choice among particles, or with that of `rfm-paper`.
+            "lean-one": replace(LEAN, explore=First()),
+            "lean-warm": replace(LEAN, behaviour=Constant(0.02)),
             "one-32": was(temperature=Tuned(-0.5, start=0.02), **ONE_STEP),
             "one-32-cold": was(temperature=Tuned(-1.0, start=0.02), **ONE_STEP),
             "one-32-constant": was(temperature=Constant(0.004), **ONE_STEP),

@@ -27,6 +27,7 @@ import mutants_flow
 import mutants_imitation
 import mutants_report
 import mutants_running
+import mutants_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 900  # for the tests of one mutant; all of them untouched get four times that
@@ -43,11 +44,16 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-MUTANTS = tuple(
-    Mutant(*row)
-    for part in (mutants_flow, mutants_agents, mutants_running, mutants_report, mutants_data, mutants_imitation)
-    for row in part.ROWS
+PARTS = (
+    mutants_flow,
+    mutants_sample,
+    mutants_agents,
+    mutants_running,
+    mutants_report,
+    mutants_data,
+    mutants_imitation,
 )
+MUTANTS = tuple(Mutant(*row) for part in PARTS for row in part.ROWS)
 
 
 def copy_source(folder: Path) -> Path:
