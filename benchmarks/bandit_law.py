@@ -24,9 +24,10 @@ import tyro
 from tables import write
 
 from contraflow.agents.rfm import RFM, RFMState
+from contraflow.flow.markov import Markov
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.flow.solve import Euler, Solver
+from contraflow.flow.solve import Euler, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.select import First
@@ -43,7 +44,8 @@ def agents() -> dict[str, RFM]:
     rfm = RFM()
     return {
         "rfm": rfm,
-        "rfm-paper": RFM_PAPER,
+        "Markov": replace(rfm, estimator=Markov(sizes=(1.0, 1.0)), query=First(8), solver=Midpoint(3)),
+        "rfm-paper": replace(RFM_PAPER, query=First()),
         "noise 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(0.0))),
         "gradient 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(1.0))),
         "uniform 100": replace(rfm, estimator=Reverse(100, UniformAction(), Fixed(0.0))),
@@ -73,7 +75,7 @@ def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
 def prepare(agent: RFM, width: int = 64) -> RFM:
     """The agent with one particle and temperature, and a critic that stays where it is put."""
     frozen = replace(agent.critic, members=1, width=1, depth=1, lr=1e-30)
-    one = {"backup": First(), "query": First(), "exploit": First()}
+    one = {"backup": First(), "exploit": First()}
     return replace(agent, width=width, critic=frozen, temperature=Constant(0.02), **one)
 
 
