@@ -136,6 +136,13 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         ("runtime/test_receding.py",),
     ),
     (
+        "distances to the nearest taken for half-widths",
+        "rl/temperature.py",
+        "jnp.log(2 * (nearest + 1e-6))",
+        "jnp.log(nearest + 1e-6)",
+        ("rl/test_rl_temperature.py::test_entropy_told_by_neighbours[16]",),
+    ),
+    (
         "too much entropy heats",
         "rl/temperature.py",
         "self.rate * (self.entropy - entropy)",

@@ -7,6 +7,7 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -18,6 +19,9 @@ from contraflow.agents.rfm import RFM
 from contraflow.flow.density import Separable
 from contraflow.flow.path import Linear
 from contraflow.flow.solve import Euler
+from contraflow.rl.select import Softmax
+from contraflow.rl.temperature import Tuned
+from contraflow.types import EnvSpec, Transition
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -86,3 +90,39 @@ def test_law_at_10_and_100_solver_steps(bench, dim):
     rows = bench.compare("rfm", RFM(), dim, 4000, 256, 4000, 0)
     checked = [r for r in rows if r.solver in ("own", "10", "100")]
     assert len(checked) == 6 and max(r.error for r in checked) < bench.TOLERANCE, "\n".join(map(str, rows))
+
+
+def entropy(slope: float, sides: int) -> float:
+    """Of exp(slope a) on [-1, 1] (one side) or exp(slope |a|) (two), by quadrature."""
+    a = np.linspace(-1, 1, 100_001)
+    p = np.exp(slope * ((a if sides == 1 else np.abs(a)) - 1))
+    p /= np.trapezoid(p, a)
+    return float(-np.trapezoid(p * np.log(p), a))
+
+
+@pytest.mark.learn
+@pytest.mark.parametrize("sides", [1, 2])
+def test_the_tuned_temperature_is_that_of_the_entropy(bench, sides):
+    """Q = a or |a|: -.5 nats at lambda = .22 and .11; seen .20 and .07, as four particles tell too much of two modes.
+
+    By the entropy of a Gaussian |a| would be cooled down to the lower bound.
+    """
+    agent = bench.prepare(replace(RFM(), actor_lr=2e-3, embedding=16), width=32)
+    two = replace(agent.critic, width=2)  # hidden units, for relu(a) -+ relu(-a)
+    agent = replace(agent, backup=Softmax(4), temperature=Tuned(-0.5, start=1.0, rate=1e-2), critic=two)
+    state = agent.init(jr.key(0), EnvSpec(1, 1, 1, 1, True))
+    parts = lambda q: (*q.members.first.weights, q.members.first.bias, q.members.last.weight, q.members.last.bias)
+    values = (1.0, -1.0), (0.0, 0.0), (0.0, 0.0), (1.0, 1.0 if sides == 2 else -1.0), (0.0,)
+    arrays = [jnp.reshape(jnp.array(v), x.shape) for x, v in zip(parts(state.critic), values, strict=True)]
+    critic = eqx.tree_at(parts, state.critic, arrays)
+    np.testing.assert_allclose(critic.value(jnp.zeros(1), jnp.array([-0.5])), 0.5 if sides == 2 else -0.5)
+    state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, jax.tree.map(jnp.copy, critic)))
+    zeros, ended = jnp.zeros((128, 1)), jnp.ones(128, bool)
+    batch = Transition(zeros, zeros, zeros[:, 0], zeros, ended, ~ended, jnp.ones(128, int))
+    run = jax.jit(lambda state, keys: jax.lax.scan(lambda s, k: agent.update(s, batch, k), state, keys))
+    _, metrics = run(state, jr.split(jr.key(2), 1500))
+    found = float(metrics["temperature"][-300:].mean())
+    grid = np.geomspace(0.01, 1, 400)
+    wanted = grid[np.argmin([abs(entropy(1 / lam, sides) + 0.5) for lam in grid])]
+    np.testing.assert_allclose(metrics["entropy"][-300:].mean(), -0.5, atol=0.05)
+    assert abs(np.log(found / wanted)) < (0.25 if sides == 1 else 0.7)

@@ -13,7 +13,7 @@ from contraflow.flow.proposal import TruncatedNoise
 from contraflow.flow.solve import Euler
 from contraflow.rl.critics import Critics
 from contraflow.rl.select import First
-from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy
+from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy, nearest_entropy
 from contraflow.types import EnvSpec, Transition
 
 
@@ -23,6 +23,32 @@ def test_entropy_of_gaussian_draws(n: int):
     draws = std[None, None] * jr.normal(jr.key(0), (20_000, n, 3))
     wanted = jnp.mean(jnp.log(std)) + 0.5 * np.log(2 * np.pi * np.e)
     np.testing.assert_allclose(jax.vmap(gaussian_entropy)(draws).mean(), wanted, atol=0.01)
+
+
+def exponential(slope: float) -> float:
+    """The entropy of exp(slope a) on [-1, 1], by quadrature."""
+    a = np.linspace(-1, 1, 100_001)
+    p = np.exp(slope * (a - 1))
+    p /= np.trapezoid(p, a)
+    return float(-np.trapezoid(p * np.log(p), a))
+
+
+@pytest.mark.parametrize("n", [4, 16])
+def test_entropy_told_by_neighbours(n: int):
+    """Uniform, exp(c a) on [-1, 1], Gaussian, two narrow modes on opposite faces: one dimension, 20 000 sets."""
+    u = jr.uniform(jr.key(0), (20_000, n, 2))
+    z = jr.normal(jr.key(1), u.shape)
+    side = jr.rademacher(jr.key(2), u.shape)
+    told = lambda actions: float(jax.vmap(nearest_entropy)(actions).mean())
+    np.testing.assert_allclose(told(u * jnp.array([[[2.0, 0.1]]])), 0.5 * np.log(2 * 0.1), atol=0.4 / n + 0.02)
+    np.testing.assert_allclose(told(0.1 * z), np.log(0.1 * np.sqrt(2 * np.pi * np.e)), atol=0.08)
+    for c in (4.5, 50.0):
+        np.testing.assert_allclose(told(1 + jnp.log(u + (1 - u) * np.exp(-2 * c)) / c), exponential(c), atol=0.04)
+    narrow = 0.9 * side + 0.005 * z
+    wanted = np.log(2 * 0.005 * np.sqrt(2 * np.pi * np.e))
+    np.testing.assert_allclose(told(narrow), wanted, atol=0.65 if n == 4 else 0.06)
+    assert jax.vmap(gaussian_entropy)(narrow).mean() > wanted + 3
+    assert np.isfinite(nearest_entropy(jnp.ones((n, 2))))
 
 
 def test_too_much_entropy_cools():

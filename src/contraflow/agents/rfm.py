@@ -33,7 +33,7 @@ from contraflow.rl.latent_flow import Bounds, LatentFlow
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.running import Running, first_stats, look, seen
 from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
-from contraflow.rl.temperature import Schedule, Tuned, current, gaussian_entropy
+from contraflow.rl.temperature import Schedule, Tuned, current, nearest_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
@@ -164,7 +164,7 @@ class RFM:
             u, pick = self._particles(state, obs, key, self.backup, lam)
             actions = flow.action(u)
             if self.density is None:
-                return actions, pick, gaussian_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
+                return actions, pick, nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
             log_pi = flow.log_prob(self.density, state.actor, self._condition(obs, lam), u[pick], key_density)
             return actions, pick, -log_pi / u.shape[-1]
 

@@ -43,8 +43,8 @@ class Anneal:
 class Tuned:
     """lambda such that something has `entropy` nats: log lambda += rate (entropy - what it has now).
 
-    - of="actions": the policy's actions, per dimension, as SAC tunes its own (1812.05905), here by particles. On
-      [-1, 1] uniform is log 2 = .69, a Gaussian of standard deviation .1 has -.88, whatever the scale of rewards.
+    - of="actions": the policy's actions, per dimension, as SAC tunes its own (1812.05905), here told by particles
+      (`nearest_entropy`). On [-1, 1] uniform is log 2 = .69, exp(4.5 a) has -.5, whatever the scale of rewards.
     - of="weights": the weights of n candidates, log n where all are alike. For the estimators of RFM it is the
       logarithm of the effective sample size 1 / sum w^2 (the entropy of order two), mean over queries: x_t has a part
       in these weights too, so that log n may be out of reach however hot.
@@ -71,6 +71,19 @@ class Tuned:
         """log lambda after an update at which it was this."""
         new = log_lam + self.rate * (self.entropy - entropy)
         return jnp.clip(new, jnp.log(self.low), jnp.log(self.high))
+
+
+def nearest_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
+    """mean over coordinates j and draws i of log(2 |x_ij - its nearest|) + digamma(n) - digamma(1), n >= 2 draws.
+
+    The mean entropy of the coordinates (Kozachenko & Leonenko 1987, one dimension). Four draws tell it within .02 for
+    exp(c a) on [-1, 1], .1 too much for a uniform law, .05 too little for a Gaussian; two narrow modes, of which
+    `gaussian_entropy` tells more than uniform has, within .6, by eight draws within .05.
+    """
+    ends = jnp.full_like(actions[:1], jnp.inf)
+    gaps = jnp.diff(jnp.sort(actions, axis=0), axis=0)
+    nearest = jnp.minimum(jnp.concatenate([ends, gaps]), jnp.concatenate([gaps, ends]))
+    return jnp.mean(jnp.log(2 * (nearest + 1e-6))) + digamma(float(actions.shape[0])) - digamma(1.0)
 
 
 def gaussian_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
