@@ -176,13 +176,13 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
-    # The candidate with an actor that acts in one evaluation, against ten Euler steps.
+    # The default with an actor that acts in one evaluation, against ten Euler steps.
     "one": Matrix(
         {
-            "ten": was(solver=Euler(10), temperature=Tuned(-0.5), **SEVERAL),
-            "one": was(solver=Euler(1), objective=MeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
-            "one-shortcut": was(solver=Euler(1), objective=Shortcut(), temperature=Tuned(-0.5), **SEVERAL),
-            "one-split": was(solver=Euler(1), objective=SplitMeanFlow(), temperature=Tuned(-0.5), **SEVERAL),
+            "ten": RFM(solver=Euler(10)),
+            "one": RFM(solver=Euler(1), objective=MeanFlow()),
+            "one-shortcut": RFM(solver=Euler(1), objective=Shortcut()),
+            "one-split": RFM(solver=Euler(1), objective=SplitMeanFlow()),
         },
         ("CartpoleSwingup-v1", "WalkerWalk-v1"),
     ),
@@ -206,7 +206,7 @@ MATRICES = {
     # The critic's share and the flow's: the same critics for both, and no normalised observations without them.
     "max": Matrix(
         {
-            "rfm-max": was(normalise_obs=True, temperature=Tuned(-0.5), **SEVERAL),
+            "rfm-max": RFM(normalise_obs=True),
             "sac-max": SAC(normalise_obs=True, actor_lr=1e-3, init_alpha=0.1),
             "sir-max": SIR(normalise_obs=True),
         },
