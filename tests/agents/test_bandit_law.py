@@ -105,7 +105,7 @@ def entropy(slope: float, sides: int) -> float:
 def test_the_tuned_temperature_is_that_of_the_entropy(bench, sides):
     """Q = a or |a|: -.5 nats at lambda = .22 and .11; seen .20 and .07, as four particles tell too much of two modes.
 
-    By the entropy of a Gaussian |a| would be cooled down to the lower bound.
+    Told by `gaussian_entropy` lambda is .16 for a, and for |a| still falling after as many updates.
     """
     agent = bench.prepare(replace(RFM(), actor_lr=2e-3, embedding=16), width=32)
     two = replace(agent.critic, width=2)  # hidden units, for relu(a) -+ relu(-a)
