@@ -5,6 +5,7 @@ ONLINE = "train/test_online.py::"
 CONTROL = "envs/test_env_control.py::"
 SEEDS = "train/test_seeds.py::"
 PLAYGROUND = "envs/test_playground.py::"
+DIAGNOSTICS = "train/test_diagnostics.py::"
 
 ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
@@ -316,5 +317,33 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "jax.tree.leaves(tree) if leaf.size]",
         "jax.tree.leaves(tree)]",
         (PLAYGROUND + "test_a_checkpoint_holds_what_a_simulator_carries",),
+    ),
+    (
+        "variance counts as bias of the target",
+        "train/diagnostics.py",
+        "(post.mean.mean(0) - exact.mean) ** 2",
+        "(post.mean - exact.mean) ** 2",
+        (DIAGNOSTICS + "test_variance_is_no_bias",),
+    ),
+    (
+        "the effective sample size of the target for that of its reference",
+        "train/diagnostics.py",
+        "** 2), exact.ess",
+        "** 2), post.ess.mean()",
+        (DIAGNOSTICS + "test_a_reference_of_few_candidates_says_so",),
+    ),
+    (
+        "entropy of bins without their width",
+        "train/diagnostics.py",
+        "jnp.maximum(share, 1e-12) / width",
+        "jnp.maximum(share, 1e-12)",
+        (DIAGNOSTICS + "test_the_law_of_a_corner_is_told",),
+    ),
+    (
+        "the gap of values without the temperature",
+        "train/diagnostics.py",
+        "jnp.mean(q.max(1) - q.min(1)) / lam",
+        "jnp.mean(q.max(1) - q.min(1))",
+        (DIAGNOSTICS + "test_the_gap_of_values_is_in_units_of_the_temperature",),
     ),
 )

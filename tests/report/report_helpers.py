@@ -29,7 +29,8 @@ def write_run(folder: Path, run: Any, returns: Sequence[float], final: dict[str,
         shares = {f"diagnostics/action_share/{k}": 1 / 16 for k in range(16)}
         law = {"diagnostics/action_std": 0.5, "diagnostics/saturated": 0.1, "diagnostics/action_entropy": 0.2}
         if isinstance(run.agent, RFM):
-            law |= {f"diagnostics/{name}/{t}": 1 + t for name in ("ess", "eta", "target_bias") for t in (0.1, 0.5, 0.9)}
+            timed = "ess", "eta", "target_bias", "reference_ess"
+            law |= {f"diagnostics/{name}/{t}": 1 + t for name in timed for t in (0.1, 0.5, 0.9)}
             law["diagnostics/q_gap"] = 10.0
         metrics.append(json.dumps({"step": step, **law, **shares}))
     (folder / "eval.csv").write_text("\n".join(rows) + "\n")

@@ -207,7 +207,12 @@ def _scored(record: Record, grid: np.ndarray, scale: Scale | None) -> np.ndarray
     return scale(np.interp(grid, steps, returns))
 
 
-TIMED = {"ess": "effective sample size", "eta": "control weight η", "target_bias": "error of the mean target"}
+TIMED = {
+    "ess": "effective sample size",
+    "eta": "control weight η",
+    "target_bias": "error of the mean target",
+    "reference_ess": "effective sample size of its reference",
+}
 SPOKEN = {
     "action_std": "standard deviation of actions",
     "saturated": "P(|a| > .95)",
@@ -228,10 +233,11 @@ def _diagnostics(record: Record) -> list[dict[str, float]]:
 def by_time(records: Sequence[Record], look: Styles) -> Figure | None:
     """ESS, η and target error against flow time at the end of training: mean over runs, range over environments."""
     last = [(record, rows[-1]) for record in records if (rows := _diagnostics(record))]
-    if not any(key.startswith("ess/") for _, row in last for key in row):
+    names = [name for name in TIMED if any(key.startswith(f"{name}/") for _, row in last for key in row)]
+    if not names:
         return None
-    figure, axes = _panels(len(TIMED))
-    for axis, (name, title) in zip(axes, TIMED.items(), strict=True):
+    figure, axes = _panels(len(names))
+    for axis, name in zip(axes, names, strict=True):
         for agent in look:
             here = [(r.env, row) for r, row in last if r.agent == agent and any(k.startswith(f"{name}/") for k in row)]
             if not here:
@@ -243,7 +249,7 @@ def by_time(records: Sequence[Record], look: Styles) -> Figure | None:
             ])  # fmt: skip
             axis.fill_between(times, means.min(0), means.max(0), color=look[agent]["color"], alpha=0.15, lw=0)
             axis.plot(times, means.mean(0), label=agent, ms=5, lw=1.6, **look[agent])
-        axis.set_title(title)
+        axis.set_title(TIMED[name])
         axis.set_xlabel("flow time t")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

@@ -28,7 +28,8 @@ def diagnose(agent: Agent, state: Any, obs: Any, key: PRNGKey) -> dict[str, floa
     For every agent: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and `action_entropy` (per dimension, from a
     32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of actions of all dimensions in the i-th of 16
     bins over [-1, 1]). For RFM also, for t in {.1, .3, .5, .7, .9}: `ess/t`, `eta/t`,
-    `target_bias/t` (root mean square of the mean target over 16 repeats against 4096 candidates, in units of x1) and
+    `target_bias/t` (root mean square of the mean target over 16 repeats against 4096 candidates, in units of x1),
+    `reference_ess/t` (how many of the 4096 count: with few of them `target_bias` is an error of the reference) and
     `q_gap`, the spread of Q over uniform actions divided by lambda.
     """
     obs = jnp.asarray(obs)[:STATES]
@@ -70,22 +71,22 @@ def _target_quality(agent: RFM, state: Any, obs: Float[Array, "B o"], key: PRNGK
         post = jax.vmap(lambda k: agent.estimator(k, agent.path, log_pi, x_t, t, support))(
             jr.split(key_repeat, REPEATS)
         )
-        exact = REFERENCE(key_reference, agent.path, log_pi, x_t, t).mean
-        return post.ess.mean(), post.eta.mean(), jnp.mean((post.mean.mean(0) - exact) ** 2)
+        exact = REFERENCE(key_reference, agent.path, log_pi, x_t, t)
+        return post.ess.mean(), post.eta.mean(), jnp.mean((post.mean.mean(0) - exact.mean) ** 2), exact.ess
 
     n = obs.shape[0]
 
     def one_time(inputs):
         t, key_repeat, key_reference = inputs
         keys = jr.split(key_repeat, n), jr.split(key_reference, n)
-        ess, eta, bias2 = jax.vmap(at, (None, 0, 0, 0, 0, 0, 0))(t, obs, x0, x1, support, *keys)
-        return ess.mean(), eta.mean(), jnp.sqrt(bias2.mean())
+        ess, eta, bias2, reference_ess = jax.vmap(at, (None, 0, 0, 0, 0, 0, 0))(t, obs, x0, x1, support, *keys)
+        return ess.mean(), eta.mean(), jnp.sqrt(bias2.mean()), reference_ess.mean()
 
     count = len(TIMES)
     results = jax.lax.map(one_time, (jnp.array(TIMES), jr.split(k_repeat, count), jr.split(k_reference, count)))
     out = {
         f"{name}/{t}": values[i]
-        for name, values in zip(("ess", "eta", "target_bias"), results, strict=True)
+        for name, values in zip(("ess", "eta", "target_bias", "reference_ess"), results, strict=True)
         for i, t in enumerate(TIMES)
     }
     actions = jr.uniform(k_uniform, (64, x1.shape[1]), minval=-1.0, maxval=1.0)
