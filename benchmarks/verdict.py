@@ -1,14 +1,15 @@
 """The verdict of docs/study.md: interquartile means over tasks and seeds, and differences to one of the agents.
 
-    python benchmarks/verdict.py [TABLE] [--than rfm-paper]     # prints the tables in Markdown
+    python benchmarks/verdict.py [TABLE] [--than rfm-paper] [--without TASK ...]    # prints the tables in Markdown
 
 TABLE is one of collect.py's with its companion. Scores: return / 1000 for the DeepMind Control Suite, elsewhere 0 is
 random actions and 1 the best last policy of any agent. Seeds that an agent has not finished on all tasks are left out.
-Intervals: 95 %, stratified bootstrap. An agent is not inferior if the lower end of its relative difference is above
--5 %. "Evaluations" is the mean of those after half of the steps.
+Intervals: stratified bootstrap, 95 % unless asked otherwise. An agent is not inferior if the lower end of its relative
+difference is above -5 %. "Evaluations" is the mean of those after half of the steps.
 """
 
 import csv
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 
 from contraflow.report.scores import is_dmc
-from contraflow.report.statistics import Estimate, estimate, iqm, iqm_difference
+from contraflow.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference
 
 RULES = ("own", "one particle", "uniform actions")
 Returns = dict[str, dict[str, dict[int, float]]]  # agent -> environment -> seed -> return
@@ -55,11 +56,15 @@ def scales(returns: Returns, random: dict[str, float]) -> dict[str, tuple[float,
 def main(
     table: tyro.conf.Positional[Path] = Path(__file__).parent / "results" / "study_test.csv",
     than: str = "rfm-paper",
+    without: tuple[str, ...] = (),
+    level: float = 0.95,
 ) -> None:
     """Print the tables."""
     returns, random = read(table)
     bounds = scales(returns["own"], random)
-    envs = list(bounds)
+    if unknown := set(without) - set(bounds):
+        sys.exit(f"no such task: {', '.join(sorted(unknown))}; there are {', '.join(bounds)}")
+    envs = [env for env in bounds if env not in without]
 
     def scores(rule: str, agent: str) -> np.ndarray:
         """[seeds, tasks]"""
@@ -80,6 +85,13 @@ def main(
             of = [returns[rule].get(agent, {}).get(env, {}) for rule in RULES]
             cells.append(" / ".join(f"{mean(x.values()):.0f}" if x else "-" for x in of) + f" ({len(of[0])})")
         print(f"| `{agent}` | " + " | ".join(cells) + " |")
+    print(f"\nChance that a run of the agent ends better than one of `{than}`, own rule\n")
+    print("| agent | " + " | ".join(env.rpartition(":")[2] for env in envs) + " |\n" + "|---" * (len(envs) + 1) + "|")
+    for agent in returns["own"]:
+        x, y = scores("own", agent), scores("own", than)
+        if agent != than and len(x) and len(y):
+            chances = [float(improvement(x[:, [i]], y[:, [i]])) for i in range(len(envs))]
+            print(f"| `{agent}` | " + " | ".join(f"{p:.2f}" for p in chances) + " |")
     for rule in returns:
         print(f"\nInterquartile mean, {rule}\n\n| agent | seeds | score | less `{than}` | in % of it | not inferior |")
         print("|---|---|---|---|---|---|")
@@ -88,12 +100,12 @@ def main(
             x = scores(rule, agent)
             if not len(x):
                 continue
-            line = f"| `{agent}` | {len(x)} | {told(estimate(iqm, x))} |"
+            line = f"| `{agent}` | {len(x)} | {told(estimate(iqm, x, level=level))} |"
             if agent != than and len(base):
-                gap = estimate(lambda a, b: 100 * (iqm(a) / iqm(b) - 1), x, base)
+                gap = estimate(lambda a, b: 100 * (iqm(a) / iqm(b) - 1), x, base, level=level)
                 verdict = "-" if np.isnan(gap.low) else "yes" if gap.low > -5 else "not shown"
                 percent = f"{gap.value:+.0f} [{gap.low:+.0f}, {gap.high:+.0f}]"
-                line += f" {told(estimate(iqm_difference, x, base))} | {percent} | {verdict} |"
+                line += f" {told(estimate(iqm_difference, x, base, level=level))} | {percent} | {verdict} |"
             else:
                 line += " | | |"
             print(line)

@@ -19,7 +19,7 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, or an array of them, with its 95 % interval; the interval is nan with a single run."""
+    """A number, or an array of them, with its interval (95 % unless asked otherwise), nan with a single run."""
 
     value: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -49,7 +49,7 @@ def iqm_difference(x: Scores, y: Scores) -> NDArray[np.float64]:
     return np.asarray(iqm(x) - iqm(y))
 
 
-def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS) -> Estimate:
+def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS, level: float = LEVEL) -> Estimate:
     """The statistic of the samples with its percentile interval; each sample is resampled on its own.
 
     The draws depend on the shapes only, so neither the order nor the company of the agents changes an interval.
@@ -66,6 +66,6 @@ def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS) 
             pieces.append(np.take_along_axis(sample[None], rows, axis=1))
         draws.append(statistic(*pieces))
     resampled = np.concatenate(draws)[:reps]
-    tail = (1 - LEVEL) / 2
+    tail = (1 - level) / 2
     low, high = (np.asarray(np.quantile(resampled, q, axis=0)) for q in (tail, 1 - tail))
     return Estimate(value, low, high)
