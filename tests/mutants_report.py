@@ -209,6 +209,13 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         (REPORT + "test_report_statistics.py",),
     ),
     (
+        "an interval of the same level whatever is asked",
+        "report/statistics.py",
+        "tail = (1 - level) / 2",
+        "tail = (1 - LEVEL) / 2",
+        (REPORT + "test_report_statistics.py::test_a_mean_of_many_has_the_interval_of_a_gaussian",),
+    ),
+    (
         "unfinished runs are taken",
         "report/runs.py",
         'evaluations[-1].get("step", 0) < run["steps"]',

@@ -59,6 +59,14 @@ def test_intervals_cover_as_often_as_they_say():
     assert 0.87 < covered < 0.98  # three standard errors below .91 and above .94
 
 
+def test_a_mean_of_many_has_the_interval_of_a_gaussian():
+    scores = np.random.default_rng(2).normal(size=(4000, 1))
+    for level, z in ((0.5, 0.674), (0.95, 1.96), (0.99, 2.576)):
+        e = estimate(lambda s: s.mean((-2, -1)), scores, level=level)
+        half = z * scores.std() / len(scores) ** 0.5
+        np.testing.assert_allclose([e.low, e.high], [e.value - half, e.value + half], atol=0.1 * half)
+
+
 def test_tasks_are_strata():
     """Without spread within a task there is nothing to resample, however much the tasks differ."""
     scores = np.tile(np.array([0.0, 1.0, 5.0, 9.0]), (6, 1))
