@@ -2,9 +2,9 @@
 
     python benchmarks/distil.py RUN [RUN ...] [--students one one-shortcut one-split ten]   # adds to results/distil.csv
 
-RUN is a finished run of the agent `ten` of the matrix "one". A student starts from fresh networks and learns from the
-run's replay by RFM's own targets, at the run's temperature, with the run's critic, which stays as it is. Teacher and
-students are judged on the same episodes. The student `ten` tells what learning anew costs by itself.
+RUN is a finished run of the agent `ten` of the matrix "one", or of any `RFM`. A student starts from fresh networks and
+learns from the run's replay by RFM's own targets, at the run's temperature, with the run's critic, which stays as it
+is. Teacher and students are judged on the same episodes. The student `ten` tells what learning anew costs by itself.
 """
 
 from dataclasses import replace
@@ -29,13 +29,13 @@ from contraflow.train.evaluate import evaluate
 from contraflow.types import EnvSpec
 
 
-def judged(policy: Policy, name: str, seed: int, episodes: int) -> list[dict[str, Any]]:
+def judged(policy: Policy, name: str, run: Any, episodes: int) -> list[dict[str, Any]]:
     """One row for each rule of acting."""
-    judge, key = make(policy.env, episodes, SEED), jr.key(seed)
+    judge, key = make(run.env, episodes, SEED), jr.key(run.seed)
     rows = []
     for rule, (rival, state) in variants(policy).items():
         returns = evaluate(rival, state, judge, jr.clone(key), episodes)
-        row: dict[str, Any] = {"env": policy.env, "policy": name, "seed": seed, "rule": rule}
+        row: dict[str, Any] = {"env": run.env, "steps": run.steps, "policy": name, "seed": run.seed, "rule": rule}
         rows.append(row | {"return": round(float(returns.mean()), 1), "episodes": episodes})
     return rows
 
@@ -67,7 +67,7 @@ def main(
         policies = {"teacher": partial(Policy, run.agent, env.spec, run.env, learner.agent)}
         policies |= {name: partial(distilled, name, run, env.spec, learner, updates) for name in students}
         for name, policy in policies.items():
-            rows = judged(policy(), name, run.seed, episodes)
+            rows = judged(policy(), name, run, episodes)
             append(Path(__file__).parent / "results" / "distil.csv", rows)
             print(rows, flush=True)
 
