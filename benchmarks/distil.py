@@ -7,48 +7,25 @@ learns from the run's replay by RFM's own targets, at the run's temperature, wit
 is. Teacher and students are judged on the same episodes. The student `ten` tells what learning anew costs by itself.
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import tyro
-from passive import CHUNK, fitted, replayed, study
+from passive import CHUNK, beside, judged, replayed, study
 from tables import append
 
-from contraflow.compare.worker import SEED
-from contraflow.envs import make
 from contraflow.rl.temperature import Constant
 from contraflow.runtime.policy import Policy
-from contraflow.runtime.variants import variants
-from contraflow.train.evaluate import evaluate
 from contraflow.types import EnvSpec
-
-
-def judged(policy: Policy, name: str, run: Any, episodes: int) -> list[dict[str, Any]]:
-    """One row for each rule of acting."""
-    judge, key = make(run.env, episodes, SEED), jr.key(run.seed)
-    rows = []
-    for rule, (rival, state) in variants(policy).items():
-        returns = evaluate(rival, state, judge, jr.clone(key), episodes)
-        row: dict[str, Any] = {"env": run.env, "steps": run.steps, "policy": name, "seed": run.seed, "rule": rule}
-        rows.append(row | {"return": round(float(returns.mean()), 1), "episodes": episodes})
-    return rows
 
 
 def distilled(name: str, run: Any, spec: EnvSpec, learner: Any, updates: int) -> Policy:
     """The student `name` after `updates` updates."""
     k_init, k_learn = jr.split(jr.key(run.seed))
-    teacher = learner.agent
-    lam = Constant(float(run.agent.lam(teacher)))
-    agent = replace(fitted(name, run.agent), critic=replace(run.agent.critic, lr=1e-30), temperature=lam)
-    state = jax.jit(lambda key: agent.init(key, spec))(k_init)
-    critics = jax.tree.map(jnp.copy, (teacher.critic, teacher.critic))
-    state = eqx.tree_at(lambda s: (s.critic, s.target), state, critics)
+    lam = Constant(float(run.agent.lam(learner.agent)))
+    agent, state = beside(name, run.agent, learner.agent.critic, spec, k_init, temperature=lam)
     for i in range(updates // CHUNK):
         state = study(run, agent, state, learner.buffer, jr.fold_in(k_learn, i))
     return Policy(agent, spec, run.env, state)
@@ -67,7 +44,8 @@ def main(
         policies = {"teacher": partial(Policy, run.agent, env.spec, run.env, learner.agent)}
         policies |= {name: partial(distilled, name, run, env.spec, learner, updates) for name in students}
         for name, policy in policies.items():
-            rows = judged(policy(), name, run, episodes)
+            about = {"env": run.env, "steps": run.steps, "policy": name, "seed": run.seed}
+            rows = [about | row | {"episodes": episodes} for row in judged(policy(), jr.key(run.seed), episodes)]
             append(Path(__file__).parent / "results" / "distil.csv", rows)
             print(rows, flush=True)
 

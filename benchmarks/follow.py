@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
-from passive import CHUNK, fitted, replayed, study
+from passive import CHUNK, beside, replayed, study
 from tables import append
 
 from contraflow.agents import RFM
@@ -99,9 +98,7 @@ def main(
     tell("uniform actions", 0, worth(critic, obs, uniform, low, high))
     tell("random corners", 0, worth(critic, obs, jnp.sign(uniform), low, high))
     for name in agents:
-        agent = replace(fitted(name, run.agent), critic=replace(run.agent.critic, lr=1e-30), width=64)
-        state = jax.jit(lambda key, agent=agent: agent.init(key, env.spec))(k_init)
-        state = eqx.tree_at(lambda s: (s.critic, s.target), state, jax.tree.map(jnp.copy, (critic, critic)))
+        agent, state = beside(name, run.agent, critic, env.spec, k_init, width=64)
         done = 0
         for count in sorted(updates):
             while done < count:

@@ -7,11 +7,14 @@ at its settings, on all that its replay holds, from fresh networks; then the eva
 follows the estimator, students differ on the same replay; if it follows the data, they differ between replays.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import tyro
 from study import MATRICES
@@ -25,6 +28,7 @@ from contraflow.runtime.variants import variants
 from contraflow.train.checkpoint import latest
 from contraflow.train.evaluate import evaluate
 from contraflow.train.run import first_carry, read_config
+from contraflow.types import EnvSpec
 
 CHUNK = 500
 # By name; of a name in several matrices the last, "test", so that `rfm` is the candidate.
@@ -56,6 +60,23 @@ def fitted(name: str, teacher: Any) -> Any:
     return with_networks(AGENTS[name], {field: getattr(teacher, field) for field in NETWORK if hasattr(teacher, field)})
 
 
+def judged(policy: Policy, key: jax.Array, episodes: int) -> list[dict[str, Any]]:
+    """The mean return by each rule of acting, from the same starts for all policies."""
+    judge = make(policy.env, episodes, SEED)
+    returns = {
+        rule: evaluate(agent, state, judge, jr.clone(key), episodes)
+        for rule, (agent, state) in variants(policy).items()
+    }
+    return [{"rule": rule, "return": round(float(values.mean()), 1)} for rule, values in returns.items()]
+
+
+def beside(name: str, teacher: Any, critic: Any, spec: EnvSpec, key: jax.Array, **changes: Any) -> tuple[Any, Any]:
+    """The agent `name` and its first state, with a critic that stands still."""
+    agent = replace(fitted(name, teacher), critic=replace(teacher.critic, lr=1e-30), **changes)
+    state = jax.jit(lambda key: agent.init(key, spec))(key)
+    return agent, eqx.tree_at(lambda s: (s.critic, s.target), state, jax.tree.map(jnp.copy, (critic, critic)))
+
+
 def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
     """One row per rule of acting of the student `name`."""
     run, env, learner = replayed(folder)
@@ -65,13 +86,9 @@ def learn(folder: Path, name: str, episodes: int) -> list[dict[str, Any]]:
     updates = (run.steps - run.collect) // run.num_envs * run.updates
     for i in range(updates // CHUNK):
         state = study(run, agent, state, learner.buffer, jr.fold_in(k_learn, i))
-    rows = []
-    judge = make(run.env, episodes, SEED)
-    for rule, (rival, rival_state) in variants(Policy(agent, env.spec, run.env, state)).items():
-        returns = evaluate(rival, rival_state, judge, jr.clone(k_eval), episodes)
-        entry = {"env": run.env, "replay": folder.parts[-3], "student": name, "seed": run.seed, "rule": rule}
-        rows.append(entry | {"return": round(float(returns.mean()), 1), "updates": updates // CHUNK * CHUNK})
-    return rows
+    about = {"env": run.env, "replay": folder.parts[-3], "student": name, "seed": run.seed}
+    returns = judged(Policy(agent, env.spec, run.env, state), k_eval, episodes)
+    return [about | row | {"updates": updates // CHUNK * CHUNK} for row in returns]
 
 
 def main(

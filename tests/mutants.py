@@ -23,6 +23,7 @@ from pathlib import Path
 
 import mutants_agents
 import mutants_data
+import mutants_envs
 import mutants_flow
 import mutants_imitation
 import mutants_report
@@ -48,6 +49,7 @@ PARTS = (
     mutants_flow,
     mutants_sample,
     mutants_agents,
+    mutants_envs,
     mutants_running,
     mutants_report,
     mutants_data,

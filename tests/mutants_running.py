@@ -1,8 +1,7 @@
-"""Bugs for `mutants.py` in training, environments, the buffer and the command line: (name, file, old, new, tests)."""
+"""Bugs for `mutants.py` in training, the buffer and the command line: (name, file, old, new, tests)."""
 
 TOGETHER = "compare/test_compare_together.py::"
 ONLINE = "train/test_online.py::"
-CONTROL = "envs/test_env_control.py::"
 SEEDS = "train/test_seeds.py::"
 PLAYGROUND = "envs/test_playground.py::"
 DIAGNOSTICS = "train/test_diagnostics.py::"
@@ -28,20 +27,6 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "if returns.mean() > self._best:",
         "if returns.mean() < self._best or self._best == -np.inf:",
         ("train/test_train.py::test_the_best_policy_is_that_of_the_best_evaluation",),
-    ),
-    (
-        "Gymnasium adapter reports truncation as termination",
-        "envs/gymnasium.py",
-        "terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)",
-        "terminated, truncated = np.array(terminated, bool) | truncated, np.array(truncated, bool)",
-        ("envs/test_env_gymnasium.py::test_vector_env_rows",),
-    ),
-    (
-        "probe reports truncation as termination",
-        "envs/probe.py",
-        "step = Step(obs, next_obs, reward, terminated, truncated, valid)",
-        "step = Step(obs, next_obs, reward, terminated | truncated, truncated, valid)",
-        (ONLINE + "test_truncation_is_not_an_end",),
     ),
     (
         "observation after the reset stored as successor",
@@ -79,55 +64,6 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         '        object.__setattr__(found.learner, "iteration", jnp.zeros((), jnp.int32))\n'
         "        return found",
         ("train/test_resume.py::test_a_stopped_half_continues_bitwise",),
-    ),
-    (
-        "pendulum moves with the speed before the step",
-        "envs/control.py",
-        "return jnp.stack([_wrap(angle + 0.05 * speed), speed]), reward",
-        "return jnp.stack([_wrap(angle + 0.05 * body[1]), speed]), reward",
-        (CONTROL + "test_pendulum_equals_gymnasium_from_any_state",),
-    ),
-    (
-        "centrifugal force of the pole pushes the other way",
-        "envs/control.py",
-        "on_cart = force + POLE",
-        "on_cart = force - POLE",
-        (CONTROL + "test_cartpole_keeps_the_books_of_energy_and_momentum",),
-    ),
-    (
-        "cartpole rewarded for the state before the step",
-        "envs/control.py",
-        "        body = jnp.stack([x, _wrap(angle), dx, dangle])\n        return body, cartpole",
-        "        return jnp.stack([x, _wrap(angle), dx, dangle]), cartpole",
-        (CONTROL + "test_cartpole_follows_dm_control",),
-    ),
-    (
-        "rail without ends",
-        "envs/control.py",
-        "jnp.where(depth > 0, side",
-        "jnp.where(depth > 9, side",
-        (CONTROL + "test_cartpole_follows_dm_control",),
-    ),
-    (
-        "Euler instead of RK4",
-        "envs/control.py",
-        "h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)",
-        "h * k1",
-        (CONTROL + "test_cartpole_conserves_energy_without_friction_and_force",),
-    ),
-    (
-        "control task ends for good at its time limit",
-        "envs/control.py",
-        "reward, ~valid, truncated, valid)",
-        "reward, truncated, truncated, valid)",
-        (CONTROL + "test_ends_are_truncations_and_the_last_observation_is_true",),
-    ),
-    (
-        "control task hands out the new episode as successor",
-        "envs/control.py",
-        "Step(observe(body), observe(moved),",
-        "Step(observe(body), observe(body),",
-        (CONTROL + "test_ends_are_truncations_and_the_last_observation_is_true",),
     ),
     (
         "seeds trained at once share a key",
@@ -179,20 +115,6 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         (SEEDS + "test_evaluation_of_many_is_that_of_each",),
     ),
     (
-        "seeds of host simulators share a process",
-        "envs/__init__.py",
-        "return env.spec.jittable",
-        "return True",
-        (TOGETHER + "test_environments_that_are_not_written_in_jax_keep_one_process_each",),
-    ),
-    (
-        "simulators are built to see whether they are written in JAX",
-        "envs/__init__.py",
-        'if not colon or prefix in ("envpool", "gym"):',
-        "if False:",
-        (TOGETHER + "test_environments_that_are_not_written_in_jax_keep_one_process_each",),
-    ),
-    (
         "a checkpoint that is being written counts",
         "train/checkpoint.py",
         "sorted(int(place.name) for place in places if place.is_dir() and place.name.isdecimal())",
@@ -212,104 +134,6 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "return _drive(runs, folder, folders, envs, restored, quiet)",
         "return _drive(runs, folder, folders, envs, None, quiet)",
         (TOGETHER + "test_an_interrupted_group_goes_on",),
-    ),
-    (
-        "Playground hands out the new episode as successor",
-        "envs/playground.py",
-        "step = Step(_flat(sim.obs), next_obs,",
-        "step = Step(_flat(sim.obs), _flat(sim.obs),",
-        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
-    ),
-    (
-        "Playground ends for good at its time limit",
-        "envs/playground.py",
-        "next_obs, reward, terminated, truncated,",
-        "next_obs, reward, done, truncated,",
-        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
-    ),
-    (
-        "Playground's own end is overlooked",
-        "envs/playground.py",
-        "(moved.done > 0.5) | ~sound",
-        "~sound",
-        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
-    ),
-    (
-        "Playground goes on counting after an end",
-        "envs/playground.py",
-        "jnp.where(done, 0, state.age + 1)",
-        "jnp.where(terminated, 0, state.age + 1)",
-        (PLAYGROUND + "test_ends_are_kept_apart_and_the_last_observation_is_true",),
-    ),
-    (
-        "Playground starts every episode as the first",
-        "envs/playground.py",
-        "return _start(env, k_now), k_later,",
-        "return _start(env, k_now), carry[1],",
-        (PLAYGROUND + "test_every_episode_starts_in_a_fresh_state",),
-    ),
-    (
-        "Playground's copies share a key",
-        "envs/playground.py",
-        "(keys[0])",
-        "(jnp.stack([keys[0, 0]] * self.num_envs))",
-        (PLAYGROUND + "test_every_episode_starts_in_a_fresh_state",),
-    ),
-    (
-        "Playground resets in every step under vmap",
-        "envs/playground.py",
-        "return jax.lax.while_loop(lambda carry: carry[2], renew, (sim, key, done))[:2]",
-        "return jax.lax.cond(done, renew, lambda carry: carry, (sim, key, done))[:2]",
-        (PLAYGROUND + "test_no_reset_is_computed_while_no_copy_ends",),
-    ),
-    (
-        "Playground passes on what is not finite",
-        "envs/playground.py",
-        "jnp.where(sound[:, None], _flat(moved.obs), _flat(state.sim.obs))",
-        "_flat(moved.obs)",
-        (PLAYGROUND + "test_numbers_that_are_not_finite_end_the_episode",),
-    ),
-    (
-        "Playground passes on an infinite reward",
-        "envs/playground.py",
-        "reward = jnp.where(sound, moved.reward, 0.0)",
-        "reward = moved.reward",
-        (PLAYGROUND + "test_numbers_that_are_not_finite_end_the_episode",),
-    ),
-    (
-        "Playground gets actions outside the range",
-        "envs/playground.py",
-        "jnp.clip(action, -1.0, 1.0)",
-        "action",
-        (PLAYGROUND + "test_actions_outside_the_range_are_clipped",),
-    ),
-    (
-        "Playground observes what only the simulator knows",
-        "envs/playground.py",
-        'return obs["state"] if',
-        'return obs["privileged_state"] if',
-        (PLAYGROUND + "test_observations_are_flat_or_the_entry_state",),
-    ),
-    (
-        "robots are downloaded in passing",
-        "envs/playground.py",
-        "if not own and not (",
-        "if own and not (",
-        (PLAYGROUND + "test_ids_are_refused_in_one_line",),
-    ),
-    (
-        "Playground is built to see whether it is written in JAX",
-        "envs/__init__.py",
-        "        check(id)\n        return True",
-        "        return make(id).spec.jittable",
-        (PLAYGROUND + "test_looking_up_builds_nothing",),
-    ),
-    (
-        "Playground is built anew for every use",
-        "envs/playground.py",
-        "@cache\n",
-        '@__import__("functools").lru_cache(0)\n',
-        (PLAYGROUND + "test_equal_environments_share_what_was_built_and_compiled",),
     ),
     (
         "empty arrays go into a checkpoint",

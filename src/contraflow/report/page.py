@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from contraflow.config import VERSION, suggest
-from contraflow.report import charts
+from contraflow.report import charts, inside
 from contraflow.report.runs import LeftOut, Record, read
 from contraflow.report.scores import Matrix, Scale, Table, collect, matrix, scales
 from contraflow.report.statistics import REPS, Estimate, estimate, improvement, iqm, iqm_difference
@@ -106,9 +106,9 @@ def draw(
             out["against"] = charts.against(data, table, reference, look)
         for by in charts.AXES:
             out[f"curves-{by}"] = charts.curves(records, by, look)
-        out["by-time"] = charts.by_time(records, look)
-        out["by-step"] = charts.by_step(records, look)
-        out["actions"] = charts.histograms(records, look)
+        out["by-time"] = inside.by_time(records, look)
+        out["by-step"] = inside.by_step(records, look)
+        out["actions"] = inside.histograms(records, look)
     return {name: figure for name, figure in out.items() if figure is not None}
 
 
