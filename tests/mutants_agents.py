@@ -14,9 +14,16 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
     (
         "endpoint that was picked is not the one noised",
         "agents/rfm.py",
-        "jnp.roll(u, -pick, axis=0)",
-        "jnp.roll(u, pick, axis=0)",
+        "jnp.roll(u, -best, axis=0)",
+        "jnp.roll(u, best, axis=0)",
         (RFM + "test_update_against_an_independent_one[policy]",),
+    ),
+    (
+        "actions are picked as if it were cold",
+        "rl/select.py",
+        "(actions) / lam)",
+        "(actions) / lam**2)",
+        ("agents/test_sir.py::test_many_particles_give_the_boltzmann_law",),
     ),
     (
         "tanh Jacobian dropped",

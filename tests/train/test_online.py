@@ -240,9 +240,10 @@ LEARNERS = {
         width=32, solver=Euler(5), estimator=Reverse(16, TruncatedNoise(), Fixed(0.0)), actor_lr=1e-3, critic=LEARNING,
         bounds="box", predict="noise", endpoint="buffer", **HELD,
     ),
+    # Its targets are the slope of Q / lambda at every noise level, so a cold one asks for more steps than this.
     "qsm": RFM(
-        width=32, solver=Euler(5), estimator=Local(), actor_lr=1e-3, critic=LEARNING, bounds="box", predict="noise",
-        endpoint="buffer", **HELD,
+        width=32, solver=Euler(20), estimator=Local(), actor_lr=3e-3, critic=LEARNING, bounds="box", predict="noise",
+        endpoint="buffer", **HELD | {"temperature": Constant(0.1)},
     ),
     "pmd": PMD(
         policy=FlowPolicy(steps=5, width=32, depth=2), candidates=16, temperature=Constant(0.02), follow=0.02,

@@ -24,7 +24,7 @@ from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.flow_policy import FlowPolicy, Network
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.running import Running, first_stats, look, seen
-from contraflow.rl.select import Argmax, Selector, Softmax, chooses
+from contraflow.rl.select import Argmax, Selector, Softmax, pick
 from contraflow.rl.temperature import Schedule, Tuned, current
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -184,10 +184,7 @@ class PMD:
     ) -> Float[Array, " a"]:
         k_draw, k_pick = jr.split(key)
         actions = self._draw(actor, obs, k_draw, selector.particles)
-        if not chooses(selector):
-            return actions[0]
-        score = jax.vmap(lambda a: critic.value(obs, a))(actions) / self.lam(state)
-        return actions[selector(k_pick, score)]
+        return actions[pick(selector, k_pick, critic, obs, actions, self.lam(state))]
 
     @property
     def _tx(self):

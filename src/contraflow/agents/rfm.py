@@ -32,7 +32,7 @@ from contraflow.rl.energy import boltzmann, boltzmann_in_box
 from contraflow.rl.latent_flow import Bounds, LatentFlow
 from contraflow.rl.optim import check_positive, clipped_adam, descend, start
 from contraflow.rl.running import Running, first_stats, look, seen
-from contraflow.rl.select import Argmax, First, Selector, Softmax, chooses
+from contraflow.rl.select import Argmax, First, Selector, Softmax, pick
 from contraflow.rl.temperature import Schedule, Tuned, current, nearest_entropy
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -144,8 +144,8 @@ class RFM:
         """An action in [-1, 1]^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
         lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
         obs, selector = seen(state.stats, obs), self.explore if explore else self.exploit
-        u, pick = self._particles(state, obs, key, selector, lam)
-        return self.flow.action(u[pick])
+        u, best = self._particles(state, obs, key, selector, lam)
+        return self.flow.action(u[best])
 
     def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
         """The target law of u at one observation, as networks get it."""
@@ -161,16 +161,16 @@ class RFM:
 
         # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
         def following(obs, key, key_density):
-            u, pick = self._particles(state, obs, key, self.backup, lam)
+            u, best = self._particles(state, obs, key, self.backup, lam)
             actions = flow.action(u)
             if self.density is None:
-                return actions, pick, nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
-            log_pi = flow.log_prob(self.density, state.actor, self._condition(obs, lam), u[pick], key_density)
-            return actions, pick, -log_pi / u.shape[-1]
+                return actions, best, nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
+            log_pi = flow.log_prob(self.density, state.actor, self._condition(obs, lam), u[best], key_density)
+            return actions, best, -log_pi / u.shape[-1]
 
         keys = jr.split(k_next, n), jr.split(k_density, n)
         actions, picks, entropy = jax.vmap(following)(batch.next_obs, *keys)
-        action = jax.vmap(lambda a, pick: a[pick])(actions, picks)
+        action = jax.vmap(lambda a, best: a[best])(actions, picks)
         bonus = 0.0 if self.density is None else lam * entropy * action.shape[-1]
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, bonus
@@ -221,8 +221,8 @@ class RFM:
         lam = self.lam(state)
 
         def one(obs, key):
-            u, pick = self._particles(state, obs, key, self.query, lam)
-            return jnp.roll(u, -pick, axis=0)
+            u, best = self._particles(state, obs, key, self.query, lam)
+            return jnp.roll(u, -best, axis=0)
 
         return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
 
@@ -236,10 +236,7 @@ class RFM:
         k_x0, k_pick = jr.split(key)
         cond = self._condition(obs, self.lam(state))
         u = self.flow.draw(state.actor, cond, k_x0, selector.particles)
-        if not chooses(selector):
-            return u, jnp.zeros((), jnp.int32)
-        score = jax.vmap(lambda a: state.critic.value(obs, a))(self.flow.action(u)) / pick_lam
-        return u, selector(k_pick, score)
+        return u, pick(selector, k_pick, state.critic, obs, self.flow.action(u), pick_lam)
 
     @property
     def _tx(self):

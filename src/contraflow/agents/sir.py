@@ -16,7 +16,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
 from contraflow.rl.optim import check_positive
 from contraflow.rl.running import Running, first_stats, look, seen
-from contraflow.rl.select import Argmax, Selector, Softmax
+from contraflow.rl.select import Argmax, Selector, Softmax, pick
 from contraflow.rl.temperature import Constant, Schedule
 from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
@@ -77,8 +77,7 @@ class SIR:
             actions = jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
         else:
             actions = symmetric_beta(k_action, self.base, shape)
-        score = jax.vmap(lambda a: state.critic.value(obs, a))(actions) / self.temperature(state.step)
-        return actions[selector(k_pick, score)]
+        return actions[pick(selector, k_pick, state.critic, obs, actions, self.temperature(state.step))]
 
 
 def symmetric_beta(key: PRNGKey, kappa: float, shape: tuple[int, ...]) -> Float[Array, "..."]:

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
+from contraflow.nets.critic import QEnsemble
 from contraflow.types import PRNGKey
 
 
@@ -59,3 +61,18 @@ Selector = Softmax | Argmax | First
 def chooses(selector: Selector) -> bool:
     """Whether scores matter: no critic needs to be asked otherwise."""
     return selector.particles > 1 and not isinstance(selector, First)
+
+
+def pick(
+    selector: Selector,
+    key: PRNGKey,
+    critic: QEnsemble | None,
+    obs: Float[Array, " o"],
+    actions: Float[Array, "n a"],
+    lam: Float[Array, ""],
+) -> Int[Array, ""]:
+    """The index that `selector` picks by Q(s, a) / lam; without a choice the first, and no critic is needed."""
+    if not chooses(selector):
+        return jnp.zeros((), jnp.int32)
+    assert critic is not None
+    return selector(key, jax.vmap(lambda a: critic.value(obs, a))(actions) / lam)
