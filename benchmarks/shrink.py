@@ -12,8 +12,8 @@ from contraflow.rl.select import Argmax, First, Softmax
 
 
 def shrunk(part: Any) -> Any:
-    """Settings with at most 32 candidates for an estimate (16 in PMD), 8 actions to choose from, 10 solver steps, and
-    64 evaluations for a log-density by denoising."""
+    """Settings with at most 32 candidates for an estimate (16 in PMD; what `Pooled` joins keeps its own), 8 actions to
+    choose from, 10 solver steps, and 64 evaluations for a log-density by denoising."""
     if isinstance(part, Reverse):
         return replace(part, samples=min(part.samples, 32))
     if isinstance(part, Softmax | Argmax | First):
