@@ -29,7 +29,7 @@ from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Euler, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
-from contraflow.presets import RFM_PAPER
+from contraflow.presets import PRESETS, RFM_PAPER
 from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant
 from contraflow.types import EnvSpec, Transition
@@ -40,7 +40,8 @@ TOLERANCE = 0.03
 
 
 def agents() -> dict[str, RFM]:
-    """The agents compared; they differ in estimator and solver only, but for the temperature input of `rfm-paper`."""
+    """The agents compared; they differ in estimator and solver only, but for the temperature input of `rfm-paper` and
+    the average velocity of `mfpo`."""
     rfm = RFM()
     return {
         "rfm": rfm,
@@ -49,6 +50,7 @@ def agents() -> dict[str, RFM]:
         "noise 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(0.0))),
         "gradient 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(1.0))),
         "uniform 100": replace(rfm, estimator=Reverse(100, UniformAction(), Fixed(0.0))),
+        "mfpo": replace(PRESETS["mfpo"].agent, density=None, temperature=Constant(0.02), critic=rfm.critic),
         "mixture 32": replace(rfm, estimator=Reverse(32, Mixture(), Fixed(0.0))),
     }
 
