@@ -29,7 +29,7 @@ from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solve import Euler, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
-from contraflow.presets import PRESETS, RFM_PAPER
+from contraflow.presets import FAMILY, RFM_PAPER
 from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant
 from contraflow.types import EnvSpec, Transition
@@ -50,7 +50,7 @@ def agents() -> dict[str, RFM]:
         "noise 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(0.0))),
         "gradient 100": replace(rfm, estimator=Reverse(100, Noise(), Fixed(1.0))),
         "uniform 100": replace(rfm, estimator=Reverse(100, UniformAction(), Fixed(0.0))),
-        "mfpo": replace(PRESETS["mfpo"].agent, density=None, temperature=Constant(0.02), critic=rfm.critic),
+        "mfpo": replace(FAMILY["mfpo"], density=None, temperature=Constant(0.02), critic=rfm.critic),
         "mixture 32": replace(rfm, estimator=Reverse(32, Mixture(), Fixed(0.0))),
     }
 

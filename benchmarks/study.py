@@ -31,6 +31,7 @@ from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
 DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")
+TWO = ("CartpoleSwingup-v1", "WalkerWalk-v1")
 TEST = ("CheetahRun-v1", "WalkerRun-v1", "QuadrupedWalk-v1", "HalfCheetah-v5")
 
 SETTINGS = matrix.Settings(
@@ -124,7 +125,7 @@ MATRICES = {
             "cold": SIR(temperature=Constant(0.005)),
             "warm": SIR(temperature=Constant(0.1)),
         },
-        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+        TWO,
     ),
     # E3, actions held for four steps.
     "held": Matrix(
@@ -195,7 +196,7 @@ MATRICES = {
             "one-shortcut": RFM(solver=Euler(1), objective=Shortcut()),
             "one-split": RFM(solver=Euler(1), objective=SplitMeanFlow()),
         },
-        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+        TWO,
     ),
     # After three seeds of "test" had not shown the candidate to be as good: the second round, on development tasks. An
     # actor of one evaluation has 32 particles in the backup at the cost of four of the candidate's.
@@ -212,19 +213,18 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
-    # The whole family, shrunk to what two cores can do. All have the same critics; the law of the return, within
-    # [-10, 110], is what keeps MFPO's soft values in bounds, so it runs with it too.
+    # The whole family with the same critics, shrunk to what two cores can do; MFPO also with its own critics.
     "family": Matrix(
         {name: shrunk(PRESETS[name].agent) for name in FAMILY}
         | {"mfpo-c51": matrix.with_networks(shrunk(PRESETS["mfpo"].agent), C51)},
-        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+        TWO,
         own=frozenset({"mfpo-c51"}),
     ),
     # The critic's share and the flow's: the same agents with the usual critics and with those of `rfm-max`.
-    "plain": Matrix(NORMALISED, ("CartpoleSwingup-v1", "WalkerWalk-v1")),
+    "plain": Matrix(NORMALISED, TWO),
     "max": Matrix(
         {f"{name}-max": agent for name, agent in NORMALISED.items()},
-        ("CartpoleSwingup-v1", "WalkerWalk-v1"),
+        TWO,
         replace(SETTINGS, critic=replace(STRONG, width=64, tau=0.02, lr=1e-3)),
     ),
     # Nothing is chosen here: of `sac`, `sir` and `noise` those are taken whose interquartile mean over the development

@@ -27,6 +27,7 @@ import mutants_envs
 import mutants_flow
 import mutants_imitation
 import mutants_report
+import mutants_rl
 import mutants_running
 import mutants_sample
 
@@ -48,6 +49,7 @@ class Mutant:
 PARTS = (
     mutants_flow,
     mutants_sample,
+    mutants_rl,
     mutants_agents,
     mutants_envs,
     mutants_running,

@@ -1,7 +1,7 @@
 """Bugs for `mutants.py` in environments: (name, file, old, new, tests)."""
 
 TOGETHER = "compare/test_compare_together.py::"
-ONLINE = "train/test_online.py::"
+PROBES = "train/test_probes.py::"
 CONTROL = "envs/test_env_control.py::"
 PLAYGROUND = "envs/test_playground.py::"
 
@@ -18,7 +18,7 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         "envs/probe.py",
         "step = Step(obs, next_obs, reward, terminated, truncated, valid)",
         "step = Step(obs, next_obs, reward, terminated | truncated, truncated, valid)",
-        (ONLINE + "test_truncation_is_not_an_end",),
+        (PROBES + "test_truncation_is_not_an_end",),
     ),
     (
         "pendulum moves with the speed before the step",

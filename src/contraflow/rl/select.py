@@ -71,7 +71,10 @@ def pick(
     actions: Float[Array, "n a"],
     lam: Float[Array, ""],
 ) -> Int[Array, ""]:
-    """The index that `selector` picks by Q(s, a) / lam; without a choice the first, and no critic is needed."""
+    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0, among actions [n, a] at obs [o].
+
+    Without a choice it is the first, and no critic is needed.
+    """
     if not chooses(selector):
         return jnp.zeros((), jnp.int32)
     assert critic is not None
