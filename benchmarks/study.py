@@ -24,7 +24,6 @@ from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, Reverse
 from contraflow.flow.proposal import Noise
 from contraflow.flow.solve import Euler, Midpoint
-from contraflow.nets.heads import Categorical
 from contraflow.presets import PRESETS, STRONG
 from contraflow.rl.critics import Critics
 from contraflow.rl.select import First, Softmax
@@ -71,9 +70,6 @@ FAMILY = (
     "rfm", "sir", "sac", "td3", "rfm-one", "maxentdp", "sdac", "qsm", "dqs", "flame", "flame-m", "mfpo", "dpmd", "fpmd",
     "fpmd-m", "qvpo", "dacer",
 )  # fmt: skip
-C51 = {name: getattr(SETTINGS, name) for name in matrix.NETWORK} | {
-    "critic": replace(SETTINGS.critic, head=Categorical())
-}
 NORMALISED = {
     "rfm": RFM(normalise_obs=True),
     "sac": SAC(normalise_obs=True, actor_lr=1e-3, init_alpha=0.1),
@@ -91,8 +87,6 @@ class Matrix:
     agents: dict[str, Any]
     envs: tuple[str, ...]
     settings: matrix.Settings = SETTINGS
-    own: frozenset[str] = frozenset()
-    """Agents that keep their critics and sizes."""
 
 
 MATRICES = {
@@ -213,13 +207,8 @@ MATRICES = {
         },
         DEVELOPMENT,
     ),
-    # The whole family with the same critics, shrunk to what two cores can do; MFPO also with its own critics.
-    "family": Matrix(
-        {name: shrunk(PRESETS[name].agent) for name in FAMILY}
-        | {"mfpo-c51": matrix.with_networks(shrunk(PRESETS["mfpo"].agent), C51)},
-        TWO,
-        own=frozenset({"mfpo-c51"}),
-    ),
+    # The whole family with the same critics, shrunk to what two cores can do.
+    "family": Matrix({name: shrunk(PRESETS[name].agent) for name in FAMILY}, TWO),
     # The critic's share and the flow's: the same agents with the usual critics and with those of `rfm-max`.
     "plain": Matrix(NORMALISED, TWO),
     "max": Matrix(
@@ -270,8 +259,8 @@ def main(
     chosen = MATRICES[name]
     named = {agent: chosen.agents[agent] for agent in agents or chosen.agents}
     ids = [env if ":" in env else f"envpool:{env}" for env in envs or chosen.envs]
-    cells = matrix.plan(named, ids, seeds, chosen.settings, chosen.own, out)
-    matrix.record(named, ids, seeds, chosen.settings, chosen.own, out)
+    cells = matrix.plan(named, ids, seeds, chosen.settings, frozenset(), out)
+    matrix.record(named, ids, seeds, chosen.settings, frozenset(), out)
     have = published(name)
     cells = [cell for cell in cells if (cell.agent, cell.env, cell.seed) not in have]
     outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, name == "held", not sys.stdout.isatty())

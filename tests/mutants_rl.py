@@ -162,6 +162,20 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         ("flow/test_flow_likelihood.py::test_denoising_density_of_a_gaussian",),
     ),
     (
+        "the sampler's density grows where it spreads",
+        "flow/likelihood.py",
+        "jnp.asarray(source_scale)) - log_det",
+        "jnp.asarray(source_scale)) + log_det",
+        (LATENT + "test_the_density_of_the_sampler",),
+    ),
+    (
+        "cut kernels keep their height",
+        "flow/proposal.py",
+        "if bound is None else _log_truncated(x1, m, std, bound)",
+        "if bound is None else log_normal(x1, m, std)",
+        ("flow/test_flow_proposal.py::test_density_is_normalised_and_sampled",),
+    ),
+    (
         "network is not told how long its step is",
         "rl/latent_flow.py",
         "time_embedding(CLOCK * (r - t), self.embedding)",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3, ReinFlow
-from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson
+from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson, Pushforward
 from contraflow.flow.markov import Markov
 from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.path import VE, VP, Cosine
@@ -46,7 +46,7 @@ IN_BOX: dict[str, Any] = OWN | {"bounds": "box", "predict": "noise", "solver": E
 BEST: dict[str, Any] = {"explore": Argmax(32), "backup": Argmax(32)}
 KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # of 32 candidates: log 32 - 2
 DIFFUSION = FlowPolicy(path=VP(), predict="noise", clip=1.0, steps=20, width=256, depth=3)
-OWN_C51: dict[str, Any] = OWN | {"critic": replace(WIDE, head=Categorical())}
+OWN_C51: dict[str, Any] = OWN | {"critic": replace(WIDE, head=Categorical(), depth=3, block="normalised")}
 OWN_BEST: dict[str, Any] = OWN | BEST
 FLAME = RFM(
     estimator=Reverse(100, TruncatedNoise(), Fixed(0.0)), endpoint="buffer", bounds="box",
@@ -78,8 +78,8 @@ FAMILY: dict[str, Any] = {
     "flame-m": replace(FLAME, objective=MeanFlow(), solver=Euler(1)),
     # 2604.14698
     "mfpo": RFM(
-        estimator=Pooled(), query=First(32), objective=MeanFlow(), solver=Euler(2),
-        density=ChangeOfVariables(Euler(10), Hutchinson(1)), temperature=Tuned(-0.5),
+        estimator=Pooled(), bounds="box", query=First(16), objective=MeanFlow(), solver=Euler(2), exploit=Argmax(10),
+        density=Pushforward(), temperature=Tuned(-0.5, start=0.01), depth=3,
         **OWN_C51,
     ),
     # The default in one evaluation.

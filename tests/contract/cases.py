@@ -14,6 +14,7 @@ from contraflow.agents.rfm import RFM
 from contraflow.agents.sac import SAC
 from contraflow.agents.sir import SIR
 from contraflow.agents.td3 import TD3
+from contraflow.flow.likelihood import Pushforward
 from contraflow.flow.markov import Markov
 from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.posterior import Fixed, MinVariance, Pooled, Reverse
@@ -45,7 +46,9 @@ TABLE: dict[str, Any] = {
         estimator=Reverse(8, Mixture((Noise(), UniformAction(), Particles(0.3)), (0.25, 0.25, 0.5)), Fixed(0.0)),
         behaviour=Constant(0.1),
     ),
-    "rfm-one": RFM(**(FLOW | {"solver": Euler(1), "objective": MeanFlow(), "estimator": Pooled(POOL)})),
+    "rfm-one": RFM(
+        **(FLOW | {"solver": Euler(1), "objective": MeanFlow(), "estimator": Pooled(POOL), "density": Pushforward()})
+    ),
     "rfm-tuned": RFM(**(FLOW | {"backup": Softmax(4), "temperature": Tuned(rate=0.1), "estimator": Markov(4)})),
     "pmd": PMD(
         policy=FlowPolicy(steps=2, width=8, depth=1, embedding=4),

@@ -25,13 +25,15 @@ PROPOSALS = {
     "truncated": TruncatedNoise(1.0),
     "uniform": UniformAction(),
     "particles": Particles(0.5),
+    "cut": Particles(0.5, bound=1.0),
     "mixture": Mixture(),
     "tuple": Mixture((Noise(), UniformAction(), Particles(0.5)), (0.5, 0.2, 0.3)),
     "function": Mixture((Noise(), UniformAction(), Particles(0.5)), rising),
     "zero": Mixture((Noise(), UniformAction()), (0.0, 1.0)),
     "one": Mixture((Noise(), UniformAction()), (1.0, 0.0)),
 }
-QUICK = ("noise", "truncated", "uniform", "tuple")
+QUICK = ("noise", "truncated", "cut", "uniform", "tuple")
+IN_BOX = ("truncated", "cut")
 NAMED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PROPOSALS]
 proposals = pytest.mark.parametrize("name", NAMED)
 SUPPORT = jnp.array([[-1.0], [-0.3], [0.4], [1.6]])
@@ -53,7 +55,7 @@ def test_density_is_normalised_and_sampled(name):
     proposal, n = PROPOSALS[name], 10_000
     for i, (path, t, x) in enumerate([(Linear(), 0.15, 0.3), (Linear(), 0.85, -0.7), (Cosine(), 0.5, 1.1)]):
         t, x_t = jnp.asarray(t), jnp.array([x])
-        bound = 1.0 if name == "truncated" else 60.0
+        bound = 1.0 if name in IN_BOX else 60.0
         u = np.linspace(-bound, bound, 80_001)
         q = np.exp(np.asarray(log_probs(proposal, path, jnp.asarray(u)[:, None], x_t, t, SUPPORT), np.float64))
         cdf = integrate.cumulative_trapezoid(q, u, initial=0.0)
@@ -93,7 +95,7 @@ def test_importance_weights_are_unbiased(name, path):
     support = jnp.concatenate([SUPPORT, SUPPORT[::-1]], 1)
     a, b = float(path.alpha(t)), float(path.beta(t))
     mean, std = np.array([0.3, -0.2]), 0.4
-    if name == "truncated":  # pi uniform on the box
+    if name in IN_BOX:  # pi uniform on the box
         log_pi = lambda u: jnp.where(jnp.all(jnp.abs(u) <= 1.0), -2.0 * jnp.log(2.0), -jnp.inf)
         z = np.prod((stats.norm.cdf((x + a) / b) - stats.norm.cdf((x - a) / b)) / (2 * a))
     else:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from contraflow.agents.rfm import RFM
+from contraflow.flow.likelihood import Pushforward
 from contraflow.flow.onestep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VP
 from contraflow.flow.posterior import Fixed, Reverse
@@ -54,8 +56,29 @@ def exact():
 @pytest.mark.parametrize("steps", [1, 4])
 def test_any_number_of_steps_gives_the_law(steps):
     flow = replace(AGENT, solver=Euler(steps)).flow
-    u = jax.jit(lambda k: flow.draw(exact(), COND, k, 4000))(jr.key(1))
+    _, u = jax.jit(lambda k: flow.draw(exact(), COND, k, 4000))(jr.key(1))
     np.testing.assert_allclose(u, MEAN + STD * jr.normal(jr.key(1), (4000, 2)), atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_density_of_the_sampler(steps):
+    """That of a known Gaussian; of a network that is wrong by differences of its ends."""
+    flow, key = replace(AGENT, solver=Euler(steps)).flow, jr.key(7)
+    log_prob = jax.jit(jax.vmap(lambda net, x0, u: flow.log_prob(Pushforward(), net, COND, x0, u, key), (None, 0, 0)))
+    x0, u = flow.draw(exact(), COND, jr.key(1), 50)
+    known = jax.scipy.stats.norm.logpdf(u, MEAN, STD).sum(1) - jnp.log(1 - jnp.tanh(u) ** 2).sum(1)
+    np.testing.assert_allclose(log_prob(exact(), x0, u), known, atol=0.01)
+
+    wrong = AGENT.flow.init(jr.key(5), 2, 3)
+    wrong = eqx.tree_at(lambda net: net.last.weight, wrong, 0.3 * jr.normal(jr.key(6), wrong.last.weight.shape))
+    x0, u = flow.draw(wrong, COND, jr.key(1), 50)
+    h = 1e-2
+    end = jax.jit(jax.vmap(lambda x: flow.action(flow.end(wrong, COND, x))))
+    across = [(end(x0 + h * e[None]) - end(x0 - h * e[None])) / (2 * h) for e in jnp.eye(2)]
+    slope = across[0][:, 0] * across[1][:, 1] - across[0][:, 1] * across[1][:, 0]
+    by_hand = jax.scipy.stats.norm.logpdf(x0).sum(1) - jnp.log(jnp.abs(slope))
+    np.testing.assert_allclose(log_prob(wrong, x0, u), by_hand, atol=0.05)
+    assert np.std(np.log(np.abs(slope))) > 0.1
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -116,6 +139,7 @@ def test_what_does_not_fit_is_refused():
         {"predict": "noise"},
         {"objective": MeanFlow(power=1.0)},
         {"objective": Matching(), "solver": EulerMaruyama(5, path=VP())},
+        {"objective": Matching(), "solver": EulerMaruyama(5), "density": Pushforward()},
     ):
-        with pytest.raises(ValueError, match=r"average|power|path"):
+        with pytest.raises(ValueError, match=r"average|power|path|noise"):
             replace(AGENT, **fields)

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.flow.density import LogDensity
 from contraflow.flow.estimator import Estimator
-from contraflow.flow.likelihood import PolicyDensity
+from contraflow.flow.likelihood import PolicyDensity, Pushforward
 from contraflow.flow.loss import Predict
 from contraflow.flow.markov import Gibbs
 from contraflow.flow.onestep import Matching, Objective
 from contraflow.flow.path import Linear, Path
 from contraflow.flow.posterior import Local, Pooled, Reverse
-from contraflow.flow.solve import Midpoint, Solver
+from contraflow.flow.solve import EulerMaruyama, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
@@ -116,7 +116,11 @@ class RFM:
         if self.bounds == "box" and not all(
             isinstance(e, Local) or (isinstance(e, Reverse) and not e.control.active) for e in parts
         ):
-            raise ValueError("bounds='box' needs the estimator Local, or Reverse with control=Fixed(0)")
+            raise ValueError(
+                "bounds='box' needs the estimator Local, or Reverse (or Pooled of it) with control=Fixed(0)"
+            )
+        if isinstance(self.density, Pushforward) and isinstance(self.solver, EulerMaruyama):
+            raise ValueError("the density Pushforward needs a solver without noise, not EulerMaruyama")
 
     @property
     def flow(self) -> LatentFlow:
@@ -144,7 +148,7 @@ class RFM:
         """An action in [-1, 1]^a: of the particles of `explore` or `exploit`, the one picked by Q(s, a)."""
         lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
         obs, selector = seen(state.stats, obs), self.explore if explore else self.exploit
-        u, best = self._particles(state, obs, key, selector, lam)
+        _, u, best = self._particles(state, obs, key, selector, lam)
         return self.flow.action(u[best])
 
     def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
@@ -161,11 +165,12 @@ class RFM:
 
         # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
         def following(obs, key, key_density):
-            u, best = self._particles(state, obs, key, self.backup, lam)
+            x0, u, best = self._particles(state, obs, key, self.backup, lam)
             actions = flow.action(u)
             if self.density is None:
                 return actions, best, nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
-            log_pi = flow.log_prob(self.density, state.actor, self._condition(obs, lam), u[best], key_density)
+            cond = self._condition(obs, lam)
+            log_pi = flow.log_prob(self.density, state.actor, cond, x0[best], u[best], key_density)
             return actions, best, -log_pi / u.shape[-1]
 
         keys = jr.split(k_next, n), jr.split(k_density, n)
@@ -221,7 +226,7 @@ class RFM:
         lam = self.lam(state)
 
         def one(obs, key):
-            u, best = self._particles(state, obs, key, self.query, lam)
+            _, u, best = self._particles(state, obs, key, self.query, lam)
             return jnp.roll(u, -best, axis=0)
 
         return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
@@ -231,12 +236,12 @@ class RFM:
 
     def _particles(
         self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector, pick_lam: Float[Array, ""]
-    ) -> tuple[Float[Array, "n a"], Int[Array, ""]]:
-        """n latent actions u from n noises, and the index the selector picks by Q(s, tanh u) / pick_lam."""
+    ) -> tuple[Float[Array, "n a"], Float[Array, "n a"], Int[Array, ""]]:
+        """n noises, the latent actions u that they end in, and the index the selector picks by Q(s, a) / pick_lam."""
         k_x0, k_pick = jr.split(key)
         cond = self._condition(obs, self.lam(state))
-        u = self.flow.draw(state.actor, cond, k_x0, selector.particles)
-        return u, pick(selector, k_pick, state.critic, obs, self.flow.action(u), pick_lam)
+        x0, u = self.flow.draw(state.actor, cond, k_x0, selector.particles)
+        return x0, u, pick(selector, k_pick, state.critic, obs, self.flow.action(u), pick_lam)
 
     @property
     def _tx(self):

@@ -2,8 +2,10 @@
 
 `log_likelihood`: the instantaneous change of variables (Chen et al. 1806.07366; Grathwohl et al. 1810.01367),
 d/dt log p_t(x_t) = -div v(x_t, t), integrated backwards from x1. `denoising_log_density`: from errors of denoising.
+`pushforward_log_density`: of a sampler in few steps, from the noise that it began with.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -90,6 +92,16 @@ def denoising_log_density(
     return 0.5 * total - 0.5 * x1.shape[0] * jnp.log(2 * jnp.pi * jnp.e)
 
 
+def pushforward_log_density(sampler: Callable[[Vector], Vector], x0: Vector, source_scale: float = 1.0) -> Scalar:
+    """log p(f(x0)) = log N(x0; 0, source_scale^2 I) - log |det df/dx0| of a sampler f [d] -> [d] that is one to one.
+
+    Exact however few steps the sampler makes, where the change of variables along v is right for many only. d forward
+    derivatives of f.
+    """
+    _, log_det = jnp.linalg.slogdet(jax.jacfwd(sampler)(x0))
+    return log_normal(x0, jnp.zeros_like(x0), jnp.asarray(source_scale)) - log_det
+
+
 @dataclass(frozen=True)
 class ChangeOfVariables:
     """Settings of `log_likelihood`: how a policy's log-density is found by following its flow back."""
@@ -117,4 +129,9 @@ class Denoising:
         return denoising_log_density(x0_mean, path, x1, t0, t1, self.levels, self.probes, key)
 
 
-PolicyDensity = ChangeOfVariables | Denoising
+@dataclass(frozen=True)
+class Pushforward:
+    """`pushforward_log_density`: a policy's log-density is that of its sampler itself, which has no settings."""
+
+
+PolicyDensity = ChangeOfVariables | Denoising | Pushforward

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from contraflow.flow.density import LogDensity, log_normal
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.proposal import Noise, Particles, Proposal, Support
+from contraflow.flow.proposal import Noise, Particles, Proposal, Support, TruncatedNoise
 from contraflow.types import PRNGKey
 
 Weights = Float[Array, " K"]
@@ -162,14 +162,16 @@ class Reverse:
 class Pooled:
     """Several estimates, each weighted by its share of the effective sample sizes (MFPO, 2604.14698).
 
-    MFPO pools two with eta = 0: candidates from noise, which are good near t = 1, and from the policy, which are good
-    near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density). Against a
-    `Mixture` of the same proposals in one estimate: docs/online.md. `ess` is the sum. ValueError without parts.
+    MFPO pools two with eta = 0 in the box: candidates from noise, which are good near t = 1, and from the policy, which
+    are good near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density).
+    One candidate that has all the weight still counts as one, however wrong: keep candidates where they can do no harm.
+    Against a `Mixture` of the same proposals in one estimate: docs/online.md. `ess` is the sum. ValueError without
+    parts.
     """
 
     parts: tuple[Reverse, ...] = (
-        Reverse(64, Noise(), Fixed(0.0)),
-        Reverse(32, Particles(0.3), Fixed(0.0)),
+        Reverse(32, TruncatedNoise(), Fixed(0.0)),
+        Reverse(16, Particles(0.3, bound=1.0), Fixed(0.0)),
     )
 
     def __post_init__(self):

@@ -52,35 +52,41 @@ class TruncatedNoise:
     bound: float = 1.0
     boundary: ClassVar[bool] = True
 
-    def _standard(self, path: AbstractPath, x_t: Vector, t: Scalar) -> tuple[Vector, Scalar, Vector, Vector, Vector]:
-        """Mean and std of u, and sign, lower, upper such that sign (u - mean) / std lies in [lower, upper].
-
-        The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
-        that their logarithms and differences keep their digits however far out the box lies.
-        """
-        mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
-        low, high = (-self.bound - mean) / std, (self.bound - mean) / std
-        sign = jnp.where(low + high > 0, -1.0, 1.0)
-        return mean, std, sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
-
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
-        """n draws [n, d] by the inverse of the distribution function; within the box whatever x_t is."""
-        mean, std, sign, lower, upper = self._standard(path, x_t, t)
-
-        def invert(place: Vector) -> Vector:
-            # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
-            log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
-            return mean + std * sign * jnp.clip(_log_quantile(log_p), lower, upper)
-
-        # Rounding may step over the edge, where the density is 0.
-        return jnp.clip(jax.vmap(invert)(jr.uniform(key, (n, *x_t.shape))), -self.bound, self.bound)
+        """n draws [n, d], within the box whatever x_t is."""
+        mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
+        return jax.vmap(lambda place: _truncated(place, mean, std, self.bound))(jr.uniform(key, (n, *x_t.shape)))
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
-        mean, std, _, lower, upper = self._standard(path, x_t, t)
-        log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
-        log_mass = log_upper + jnp.log(-jnp.expm1(log_lower - log_upper))
-        inside = jnp.all(jnp.abs(x1) <= self.bound)
-        return jnp.where(inside, log_normal(x1, mean, std) - log_mass.sum(), -jnp.inf)
+        return _log_truncated(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t), self.bound)
+
+
+def _within(mean: Vector, std: Scalar, bound: float) -> tuple[Vector, Vector, Vector]:
+    """Sign, lower, upper such that sign (u - mean) / std lies in [lower, upper] where |u| <= bound.
+
+    The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
+    that their logarithms and differences keep their digits however far out the box lies.
+    """
+    low, high = (-bound - mean) / std, (bound - mean) / std
+    sign = jnp.where(low + high > 0, -1.0, 1.0)
+    return sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
+
+
+def _truncated(place: Vector, mean: Vector, std: Scalar, bound: float) -> Vector:
+    """N(mean, std^2 I) on [-bound, bound]^d by the inverse of its distribution function at `place` in [0, 1)^d."""
+    sign, lower, upper = _within(mean, std, bound)
+    # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
+    log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
+    u = mean + std * sign * jnp.clip(_log_quantile(log_p), lower, upper)
+    return jnp.clip(u, -bound, bound)  # rounding may step over the edge, where the density is 0
+
+
+def _log_truncated(x1: Vector, mean: Vector, std: Scalar, bound: float) -> Scalar:
+    """The log-density of N(mean, std^2 I) on [-bound, bound]^d."""
+    _, lower, upper = _within(mean, std, bound)
+    log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
+    log_mass = log_upper + jnp.log(-jnp.expm1(log_lower - log_upper))
+    return jnp.where(jnp.all(jnp.abs(x1) <= bound), log_normal(x1, mean, std) - log_mass.sum(), -jnp.inf)
 
 
 def _log_quantile(log_p: Vector) -> Vector:
@@ -112,15 +118,19 @@ class Particles:
 
     Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I),
     V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2),
-    pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2).
+    pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2). With `bound` each N(m_i, V I) is truncated to [-bound, bound]^d.
     """
 
     width: float = 0.3
-    boundary: ClassVar[bool] = False
+    bound: float | None = None
+
+    @property
+    def boundary(self) -> bool:
+        return self.bound is not None
 
     def __post_init__(self):
-        if self.width <= 0:
-            raise ValueError(f"Particles(width={self.width}): the kernel width must be positive")
+        if self.width <= 0 or (self.bound is not None and self.bound <= 0):
+            raise ValueError(f"{self}: the kernel width and the bound must be positive")
 
     def _mixture(self, path: AbstractPath, x_t: Vector, t: Scalar, support: Support):
         if support is None:
@@ -136,11 +146,16 @@ class Particles:
         log_pi, means, std = self._mixture(path, x_t, t, support)
         k_component, k_noise = jr.split(key)
         component = jr.categorical(k_component, log_pi, shape=(n,))
-        return means[component] + std * jr.normal(k_noise, (n, *x_t.shape))
+        if self.bound is None:
+            return means[component] + std * jr.normal(k_noise, (n, *x_t.shape))
+        place, bound = jr.uniform(k_noise, (n, *x_t.shape)), self.bound
+        return jax.vmap(lambda p, m: _truncated(p, m, std, bound))(place, means[component])
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
         log_pi, means, std = self._mixture(path, x_t, t, support)
-        return jax.nn.logsumexp(log_pi + jax.vmap(lambda m: log_normal(x1, m, std))(means))
+        bound = self.bound
+        kernel = lambda m: log_normal(x1, m, std) if bound is None else _log_truncated(x1, m, std, bound)
+        return jax.nn.logsumexp(log_pi + jax.vmap(kernel)(means))
 
 
 @dataclass(frozen=True)
