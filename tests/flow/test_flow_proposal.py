@@ -218,5 +218,7 @@ def test_mistakes_are_named():
         Ramp(0.2, 0.9, 0.3)
     with pytest.raises(ValueError, match="width"):
         Particles(0.0)
+    with pytest.raises(ValueError, match="bound must be positive"):
+        Particles(bound=0.0)
     with pytest.raises(ValueError, match="support"):
         Particles().log_prob(jnp.zeros(1), Linear(), jnp.zeros(1), jnp.asarray(0.5), None)

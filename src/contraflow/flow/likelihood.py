@@ -17,6 +17,8 @@ from contraflow.flow.path import AbstractPath, Scalar, Vector
 from contraflow.flow.solve import Drift, Euler, ODESolver, Time
 from contraflow.types import PRNGKey
 
+Sampler = Callable[[Vector], Vector]
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -92,11 +94,11 @@ def denoising_log_density(
     return 0.5 * total - 0.5 * x1.shape[0] * jnp.log(2 * jnp.pi * jnp.e)
 
 
-def pushforward_log_density(sampler: Callable[[Vector], Vector], x0: Vector, source_scale: float = 1.0) -> Scalar:
-    """log p(f(x0)) = log N(x0; 0, source_scale^2 I) - log |det df/dx0| of a sampler f [d] -> [d] that is one to one.
+def pushforward_log_density(sampler: Sampler, x0: Vector, source_scale: float = 1.0) -> Scalar:
+    """log p(f(x0)) [] = log N(x0; 0, source_scale^2 I) - log |det df/dx0| of a sampler f [d] -> [d] and noise x0 [d].
 
-    Exact however few steps the sampler makes, where the change of variables along v is right for many only. d forward
-    derivatives of f.
+    Exact for an f that is one to one, however few its steps, where the change of variables along v is right for many
+    only (change of variables as in 1505.05770, eq. 5). d forward derivatives of f; inf where f is flat.
     """
     _, log_det = jnp.linalg.slogdet(jax.jacfwd(sampler)(x0))
     return log_normal(x0, jnp.zeros_like(x0), jnp.asarray(source_scale)) - log_det
@@ -104,12 +106,26 @@ def pushforward_log_density(sampler: Callable[[Vector], Vector], x0: Vector, sou
 
 @dataclass(frozen=True)
 class ChangeOfVariables:
-    """Settings of `log_likelihood`: how a policy's log-density is found by following its flow back."""
+    """Settings of `log_likelihood`: how a policy's log-density is found by following its flow back.
+
+    Called as all of `PolicyDensity`: drift (x [d], t) -> [d], sampler x0 [d] -> x1 [d], path, x0 [d], x1 [d], the times
+    between which the drift is followed, key; returns log p(x1) [].
+    """
 
     solver: ODESolver = Euler(10)
     divergence: Divergence = Hutchinson()
 
-    def __call__(self, drift: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, key: PRNGKey) -> Scalar:
+    def __call__(
+        self,
+        drift: Drift,
+        sampler: Sampler,
+        path: AbstractPath,
+        x0: Vector,
+        x1: Vector,
+        t0: Time,
+        t1: Time,
+        key: PRNGKey,
+    ) -> Scalar:
         return log_likelihood(drift, x1, t0, t1, self.solver, self.divergence, path.source_scale, key)[0]
 
 
@@ -124,7 +140,17 @@ class Denoising:
         if self.levels < 1 or self.probes < 1:
             raise ValueError(f"{self}: needs at least one level and one probe")
 
-    def __call__(self, drift: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, key: PRNGKey) -> Scalar:
+    def __call__(
+        self,
+        drift: Drift,
+        sampler: Sampler,
+        path: AbstractPath,
+        x0: Vector,
+        x1: Vector,
+        t0: Time,
+        t1: Time,
+        key: PRNGKey,
+    ) -> Scalar:
         x0_mean = lambda x, t: path.x0_from_velocity(drift(x, t), x, t)
         return denoising_log_density(x0_mean, path, x1, t0, t1, self.levels, self.probes, key)
 
@@ -132,6 +158,19 @@ class Denoising:
 @dataclass(frozen=True)
 class Pushforward:
     """`pushforward_log_density`: a policy's log-density is that of its sampler itself, which has no settings."""
+
+    def __call__(
+        self,
+        drift: Drift,
+        sampler: Sampler,
+        path: AbstractPath,
+        x0: Vector,
+        x1: Vector,
+        t0: Time,
+        t1: Time,
+        key: PRNGKey,
+    ) -> Scalar:
+        return pushforward_log_density(sampler, x0, path.source_scale)
 
 
 PolicyDensity = ChangeOfVariables | Denoising | Pushforward

@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.flow.density import log_sech2
-from contraflow.flow.likelihood import PolicyDensity, Pushforward, pushforward_log_density
+from contraflow.flow.likelihood import PolicyDensity
 from contraflow.flow.loss import Predict, matching_loss
 from contraflow.flow.onestep import Average, Matching, Objective, leap
 from contraflow.flow.path import Linear, Path, Scalar, Vector
@@ -79,14 +79,19 @@ class LatentFlow:
 
         return from_noise
 
-    def draw(self, net: Velocity, cond: Condition, key: PRNGKey, n: int) -> tuple[Float[Array, "n a"], ...]:
-        """n noises x_0 and the ends u that they have."""
+    def draw(
+        self, net: Velocity, cond: Condition, key: PRNGKey, n: int
+    ) -> tuple[Float[Array, "n a"], Float[Array, "n a"]]:
+        """n noises x_0 [n, a] and the ends u [n, a] that they have."""
         x0 = self.path.source_scale * jr.normal(key, (n, net.dim))
         keys = jr.split(jr.fold_in(key, 1), n)  # for solvers that add noise
         return x0, jax.vmap(lambda x, k: self.end(net, cond, x, k))(x0, keys)
 
     def end(self, net: Velocity, cond: Condition, x0: Vector, key: PRNGKey | None = None) -> Vector:
-        """The end u [a] of x_0. Averaged velocities step over the whole of [0, 1], others over [t_min, 1 - t_min]."""
+        """The end u [a] of x_0 [a]; `key` is for solvers that add noise.
+
+        Averaged velocities step over the whole of [0, 1], others over [t_min, 1 - t_min].
+        """
         if self.objective.averaged:
             return leap(self.average(net, cond), x0, self.solver.nfe)
         return self.solver(self.drift(net, cond), x0, self.t_min, 1 - self.t_min, key)
@@ -102,11 +107,9 @@ class LatentFlow:
     def log_prob(
         self, density: PolicyDensity, net: Velocity, cond: Condition, x0: Vector, u: Vector, key: PRNGKey
     ) -> Scalar:
-        """log pi(a | s) of the action that the end u of x_0 stands for: by the velocity at t, or of the sampler."""
-        if isinstance(density, Pushforward):
-            log_p = pushforward_log_density(lambda x: self.end(net, cond, x), x0, self.path.source_scale)
-        else:
-            log_p = density(self.drift(net, cond), self.path, u, self.t_min, 1 - self.t_min, key)
+        """log pi(a | s) [] of the action that the end u [a] of x_0 [a] stands for, as `density` finds it."""
+        drift, sampler = self.drift(net, cond), lambda x: self.end(net, cond, x)
+        log_p = density(drift, sampler, self.path, x0, u, self.t_min, 1 - self.t_min, key)
         return log_p - jnp.sum(log_sech2(u)) if self.bounds == "tanh" else log_p
 
     def match(self, net: Velocity, cond: Condition, mean: Vector, x_t: Vector, t: Scalar) -> Scalar:
