@@ -169,6 +169,13 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         (LATENT + "test_the_density_of_the_sampler",),
     ),
     (
+        "the pool's noise leaves the box",
+        "flow/posterior.py",
+        "Reverse(32, TruncatedNoise(), Fixed(0.0)),",
+        "Reverse(32, Noise(), Fixed(0.0)),",
+        ("flow/test_flow_posterior.py::test_pooled_candidates_do_no_harm_far_from_the_data",),
+    ),
+    (
         "cut kernels keep their height",
         "flow/proposal.py",
         "if bound is None else _log_truncated(x1, m, std, bound)",

@@ -333,6 +333,25 @@ def test_pooled_by_hand():
         Pooled(())
 
 
+def test_pooled_candidates_do_no_harm_far_from_the_data():
+    """The uniform law of the box in six dimensions: as tanh, with plain noise, the error is 3."""
+    path, t, flat = Linear(), jnp.asarray(0.05), lambda u: jnp.zeros(())
+
+    def error(key):
+        k_support, k_x0, k_estimate = jr.split(key, 3)
+        support = jr.uniform(k_support, (16, 6), minval=-1.0, maxval=1.0)
+        x_t = path.perturb(jr.normal(k_x0, (6,)), support[0], t)
+        return Pooled()(k_estimate, path, flat, x_t, t, support).mean - known(x_t)
+
+    def known(x_t):
+        grid = jnp.linspace(-1.0, 1.0, 401)
+        near = jax.nn.softmax(-((x_t[:, None] - t * grid[None]) ** 2) / (2 * (1 - t) ** 2), axis=1)
+        return near @ grid
+
+    errors = jax.jit(jax.vmap(error))(jr.split(jr.key(0), 500))
+    assert jnp.sqrt(jnp.mean(errors**2)) < 0.15
+
+
 QUICK = ("official", "three")
 SQUASHED = ("official", "uniform", "mixture", "three")  # one of each kind also on a squashed target
 
