@@ -169,6 +169,13 @@ ROWS: tuple[tuple[str, str, str, str, tuple[str, ...]], ...] = (
         (LATENT + "test_the_density_of_the_sampler",),
     ),
     (
+        "log pi of another particle than the one taken",
+        "agents/rfm.py",
+        "x0[best], u[best], key_density",
+        "x0[0], u[best], key_density",
+        (RFM + "test_update_against_an_independent_one[pushforward]",),
+    ),
+    (
         "the pool's noise leaves the box",
         "flow/posterior.py",
         "Reverse(32, TruncatedNoise(), Fixed(0.0)),",

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from contraflow.agents.rfm import RFM
-from contraflow.flow.likelihood import Denoising, denoising_log_density
+from contraflow.flow.likelihood import Denoising, Pushforward, denoising_log_density
 from contraflow.flow.path import VE
 from contraflow.flow.posterior import Fixed, MinVariance, Reverse
 from contraflow.flow.proposal import Mixture, Noise, TruncatedNoise
@@ -61,26 +61,34 @@ def expected(agent, state, data, key):
         out = state.actor(x, t, obs)
         return (jnp.clip((x - (1 - t) * out) / t, -1, 1) - x) / (1 - t) if soft else out
 
-    def particles(obs, key):
-        k_x0, k_pick = jr.split(key)
-        x = jr.normal(k_x0, (agent.backup.particles, 2))
+    def end(x, obs):
         dt = (1 - 2 * agent.t_min) / agent.solver.steps
         for i in range(agent.solver.steps):
-            t = jnp.asarray(agent.t_min + i * dt)
-            x = x + dt * jax.vmap(lambda y, t=t: velocity(y, t, obs))(x)
-        score = jax.vmap(lambda u: state.critic(obs, bounded(u)).min())(x) / LAM
-        return x, jr.categorical(k_pick, score)
+            x = x + dt * velocity(x, jnp.asarray(agent.t_min + i * dt), obs)
+        return x
+
+    def particles(obs, key):
+        k_x0, k_pick = jr.split(key)
+        x0 = jr.normal(k_x0, (agent.backup.particles, 2))
+        u = jax.vmap(lambda x: end(x, obs))(x0)
+        score = jax.vmap(lambda u: state.critic(obs, bounded(u)).min())(u) / LAM
+        return x0, u, jr.categorical(k_pick, score)
+
+    def log_prob(x0, u, obs, key):
+        if isinstance(agent.density, Pushforward):
+            (a, b), (c, d) = jax.jacfwd(end)(x0, obs)
+            return jax.scipy.stats.norm.logpdf(x0).sum() - jnp.log(jnp.abs(a * d - b * c))
+        x0_mean = lambda x, t: x - t * velocity(x, t, obs)
+        return denoising_log_density(x0_mean, agent.path, u, agent.t_min, 1 - agent.t_min, 3, 2, key)
 
     y, x1, ended = [], [], np.asarray(data.terminated)
     for b in range(B):
-        u, i = particles(data.next_obs[b], keys_next[b])
+        x0, u, i = particles(data.next_obs[b], keys_next[b])
         bootstrap = 0.0 if ended[b] else state.target(data.next_obs[b], bounded(u[i])).min()
         if soft and not ended[b]:
-            x0_mean = lambda x, t, b=b: x - t * velocity(x, t, data.next_obs[b])
-            density = x0_mean, agent.path, u[i], agent.t_min, 1 - agent.t_min, 3, 2
-            bootstrap -= LAM * denoising_log_density(*density, keys_density[b])
+            bootstrap -= LAM * log_prob(x0[i], u[i], data.next_obs[b], keys_density[b])
         y.append(data.reward[b] + agent.critic.gamma * bootstrap)
-        u, i = particles(data.obs[b], keys_now[b])
+        _, u, i = particles(data.obs[b], keys_now[b])
         x1.append(u[i] if agent.endpoint == "policy" else data.action[b] if soft else jnp.arctanh(data.action[b]))
     y = jnp.stack(y)
 
@@ -122,6 +130,7 @@ SOFT = {
         pytest.param({"endpoint": "policy"}, id="policy"),
         pytest.param({"endpoint": "buffer"}, id="buffer", marks=pytest.mark.slow),
         pytest.param(SOFT, id="soft"),
+        pytest.param(SOFT | {"density": Pushforward()}, id="pushforward"),
     ],
 )
 def test_update_against_an_independent_one(change):
