@@ -23,16 +23,16 @@ import numpy as np
 import tyro
 from tables import write
 
-from contraflow.agents.rfm import RFM, RFMState
-from contraflow.flow.markov import Markov
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.flow.solve import Euler, Midpoint, Solver
+from contraflow.agents.online.rfm import RFM, RFMState
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.markov import Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
+from contraflow.flow.solver import Euler, Midpoint, Solver
 from contraflow.nets.critic import QEnsemble
+from contraflow.policy.select import First
 from contraflow.presets import FAMILY, RFM_PAPER
-from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant
-from contraflow.types import EnvSpec, Transition
 
 SLOPES = (0.0, 2.0)
 EDGE = 0.95
@@ -77,7 +77,7 @@ def known_critic(dim: int, slope: jax.Array, key: jax.Array) -> QEnsemble:
 def prepare(agent: RFM, width: int = 64) -> RFM:
     """The agent with one particle and temperature, and a critic that stays where it is put."""
     frozen = replace(agent.critic, members=1, width=1, depth=1, lr=1e-30)
-    one = {"backup": First(), "exploit": First()}
+    one = {"backup": First(), "greedy": First()}
     return replace(agent, width=width, critic=frozen, temperature=Constant(0.02), **one)
 
 

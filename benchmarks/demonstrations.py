@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from contraflow.data.offline import Dataset, join
-from contraflow.data.readers import from_arrays
-from contraflow.data.write import check_target, write
+from contraflow.core.types import UserError
+from contraflow.data.datasets.dataset import Dataset, join
+from contraflow.data.datasets.readers import from_arrays
+from contraflow.data.datasets.write import check_target, write
 from contraflow.envs.base import prefer_egl
-from contraflow.types import UserError
 
 Rows = list[dict[str, np.ndarray]]  # one for each state of an episode; the action of the last is not carried out
 Controller = Callable[[np.ndarray, np.ndarray], np.ndarray]

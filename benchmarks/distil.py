@@ -16,9 +16,9 @@ import tyro
 from passive import CHUNK, beside, judged, replayed, study
 from tables import append
 
+from contraflow.core.types import EnvSpec
 from contraflow.rl.temperature import Constant
 from contraflow.runtime.policy import Policy
-from contraflow.types import EnvSpec
 
 
 def distilled(name: str, run: Any, spec: EnvSpec, learner: Any, updates: int) -> Policy:

@@ -17,10 +17,10 @@ import tyro
 
 from contraflow import load
 from contraflow.agents import BC, DPPO, FPO, PPO, ReinFlow
-from contraflow.data.write import write
+from contraflow.data.datasets.write import write
 from contraflow.flow.path import VP
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.runtime.record import Behaviour, record
+from contraflow.runtime.collect import Behaviour, record
 from contraflow.train.log import read_evaluations
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicyRun

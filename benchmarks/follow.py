@@ -27,7 +27,7 @@ from passive import CHUNK, beside, replayed, study
 from tables import append
 
 from contraflow.agents import RFM
-from contraflow.rl.select import First
+from contraflow.policy.select import First
 from contraflow.rl.temperature import gaussian_entropy
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.types import EnvSpec, PRNGKey, Step
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.envpool import EnvPool
-from contraflow.types import EnvSpec, PRNGKey, Step
 
 HOLD = 4
 

@@ -23,7 +23,7 @@ from timing import paired, report
 
 from contraflow import load
 from contraflow.agents import BC
-from contraflow.flow.onestep import Matching, MeanFlow, Shortcut, SplitMeanFlow
+from contraflow.flow.fewstep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import environment
 from contraflow.train.evaluate import evaluate

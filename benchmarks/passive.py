@@ -20,15 +20,15 @@ import tyro
 from study import MATRICES
 from tables import append
 
-from contraflow.compare.matrix import NETWORK, with_networks
-from contraflow.compare.worker import SEED
+from contraflow.core.types import EnvSpec
 from contraflow.envs import make
+from contraflow.experiments.compare.matrix import NETWORK, with_networks
+from contraflow.experiments.compare.worker import SEED
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import variants
 from contraflow.train.checkpoint import latest
 from contraflow.train.evaluate import evaluate
 from contraflow.train.run import first_carry, read_config
-from contraflow.types import EnvSpec
 
 CHUNK = 500
 # By name; of a name in several matrices the last, "test", so that `rfm` is the candidate.

@@ -21,10 +21,10 @@ from tables import append
 
 from contraflow import load
 from contraflow.envs import make
-from contraflow.flow.density import log_normal
-from contraflow.flow.markov import Gibbs, Markov
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise, UniformAction
+from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
+from contraflow.flow.targets import log_normal
 from contraflow.runtime.policy import Policy
 
 TIMES = (0.05, 0.2, 0.5, 0.8, 0.95)

@@ -20,9 +20,9 @@ from tables import append
 
 from contraflow import load
 from contraflow.agents import SIR
-from contraflow.compare.worker import SEED
 from contraflow.envs import make
-from contraflow.rl.select import Argmax, First
+from contraflow.experiments.compare.worker import SEED
+from contraflow.policy.select import Argmax, First
 from contraflow.runtime.variants import without_actor
 from contraflow.train.evaluate import evaluate
 
@@ -34,8 +34,8 @@ def rules(policy: Any) -> dict[str, tuple[Any, Any]]:
     return {
         "own": (policy.agent, policy.state),
         "50 steps": (long, policy.state),
-        "one particle, 50 steps": (replace(long, exploit=First()), policy.state),
-        "1024 uniform actions": (replace(uniform[0], exploit=Argmax(1024)), uniform[1]),
+        "one particle, 50 steps": (replace(long, greedy=First()), policy.state),
+        "1024 uniform actions": (replace(uniform[0], greedy=Argmax(1024)), uniform[1]),
     }
 
 

@@ -21,13 +21,13 @@ import tyro
 from sampling import keys_of, read, rounded
 from tables import append
 
-from contraflow.flow.solve import Euler
-from contraflow.sample import DISTANCES, floor, judge
-from contraflow.sample.distances import modes_found, sliced_wasserstein
-from contraflow.sample.fab import Buffer
-from contraflow.sample.methods import METHODS
-from contraflow.sample.targets import TARGETS, Target, find_target
-from contraflow.sample.trainer import Estimated, FlowState, Trainer, draw, train
+from contraflow.flow.solver import Euler
+from contraflow.sampling import DISTANCES, floor, judge
+from contraflow.sampling.distances import modes_found, sliced_wasserstein
+from contraflow.sampling.fab import Buffer
+from contraflow.sampling.methods import METHODS
+from contraflow.sampling.targets import TARGETS, Target, find_target
+from contraflow.sampling.trainer import Estimated, FlowState, Trainer, draw, train
 
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 1000

@@ -23,12 +23,12 @@ import tyro
 from tables import append
 
 from contraflow.flow.path import Linear
-from contraflow.flow.solve import Euler
-from contraflow.sample import DISTANCES, floor, interval, judge
-from contraflow.sample.distances import sliced_wasserstein
-from contraflow.sample.methods import METHODS
-from contraflow.sample.targets import Target, find_target
-from contraflow.sample.trainer import Estimated, Trainer, draw, train
+from contraflow.flow.solver import Euler
+from contraflow.sampling import DISTANCES, floor, interval, judge
+from contraflow.sampling.distances import sliced_wasserstein
+from contraflow.sampling.methods import METHODS
+from contraflow.sampling.targets import Target, find_target
+from contraflow.sampling.trainer import Estimated, Trainer, draw, train
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "sampling_study.png"

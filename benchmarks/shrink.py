@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from contraflow.flow.likelihood import Denoising
-from contraflow.flow.posterior import Reverse
-from contraflow.flow.solve import Euler
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.solver import Euler
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.select import Argmax, First, Softmax
 
 
 def shrunk(part: Any) -> Any:

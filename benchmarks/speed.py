@@ -22,8 +22,8 @@ from timing import paired, report
 
 from contraflow import AGENTS, EnvSpec, Transition
 from contraflow.agents.base import Agent, acting_state
+from contraflow.policy.select import First, Softmax
 from contraflow.presets import RFM_PAPER
-from contraflow.rl.select import First, Softmax
 from contraflow.train.evaluate import act_batch
 
 OBS, ACT, BATCH = 17, 6, 256

@@ -16,17 +16,17 @@ import tyro
 from shrink import shrunk
 
 from contraflow.agents import RFM, SAC, SIR
-from contraflow.compare import matrix
-from contraflow.compare.pool import run_cells
-from contraflow.flow.markov import Gibbs, Markov
-from contraflow.flow.onestep import MeanFlow, Shortcut, SplitMeanFlow
+from contraflow.experiments.compare import matrix
+from contraflow.experiments.compare.pool import run_cells
+from contraflow.flow.fewstep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Noise
-from contraflow.flow.solve import Euler, Midpoint
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.proposal import Noise
+from contraflow.flow.solver import Euler, Midpoint
+from contraflow.policy.select import First, Softmax
 from contraflow.presets import PRESETS, STRONG
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
 DEVELOPMENT = ("CartpoleSwingup-v1", "ReacherHard-v1", "FingerSpin-v1", "WalkerWalk-v1")

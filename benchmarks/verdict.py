@@ -17,8 +17,8 @@ from statistics import mean
 import numpy as np
 import tyro
 
-from contraflow.report.scores import is_dmc
-from contraflow.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference
+from contraflow.experiments.report.scores import is_dmc
+from contraflow.experiments.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference
 
 RULES = ("own", "one particle", "uniform actions")
 Returns = dict[str, dict[str, dict[int, float]]]  # agent -> environment -> seed -> return

@@ -29,11 +29,11 @@ import jax.random as jr
 import tyro
 from tables import write
 
-from contraflow.flow.density import Separable
-from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, MinVariance, Posterior, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Ramp, UniformAction
+from contraflow.flow.posterior.importance import Fixed, MinVariance, Posterior, Reverse
+from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, Ramp, UniformAction
+from contraflow.flow.targets import Separable
 
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 SHARES = (0.05, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tests.cli_helpers import GUESS, MAIN, TINY, Guess, assert_refused, cli, in_subprocess
 
 from contraflow import SIR
-from contraflow.config import SCHEMA
+from contraflow.core.settings import SCHEMA
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint, record
+from contraflow.train import checkpoint
+from contraflow.train import run_writer as record
 from contraflow.train import run as driver
 from contraflow.train.run import read_config
 

@@ -56,7 +56,7 @@ from contraflow.train.run import read_config
         ("train no_such_module:Agent --trust", ["cannot import no_such_module:Agent"]),
         ("train tests.cli_helpers:Nothing --trust", ["cannot import tests.cli_helpers:Nothing"]),
         ("train tests.cli_helpers:cli --trust", ["is not an agent", "@dataclass(frozen=True)"]),
-        ("train contraflow.types:EnvSpec --trust", ["is not an agent", "acting, init, act, update"]),
+        ("train contraflow.core.types:EnvSpec --trust", ["is not an agent", "acting, init, act, update"]),
         ("train tests.cli_helpers:Guess --trust --agent.rate -1", ["rate must be positive, got -1.0"]),
         # actions that are not continuous and bounded
         ("train rfm --trust --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),

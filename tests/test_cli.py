@@ -15,15 +15,15 @@ from contraflow.agents import AGENTS
 from contraflow.cli import COMMANDS
 from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
-from contraflow.config import members
-from contraflow.flow.markov import Gibbs, Markov
+from contraflow.core.settings import members
 from contraflow.flow.path import Cosine
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.flow.solve import Heun
+from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
+from contraflow.flow.solver import Heun
+from contraflow.policy.select import Argmax, First
 from contraflow.presets import PRESETS
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import Argmax, First
 from contraflow.rl.temperature import Anneal
 from contraflow.train.run import write_config
 
@@ -57,10 +57,10 @@ assert isinstance(ESTIMATOR, Gibbs)
         ("--agent.max-grad-norm None", replace(AGENT, max_grad_norm=None)),
         ("--agent.endpoint buffer", replace(AGENT, endpoint="buffer")),
         ("--agent.estimator.samples 64", replace(AGENT, estimator=replace(ESTIMATOR, samples=64))),
-        ("--agent.exploit.particles 4", replace(AGENT, exploit=Argmax(4))),
+        ("--agent.greedy.particles 4", replace(AGENT, greedy=Argmax(4))),
         ("agent.solver:heun --agent.solver.steps 5", replace(AGENT, solver=Heun(5))),
         ("--agent.solver.steps 5 agent.solver:heun", replace(AGENT, solver=Heun(5))),
-        ("agent.path:cosine agent.exploit:first", replace(AGENT, path=Cosine(), exploit=First())),
+        ("agent.path:cosine agent.greedy:first", replace(AGENT, path=Cosine(), greedy=First())),
         (
             "agent.estimator:reverse agent.estimator.control:min-variance --agent.critic.gamma 0.5 "
             "--agent.estimator.control.clip 1",

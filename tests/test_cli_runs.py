@@ -18,8 +18,8 @@ from tests.cli_helpers import COMMAND, ENVIRON, FLAGS, TINY, Guess, cli, in_subp
 from contraflow import RFM, SIR, EnvSpec, Step, load, train
 from contraflow.cli import evaluate as command
 from contraflow.envs import make
+from contraflow.policy.select import Argmax, First
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import Argmax, First
 from contraflow.train import checkpoint
 from contraflow.train.artifact import save_policy
 from contraflow.train.evaluate import evaluate
@@ -127,8 +127,8 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
     ]  # fmt: skip
     assert all(r.shape == (10,) for r in table.values())
     agents = [agent for agent, *_ in seen]
-    assert agents[0] == agent and agents[1] == replace(agent, exploit=First())
-    assert isinstance(agents[2], SIR) and agents[2].exploit == Argmax(32) and agents[2].base == 1
+    assert agents[0] == agent and agents[1] == replace(agent, greedy=First())
+    assert isinstance(agents[2], SIR) and agents[2].greedy == Argmax(32) and agents[2].base == 1
     assert agents[3] == agent
     leaves = [jax.tree.leaves(state.critic) for _, state, *_ in seen]
     assert not np.array_equal(leaves.pop()[0], leaves[0][0]), "the last policy is another one"

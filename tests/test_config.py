@@ -10,10 +10,10 @@ from tests.cli_helpers import Guess
 
 from contraflow import RFM, Run, UserError
 from contraflow.agents import AnyAgent
-from contraflow.config import from_json, members, to_json
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, TruncatedNoise
-from contraflow.flow.solve import Euler
+from contraflow.core.settings import from_json, members, to_json
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Mixture, TruncatedNoise
+from contraflow.flow.solver import Euler
 from contraflow.presets import PRESETS
 from contraflow.rl.temperature import Constant
 from contraflow.train.run import AnyRun, read_config, write_config

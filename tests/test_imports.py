@@ -7,23 +7,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "contraflow"
-AGENTS = {"types", "flow", "nets", "rl"}
-TRAIN = AGENTS | {"config", "agents", "envs", "data"}
-TOP = TRAIN | {"train", "runtime", "compare", "report", "sample"}
+BELOW_RL = {"core", "flow", "nets", "policy"}
+BELOW_TRAIN = BELOW_RL | {"rl", "data", "envs", "agents"}
+TOP = BELOW_TRAIN | {"train", "runtime", "experiments", "sampling"}
 MAY_IMPORT = {
-    "types": set(),
-    "config": {"types"},
-    "flow": {"types"},
-    "nets": {"types"},
-    "rl": {"types", "flow", "nets"},
-    "agents": AGENTS,
-    "envs": {"types"},
-    "data": {"types"},
-    "train": TRAIN,
-    "runtime": TRAIN | {"train"},
-    "compare": TRAIN | {"train", "runtime"},
-    "report": TRAIN | {"train", "runtime", "compare"},
-    "sample": AGENTS | {"config"},
+    "core": set(),
+    "flow": {"core"},
+    "nets": {"core"},
+    "policy": {"core", "flow", "nets"},
+    "rl": BELOW_RL,
+    "data": {"core"},
+    "envs": {"core"},
+    "agents": BELOW_RL | {"rl"},
+    "sampling": BELOW_RL | {"rl"},
+    "train": BELOW_TRAIN,
+    "runtime": BELOW_TRAIN | {"train"},
+    "experiments": BELOW_TRAIN | {"train", "runtime"},
     "presets": TOP,
     "__init__": TOP | {"presets"},
     "cli": TOP | {"presets", "__init__"},
@@ -69,8 +68,8 @@ def test_imports_point_one_way(module: str):
         ("agents.rfm", "def f():\n    import contraflow.envs.base", ["envs.base"]),
         ("agents.rfm", "from contraflow import RFM", ["__init__"]),
         ("agents.rfm", "from contraflow import rl\nfrom contraflow.flow.path import Linear", []),
-        ("sample.run", "from contraflow.config import suggest\nfrom contraflow.train import run", ["train.run"]),
-        ("types", "import jax\nfrom contraflow_tools import x", []),
+        ("sampling.run", "from contraflow.core.settings import suggest\nfrom contraflow.train import run", ["train.run"]),
+        ("core.types", "import jax\nfrom contraflow_tools import x", []),
     ],
 )
 def test_violations_are_found(module: str, source: str, bad: list[str]):

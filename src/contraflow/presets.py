@@ -4,17 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3, ReinFlow
+from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson, Pushforward
-from contraflow.flow.markov import Markov
-from contraflow.flow.onestep import MeanFlow
 from contraflow.flow.path import VE, VP, Cosine
-from contraflow.flow.posterior import Fixed, Local, MinVariance, Pooled, Reverse
-from contraflow.flow.proposal import Noise, TruncatedNoise
-from contraflow.flow.solve import Euler, Midpoint
+from contraflow.flow.posterior.importance import Fixed, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.markov import Markov
+from contraflow.flow.posterior.proposal import Noise, TruncatedNoise
+from contraflow.flow.solver import Euler, Midpoint
 from contraflow.nets.heads import Categorical
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicyRun
@@ -26,7 +26,7 @@ RFM_PAPER = RFM(
     explore=Softmax(32),
     backup=Softmax(32),
     query=Softmax(32),
-    exploit=Argmax(32),
+    greedy=Argmax(32),
     temperature=Constant(0.02),
     condition_on_temperature=True,
     t_min=0.01,
@@ -57,7 +57,7 @@ FAMILY: dict[str, Any] = {
     # 2502.11612
     "maxentdp": RFM(
         path=Cosine(), estimator=Reverse(500, TruncatedNoise(), Fixed(0.0)), endpoint="buffer",
-        density=Denoising(20, 50), exploit=Argmax(10), temperature=Constant(0.05), **IN_BOX,
+        density=Denoising(20, 50), greedy=Argmax(10), temperature=Constant(0.05), **IN_BOX,
     ),
     # 2502.00361
     "sdac": RFM(
@@ -66,11 +66,11 @@ FAMILY: dict[str, Any] = {
     ),
     # 2312.11752
     "qsm": RFM(
-        path=VP(), estimator=Local(), endpoint="buffer", exploit=First(), temperature=Constant(0.02), depth=3, **IN_BOX,
+        path=VP(), estimator=Local(), endpoint="buffer", greedy=First(), temperature=Constant(0.02), depth=3, **IN_BOX,
     ),
     # 2410.01312
     "dqs": RFM(
-        path=VE(1e-5, 1.0), estimator=Reverse(1000, Noise(), Fixed(1.0)), endpoint="buffer", exploit=First(),
+        path=VE(1e-5, 1.0), estimator=Reverse(1000, Noise(), Fixed(1.0)), endpoint="buffer", greedy=First(),
         solver=Euler(20), temperature=Constant(0.05), condition_on_temperature=True, **OWN,
     ),
     # 2602.01606, the variants R and M
@@ -78,14 +78,14 @@ FAMILY: dict[str, Any] = {
     "flame-m": replace(FLAME, objective=MeanFlow(), solver=Euler(1)),
     # 2604.14698
     "mfpo": RFM(
-        estimator=Pooled(), bounds="box", query=First(16), objective=MeanFlow(), solver=Euler(2), exploit=Argmax(10),
+        estimator=Pooled(), bounds="box", query=First(16), objective=MeanFlow(), solver=Euler(2), greedy=Argmax(10),
         density=Pushforward(), temperature=Tuned(-0.5, start=0.01), depth=3,
         **OWN_C51,
     ),
     # The default in one evaluation.
     "rfm-one": RFM(objective=MeanFlow(), solver=Euler(1)),
     # 2502.00361
-    "dpmd": PMD(policy=DIFFUSION, critic=WIDE, exploit=Argmax(10), max_grad_norm=None),
+    "dpmd": PMD(policy=DIFFUSION, critic=WIDE, greedy=Argmax(10), max_grad_norm=None),
     # 2507.23675, the variants R and M
     "fpmd": PMD(
         policy=FlowPolicy(steps=20, width=256, depth=3), candidates=32, noise=0.1, temperature=KL_OF_2,

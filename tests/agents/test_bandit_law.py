@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from contraflow.agents.rfm import RFM
-from contraflow.flow.density import Separable
+from contraflow.agents.online.rfm import RFM
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.path import Linear
-from contraflow.flow.solve import Euler
-from contraflow.rl.select import Softmax
+from contraflow.flow.solver import Euler
+from contraflow.flow.targets import Separable
+from contraflow.policy.select import Softmax
 from contraflow.rl.temperature import Tuned
-from contraflow.types import EnvSpec, Transition
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

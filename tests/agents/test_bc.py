@@ -8,12 +8,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.bc import BC
-from contraflow.flow.couple import Weighted
-from contraflow.flow.onestep import Matching, MeanFlow, Shortcut, SplitMeanFlow
+from contraflow.agents.offline.bc import BC
+from contraflow.core.types import Chunks, EnvSpec
+from contraflow.flow.coupling import Weighted
+from contraflow.flow.fewstep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VP
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.types import Chunks, EnvSpec
 
 SPEC = EnvSpec(3, 4, 1, None, False, horizon=2, execute=2)
 SMALL = FlowPolicy(width=16, depth=1, embedding=8, steps=4)

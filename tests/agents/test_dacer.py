@@ -10,13 +10,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.dacer import DACER, into_box
+from contraflow.agents.online.dacer import DACER, into_box
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.path import Linear
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.temperature import Tuned
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 AGENT = DACER(

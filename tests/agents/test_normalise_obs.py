@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from contraflow.agents import DACER, PMD, RFM, SAC, SIR, TD3
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Noise
-from contraflow.flow.solve import Euler
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Noise
+from contraflow.flow.solver import Euler
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.running import Running, look
-from contraflow.rl.select import Argmax, First, Softmax
+from contraflow.rl.normalise import RunningMoments, look
 from contraflow.rl.temperature import Constant
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 SCALE, OFFSET = jnp.array([100.0, 0.01, 1.0]), jnp.array([5.0, -3.0, 0.0])
@@ -28,10 +28,10 @@ SAMPLER = FlowPolicy(steps=2, width=8, depth=1, embedding=4)
 AGENTS = {
     "rfm": RFM(
         embedding=4, estimator=Reverse(4, Noise(), Fixed(0.0)), solver=Euler(2), backup=First(), explore=Softmax(3),
-        exploit=Argmax(3), temperature=Constant(0.02), **SMALL,
+        greedy=Argmax(3), temperature=Constant(0.02), **SMALL,
     ),
-    "pmd": PMD(policy=SAMPLER, candidates=4, explore=Softmax(3), exploit=Argmax(3), critic=CRITIC),
-    "sir": SIR(explore=Softmax(64), backup=Softmax(3), exploit=Argmax(64), critic=CRITIC),
+    "pmd": PMD(policy=SAMPLER, candidates=4, explore=Softmax(3), greedy=Argmax(3), critic=CRITIC),
+    "sir": SIR(explore=Softmax(64), backup=Softmax(3), greedy=Argmax(64), critic=CRITIC),
     "sac": SAC(**SMALL),
     "td3": TD3(**SMALL),
     "dacer": DACER(policy=SAMPLER, draws=4, critic=CRITIC),
@@ -61,7 +61,7 @@ def test_scale_and_offset_do_not_matter(name: str):
         move = lambda obs: offset[None] + scale[None] * obs
         moved = eqx.tree_at(lambda b: (b.obs, b.next_obs), rows, (move(rows.obs), move(rows.next_obs)))
         # Old rows of the same kind, for the statistics begin with a row of mean 0 and variance 1.
-        past = Running(offset + scale * rows.obs.mean(0), scale**2 * rows.obs.var(0), jnp.asarray(1e6))
+        past = RunningMoments(offset + scale * rows.obs.mean(0), scale**2 * rows.obs.var(0), jnp.asarray(1e6))
         new = eqx.tree_at(lambda s: s.stats, state, past)
         new, _ = jax.lax.scan(lambda s, k: agent.update(s, moved, k), new, jr.split(jr.key(2), 3))
         act = lambda explore: jax.vmap(lambda o: agent.act(new, o, jr.key(3), explore))(moved.obs[:8])
@@ -77,7 +77,7 @@ def test_scale_and_offset_do_not_matter(name: str):
 
 def test_statistics_are_those_of_the_rows_replayed():
     rows = batch(500)
-    stats, out = jax.jit(look)(Running.start(3), rows)
+    stats, out = jax.jit(look)(RunningMoments.start(3), rows)
     assert stats is not None
     np.testing.assert_allclose(stats.mean, rows.obs.mean(0), atol=5e-3)
     np.testing.assert_allclose(stats.var, rows.obs.var(0), rtol=0.01)

@@ -10,20 +10,20 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.pmd import PMD
+from contraflow.agents.online.pmd import PMD
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.path import Linear
 from contraflow.nets.critic import QEnsemble
+from contraflow.policy.select import Argmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.select import Argmax
 from contraflow.rl.temperature import Constant, Tuned
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 SLOPE, LAM = 1.0, 1.0
 AGENT = PMD(
     policy=FlowPolicy(path=Linear(), steps=20, width=32, depth=2, embedding=8), candidates=16, noise=0.0, follow=1e-30,
-    temperature=Constant(LAM), critic=Critics(width=1, depth=1, lr=1e-30), actor_lr=3e-3, exploit=Argmax(4),
+    temperature=Constant(LAM), critic=Critics(width=1, depth=1, lr=1e-30), actor_lr=3e-3, greedy=Argmax(4),
 )  # fmt: skip
 
 

@@ -10,16 +10,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.dppo import DPPO
-from contraflow.agents.fpo import FPO
-from contraflow.agents.ppo import PPO
-from contraflow.agents.reinflow import ReinFlow
-from contraflow.flow.chain import chain_log_prob
+from contraflow.agents.onpolicy.dppo import DPPO
+from contraflow.agents.onpolicy.fpo import FPO
+from contraflow.agents.onpolicy.ppo import PPO
+from contraflow.agents.onpolicy.reinflow import ReinFlow
+from contraflow.core.types import EnvSpec, Rollout
+from contraflow.flow.kernel import chain_log_prob
 from contraflow.rl.advantage import gae
 from contraflow.rl.flow_policy import CLOCK, FlowPolicy
+from contraflow.rl.normalise import RunningMoments
 from contraflow.rl.ppo import Samples
-from contraflow.rl.running import Running
-from contraflow.types import EnvSpec, Rollout
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 SMALL = {"width": 16, "depth": 1, "minibatches": 2, "epochs": 2}
@@ -78,7 +78,9 @@ def test_the_first_minibatch_of_an_update():
     """One pass in one minibatch: the policy that acted is the one that learns, whatever the statistics are."""
     agent = replace(AGENTS["ppo"], epochs=1, minibatches=1)
     state = start(agent, jr.key(0))
-    state = replace(state, stats=Running(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 0.25, 1.0]), jnp.asarray(9.0)))
+    state = replace(
+        state, stats=RunningMoments(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 0.25, 1.0]), jnp.asarray(9.0))
+    )
     r = acted(agent, state, jr.key(1))
     new, metrics = jax.jit(agent.update)(state, r, jr.key(2))
     assert abs(float(metrics["kl"])) < 1e-6 and metrics["clip_share"] == 0

@@ -10,25 +10,25 @@ import numpy as np
 import optax
 import pytest
 
-from contraflow.agents.rfm import RFM
+from contraflow.agents.online.rfm import RFM
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.likelihood import Denoising, Pushforward, denoising_log_density
 from contraflow.flow.path import VE
-from contraflow.flow.posterior import Fixed, MinVariance, Reverse
-from contraflow.flow.proposal import Mixture, Noise, TruncatedNoise
-from contraflow.flow.solve import Euler
+from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.proposal import Mixture, Noise, TruncatedNoise
+from contraflow.flow.solver import Euler
 from contraflow.nets.critic import QEnsemble
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.presets import RFM_PAPER
 from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
-from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Constant
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 B, LAM = 3, 0.5
 BASE = RFM(
     width=8, depth=1, embedding=4, estimator=Reverse(8, Mixture(), Fixed(0.0)), solver=Euler(2), explore=Softmax(4),
-    backup=Softmax(4), query=Softmax(4), exploit=Argmax(4),
+    backup=Softmax(4), query=Softmax(4), greedy=Argmax(4),
     temperature=Constant(LAM), actor_lr=1e-2, base=0.7, max_grad_norm=0.5,
     critic=Critics(width=8, depth=1, lr=1e-2, tau=0.1, max_grad_norm=0.5),
 )  # fmt: skip
@@ -186,7 +186,7 @@ def test_paper_settings():
     """Every official default of the paper's code (2601.08136)."""
     p = RFM_PAPER
     assert (p.solver, p.t_min, p.base, p.endpoint, p.behaviour) == (Euler(10), 0.01, 1.0, "policy", None)
-    assert (p.explore, p.backup, p.query, p.exploit) == (Softmax(32), Softmax(32), Softmax(32), Argmax(32))
+    assert (p.explore, p.backup, p.query, p.greedy) == (Softmax(32), Softmax(32), Softmax(32), Argmax(32))
     assert (p.temperature, p.condition_on_temperature) == (Constant(0.02), True)
     assert (p.critic.gamma, p.critic.tau, p.critic.members) == (0.99, 0.005, 2)
     assert (p.width, p.depth, p.embedding, p.critic.width, p.critic.depth) == (256, 2, 128, 256, 2)
@@ -236,7 +236,7 @@ def scores(state, u, obs):
 
 @pytest.mark.parametrize("selector", [First(), First(3), Softmax(1), Argmax(1)])
 def test_no_critic_call_without_a_choice(selector):
-    agent = replace(BASE, explore=selector, exploit=selector)
+    agent = replace(BASE, explore=selector, greedy=selector)
     state, obs = start(agent), jnp.ones(3)
     without = eqx.tree_at(lambda s: s.critic, state, None)  # a call of the critic is an AttributeError
     for explore in (True, False):

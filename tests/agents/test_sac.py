@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
 
-from contraflow.agents.sac import SAC
+from contraflow.agents.online.sac import SAC
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1, max_grad_norm=None)

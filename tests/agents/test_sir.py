@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from contraflow.agents.sir import SIR, symmetric_beta
+from contraflow.agents.online.sir import SIR, symmetric_beta
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.nets.critic import QEnsemble
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.energy import boltzmann
-from contraflow.rl.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Constant
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 LAM = 0.5
@@ -69,7 +69,7 @@ def test_many_particles_give_the_boltzmann_law(base):
 
 @pytest.mark.parametrize("kappa", [0.5, 2.0])
 def test_first_shows_the_base_and_argmax_the_best(kappa):
-    base = SIR(critic=CRITIC, explore=First(), exploit=Argmax(500), base=kappa)
+    base = SIR(critic=CRITIC, explore=First(), greedy=Argmax(500), base=kappa)
     state = state_of(base)
     act = jax.jit(jax.vmap(lambda k: base.act(state, jnp.zeros(1), k, True)))
     a = np.asarray(act(jr.split(jr.key(3), 2000)), float)[:, 0]

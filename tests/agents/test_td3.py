@@ -10,10 +10,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.td3 import TD3
+from contraflow.agents.online.td3 import TD3
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.critics import Critics
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(1, 1, 1, 1, True)
 AGENT = TD3(width=8, depth=1, actor_lr=1e-2, critic=Critics(width=8, depth=1, lr=1e-2, tau=0.1))

@@ -8,30 +8,30 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from contraflow.agents.dacer import DACER
-from contraflow.agents.pmd import PMD
-from contraflow.agents.rfm import RFM
-from contraflow.agents.sac import SAC
-from contraflow.agents.sir import SIR
-from contraflow.agents.td3 import TD3
+from contraflow.agents.online.dacer import DACER
+from contraflow.agents.online.pmd import PMD
+from contraflow.agents.online.rfm import RFM
+from contraflow.agents.online.sac import SAC
+from contraflow.agents.online.sir import SIR
+from contraflow.agents.online.td3 import TD3
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.likelihood import Pushforward
-from contraflow.flow.markov import Markov
-from contraflow.flow.onestep import MeanFlow
-from contraflow.flow.posterior import Fixed, MinVariance, Pooled, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Particles, UniformAction
-from contraflow.flow.solve import Euler
+from contraflow.flow.posterior.importance import Fixed, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.markov import Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, UniformAction
+from contraflow.flow.solver import Euler
 from contraflow.nets.heads import Quantile
+from contraflow.policy.select import Argmax, Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.select import Argmax, Softmax
 from contraflow.rl.temperature import Anneal, Constant, Tuned
-from contraflow.types import EnvSpec, Transition
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 B = 8
 CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
 SMALL = {"width": 8, "depth": 1, "critic": CRITIC}
-PICKS = {"explore": Softmax(3), "backup": Softmax(3), "exploit": Argmax(3)}
+PICKS = {"explore": Softmax(3), "backup": Softmax(3), "greedy": Argmax(3)}
 FLOW = SMALL | PICKS | {"embedding": 4, "actor_lr": 1e-2, "solver": Euler(2), "temperature": Constant(0.02)}
 POOL = Reverse(4, Noise(), Fixed(0.0)), Reverse(4, Particles(0.3), Fixed(0.0))
 

@@ -13,9 +13,9 @@ import pytest
 from tests.contract.cases import FAMILIES, SPEC, TABLE, B, Case, batch
 
 from contraflow.agents import AGENTS, AnyAgent, OffPolicyAgent
-from contraflow.config import from_json, to_json
+from contraflow.core.settings import from_json, to_json
+from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import First
 from contraflow.runtime.policy import Policy
 from contraflow.train.artifact import load_policy, save_policy
 

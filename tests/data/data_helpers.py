@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contraflow.data.offline import Dataset, join
+from contraflow.data.datasets.dataset import Dataset, join
 
 LENGTHS = (3, 1, 4)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from contraflow.data.buffer import Buffer
-from contraflow.types import EnvSpec, Transition
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.data.replay import Buffer
 
 N = 3
 SPEC = EnvSpec(2, 1, N, None, True)

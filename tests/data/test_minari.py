@@ -11,9 +11,9 @@ import pytest
 from tests.data.data_helpers import LENGTHS, analytic, assert_same, lerobot, trajectories
 
 from contraflow import UserError
-from contraflow.data import minari as storage
-from contraflow.data.readers import load
-from contraflow.data.write import write
+from contraflow.data.datasets import minari as storage
+from contraflow.data.datasets.readers import load
+from contraflow.data.datasets.write import write
 
 
 @pytest.fixture(autouse=True)

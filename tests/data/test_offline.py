@@ -5,9 +5,9 @@ import pytest
 from tests.data.data_helpers import LENGTHS, analytic, changed, trajectories
 
 from contraflow import EnvSpec, UserError
-from contraflow.data.inspect import problems, summary
-from contraflow.data.offline import build, join
-from contraflow.data.readers import from_arrays
+from contraflow.data.datasets.dataset import build, join
+from contraflow.data.datasets.inspect import problems, summary
+from contraflow.data.datasets.readers import from_arrays
 
 
 def test_rows_of_known_trajectories():

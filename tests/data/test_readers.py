@@ -7,8 +7,8 @@ import pytest
 from tests.data.data_helpers import analytic, assert_same, changed, flat, lerobot, ogbench, spoilt, trajectories
 
 from contraflow import UserError
-from contraflow.data.offline import join
-from contraflow.data.readers import from_arrays, load
+from contraflow.data.datasets.dataset import join
+from contraflow.data.datasets.readers import from_arrays, load
 
 
 def test_names_of_other_libraries():

@@ -9,11 +9,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from contraflow.core.types import EnvSpec, Step, UserError
 from contraflow.envs import make
 from contraflow.envs.chunk import Chunked, chunked
 from contraflow.envs.envpool import EnvPool
 from contraflow.envs.gymnasium import Gymnasium
-from contraflow.types import EnvSpec, Step, UserError
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from contraflow.core.types import UserError
 from contraflow.envs.base import derive_seed
 from contraflow.envs.envpool import EnvPool
-from contraflow.types import UserError
 
 envpool = pytest.importorskip("envpool")
 KEY = jax.random.key(0)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from contraflow.core.types import UserError
 from contraflow.envs.gymnasium import Gymnasium
-from contraflow.types import UserError
 
 gym = pytest.importorskip("gymnasium")
 Box, Dict, Tuple = gym.spaces.Box, gym.spaces.Dict, gym.spaces.Tuple

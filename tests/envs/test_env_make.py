@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from contraflow.core.types import EnvSpec, UserError
 from contraflow.envs import available, check, make
 from contraflow.envs.base import rescale
-from contraflow.types import EnvSpec, UserError
 
 
 class Mine:

@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.chain import chain_log_prob, posterior_std, run_chain
+from contraflow.flow.kernel import chain_log_prob, posterior_std, run_chain
 from contraflow.flow.path import VP, Cosine, Linear
 
 STEPS, A, C, STD = 4, 0.7, 0.2, 0.3

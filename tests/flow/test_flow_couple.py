@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.flow.couple import Assigned, Independent, Weighted
+from contraflow.flow.coupling import Assigned, Independent, Weighted
 
 
 def batch(n: int = 40):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from contraflow.flow.density import (
+from contraflow.flow.path import VE, VP, Cosine, Linear
+from contraflow.flow.targets import (
     Gaussian,
     GaussianMixture,
     Separable,
@@ -16,7 +17,6 @@ from contraflow.flow.density import (
     log_sech2,
     two_moons,
 )
-from contraflow.flow.path import VE, VP, Cosine, Linear
 
 LINE = {
     "gaussian": Gaussian(jnp.array([0.7]), 0.4),

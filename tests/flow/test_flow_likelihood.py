@@ -10,7 +10,7 @@ from scipy.linalg import expm
 
 from contraflow.flow.likelihood import Exact, Hutchinson, denoising_log_density, log_likelihood
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.solve import RK4
+from contraflow.flow.solver import RK4
 
 A = np.array([[-0.5, 0.8, 0.1], [0.1, 0.4, -0.6], [0.3, 0.2, -0.2]])
 SHIFT = np.array([0.3, -0.2, 0.1])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from contraflow.flow.loss import matching_loss
+from contraflow.flow.matching import matching_loss
 from contraflow.flow.path import Linear
 
 

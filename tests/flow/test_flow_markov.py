@@ -8,11 +8,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.density import Gaussian, GaussianMixture, Separable, log_normal
-from contraflow.flow.markov import Gibbs, Markov
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Particles
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.proposal import Mixture, Noise, Particles
+from contraflow.flow.targets import Gaussian, GaussianMixture, Separable, log_normal
 
 
 @partial(jax.jit, static_argnums=(0, 3, 5))

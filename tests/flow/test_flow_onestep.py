@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.onestep import BOUND, MeanFlow, Shortcut, SplitMeanFlow, dispersion, mean_flow_target, split_target
+from contraflow.flow.fewstep import BOUND, MeanFlow, Shortcut, SplitMeanFlow, dispersion, mean_flow_target, split_target
 
 MEAN, STD = 1.3, 0.4
 

@@ -8,10 +8,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.density import Gaussian, GaussianMixture, Separable
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior import Fixed, FromData, Local, MinVariance, Pooled, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
+from contraflow.flow.posterior.importance import Fixed, FromData, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
+from contraflow.flow.targets import Gaussian, GaussianMixture, Separable
 
 PATHS = {"linear": Linear(), "cosine": Cosine()}
 paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from contraflow.flow.density import Gaussian, Separable, log_normal
 from contraflow.flow.path import VE, VP, Cosine, Linear
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
+from contraflow.flow.targets import Gaussian, Separable, log_normal
 
 
 def rising(t):

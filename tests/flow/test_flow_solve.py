@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.solve import RK4, ConstantNoise, DecayingNoise, Euler, EulerMaruyama, Heun, Midpoint
+from contraflow.flow.solver import RK4, ConstantNoise, DecayingNoise, Euler, EulerMaruyama, Heun, Midpoint
 
 SOLVERS = {"euler": Euler, "midpoint": Midpoint, "heun": Heun, "rk4": RK4}
 MEAN, STD = 1.3, 0.4

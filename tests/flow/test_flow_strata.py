@@ -6,9 +6,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.density import log_sech2
 from contraflow.flow.path import VE, Linear
-from contraflow.flow.strata import Strata
+from contraflow.flow.posterior.strata import Strata
+from contraflow.flow.targets import log_sech2
 
 CASES = [(Linear(), t, x) for t in (0.01, 0.3, 0.7, 0.99) for x in (-2.5, 0.2, 1.5)] + [(VE(0.01, 2.0), 0.4, 1.0)]
 

@@ -17,11 +17,11 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.agents import BC
+from contraflow.core.types import Chunks, EnvSpec, Rollout, Transition
 from contraflow.presets import PRESETS
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicyRun
 from contraflow.train.run import Run, train
-from contraflow.types import Chunks, EnvSpec, Rollout, Transition
 
 OBS, ACTION, B, T, N = 5, 2, 8, 8, 4
 SPEC = EnvSpec(OBS, ACTION, N, 10, True)
@@ -39,7 +39,13 @@ def off_policy_batch(seed: int, agent: Any) -> Any:
     span = jnp.asarray(np.random.RandomState(seed + 6).randint(1, 4, B), jnp.int32)
     action = jnp.tanh(rows(seed + 1, B, ACTION))
     return Transition(
-        rows(seed, B, OBS), action, rows(seed + 2, B), rows(seed + 3, B, OBS), coins(seed + 4, B), coins(seed + 5, B), span
+        rows(seed, B, OBS),
+        action,
+        rows(seed + 2, B),
+        rows(seed + 3, B, OBS),
+        coins(seed + 4, B),
+        coins(seed + 5, B),
+        span,
     )
 
 
@@ -49,12 +55,20 @@ def rollout(agent: Any, state: Any, seed: int) -> Any:
     _, extras = jax.vmap(jax.vmap(lambda o, k: agent.sample(state, o, k)))(obs, keys)
     valid = ~coins(seed + 9, T, N) | (jnp.arange(T) < 4)[:, None]
     return Rollout(
-        obs, extras, rows(seed + 1, T, N), rows(seed + 2, T, N, OBS), coins(seed + 3, T, N), coins(seed + 4, T, N), valid
+        obs,
+        extras,
+        rows(seed + 1, T, N),
+        rows(seed + 2, T, N, OBS),
+        coins(seed + 3, T, N),
+        coins(seed + 4, T, N),
+        valid,
     )
 
 
 def chunks(seed: int) -> Any:
-    return Chunks(rows(seed, B, OBS), jnp.tanh(rows(seed + 1, B, ACTION)), (~coins(seed + 2, B, ACTION)).astype(jnp.float32))
+    return Chunks(
+        rows(seed, B, OBS), jnp.tanh(rows(seed + 1, B, ACTION)), (~coins(seed + 2, B, ACTION)).astype(jnp.float32)
+    )
 
 
 def actions(agent: Any, state: Any, explore: bool) -> jax.Array:

@@ -9,19 +9,19 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.rfm import RFM
+from contraflow.agents.online.rfm import RFM
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.flow.fewstep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.likelihood import Pushforward
-from contraflow.flow.onestep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VP
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Noise
-from contraflow.flow.solve import Euler, EulerMaruyama, Midpoint
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Noise
+from contraflow.flow.solver import Euler, EulerMaruyama, Midpoint
 from contraflow.nets.velocity import Velocity
+from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import CLOCK
-from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant
-from contraflow.types import EnvSpec, Transition
 
 MEAN, STD = 1.3, 0.4
 SPEC = EnvSpec(3, 2, 4, 10, True)

@@ -7,10 +7,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from contraflow.core.optim import clipped_adam, gradient_step
+from contraflow.core.types import EnvSpec, Transition
 from contraflow.nets.critic import Mean, Min, SubsetMin
 from contraflow.rl.critics import Critics, polyak
-from contraflow.rl.optim import clipped_adam, descend
-from contraflow.types import EnvSpec, Transition
 
 B, SPEC = 6, EnvSpec(3, 2, 1, 1, True)
 
@@ -118,7 +118,7 @@ def test_descend_is_adam(max_norm):
     state = tx.init(x)
     y, m, v = np.array([3.0, -4.0]), np.zeros(2), np.zeros(2)
     for i in (1, 2):
-        x, state, loss, norm = descend(tx, lambda x, i=i: 0.5 * i * jnp.sum(x["x"] ** 2), x, state)
+        x, state, loss, norm = gradient_step(tx, lambda x, i=i: 0.5 * i * jnp.sum(x["x"] ** 2), x, state)
         g = i * y
         np.testing.assert_allclose([loss, norm], [0.5 * i * (y @ y), np.linalg.norm(g)], rtol=1e-5)
         g = g if max_norm is None else g * min(1.0, max_norm / np.linalg.norm(g))

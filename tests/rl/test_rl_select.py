@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from contraflow.rl.select import Argmax, First, Softmax
+from contraflow.policy.select import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant
 
 SCORE = jnp.array([0.3, -1.0, 1.2, 0.0])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from contraflow.agents import PMD, RFM
-from contraflow.flow.posterior import Fixed, Local, Reverse
-from contraflow.flow.proposal import TruncatedNoise
-from contraflow.flow.solve import Euler
+from contraflow.core.types import EnvSpec, Transition
+from contraflow.flow.posterior.importance import Fixed, Local, Reverse
+from contraflow.flow.posterior.proposal import TruncatedNoise
+from contraflow.flow.solver import Euler
+from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import First
 from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy, nearest_entropy
-from contraflow.types import EnvSpec, Transition
 
 
 @pytest.mark.parametrize("n", [4, 8, 32])

@@ -14,9 +14,9 @@ from tests.cli_helpers import Guess
 import contraflow
 from contraflow import RFM, SIR, EnvSpec, UserError
 from contraflow.agents import AGENTS
-from contraflow.config import SCHEMA
+from contraflow.core.settings import SCHEMA
+from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import First
 from contraflow.train.artifact import load_policy, save_policy
 from contraflow.train.evaluate import act_batch
 
@@ -47,7 +47,7 @@ def test_the_saved_policy_acts_as_the_trained_one(name: str, tmp_path: Path):
 
 
 def test_one_observation_or_many(tmp_path: Path):
-    state = saved(tmp_path, replace(FLOW, exploit=First()))
+    state = saved(tmp_path, replace(FLOW, greedy=First()))
     policy = contraflow.load(tmp_path, seed=0)
     one = policy(np.zeros(3))
     assert one.shape == (2,) and (abs(one) <= 1).all()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from contraflow.core.types import EnvSpec, UserError
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
-from contraflow.types import EnvSpec, UserError
 
 HORIZON = 4
 

@@ -14,13 +14,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.cli_helpers import assert_refused, cli
 
 from contraflow import SIR, EnvSpec, Policy, UserError
-from contraflow.data.readers import load
-from contraflow.data.write import write
+from contraflow.data.datasets.readers import load
+from contraflow.data.datasets.write import write
 from contraflow.envs import make
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.rl.critics import Critics
-from contraflow.runtime import record as module
-from contraflow.runtime.record import Behaviour, record
+from contraflow.runtime import collect as module
+from contraflow.runtime.collect import Behaviour, record
 from contraflow.train.artifact import save_policy
 
 

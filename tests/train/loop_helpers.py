@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from contraflow.agents.sir import SIR
+from contraflow.agents.online.sir import SIR
+from contraflow.policy.select import Argmax, Softmax
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import Argmax, Softmax
 from contraflow.train.loop import Carry
 from contraflow.train.offpolicy import OffPolicy, first_learner
 
 WARM = OffPolicy(True, 0, 16)
 CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
-QUICK = SIR(explore=Softmax(4), backup=Softmax(4), exploit=Argmax(8), critic=CRITIC)
+QUICK = SIR(explore=Softmax(4), backup=Softmax(4), greedy=Argmax(8), critic=CRITIC)
 
 
 def begin(agent, env, key, buffer_size=64):

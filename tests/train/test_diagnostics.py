@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from contraflow import RFM, SIR
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, Noise, UniformAction
+from contraflow.core.types import EnvSpec
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.temperature import Constant
 from contraflow.train.diagnostics import TIMES, diagnose
-from contraflow.types import EnvSpec
 
 SPEC = EnvSpec(3, 2, 1, 100, True)
 OBS = jnp.ones((20, 3))  # of which the first 16 are used

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from tests.train.loop_helpers import QUICK, WARM, begin
 
-from contraflow.agents.sir import SIR
+from contraflow.agents.online.sir import SIR
+from contraflow.core.types import Step, UserError
 from contraflow.envs.probe import TwoStep
 from contraflow.rl.critics import Critics
 from contraflow.train.evaluate import evaluate
 from contraflow.train.loop import epoch
 from contraflow.train.offpolicy import OffPolicy
-from contraflow.types import Step, UserError
 
 LEARN = OffPolicy(False, 2, 16)
 

@@ -13,9 +13,10 @@ import pytest
 
 import contraflow
 from contraflow.agents import BC, DPPO, FPO, PPO, ReinFlow
+from contraflow.core.types import UserError
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.probe import PROBES
-from contraflow.flow.onestep import MeanFlow
+from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.path import VP
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.train import run as driver
@@ -23,7 +24,6 @@ from contraflow.train.evaluate import evaluate
 from contraflow.train.loop import Carry, epoch
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicy, OnPolicyRun, decide, first_learner
-from contraflow.types import UserError
 
 SMALL = {"width": 8, "depth": 1, "minibatches": 2, "epochs": 2}
 POLICY = FlowPolicy(width=16, depth=1, embedding=8, steps=4)
@@ -171,10 +171,10 @@ def test_fine_tuning_starts_from_the_artefact(agent, imitated: Path, tmp_path: P
         env="jax:pendulum", agent=agent, pretrained=str(imitated), steps=64, num_envs=2, unroll=8, eval_every=64,
         eval_episodes=2, log_every=64, trackers=(),
     )  # fmt: skip
-    settled = run.settled(False)
-    assert settled.horizon == 2 and settled.execute == 2 and settled.agent.policy == POLICY
-    env, _ = settled.environments(False)
-    carry = driver.first_carry(settled, tmp_path, env, jr.key(0), None)
+    resolve = run.resolve(False)
+    assert resolve.horizon == 2 and resolve.execute == 2 and resolve.agent.policy == POLICY
+    env, _ = resolve.environments(False)
+    carry = driver.first_carry(resolve, tmp_path, env, jr.key(0), None)
     source = contraflow.load(imitated)
     obs, x0 = jnp.array([0.3, 0.8, -0.1]), jr.normal(jr.key(3), (2,))
     net = agent.network(carry.learner.agent)

@@ -12,16 +12,16 @@ import pytest
 from tests.train.loop_helpers import CRITIC, QUICK, WARM, begin
 
 from contraflow.agents import DACER, PMD, TD3
-from contraflow.agents.rfm import RFM
-from contraflow.agents.sac import SAC
-from contraflow.agents.sir import SIR
+from contraflow.agents.online.rfm import RFM
+from contraflow.agents.online.sac import SAC
+from contraflow.agents.online.sir import SIR
 from contraflow.envs.probe import PROBES
-from contraflow.flow.posterior import Fixed, Local, Reverse
-from contraflow.flow.proposal import TruncatedNoise
-from contraflow.flow.solve import Euler
+from contraflow.flow.posterior.importance import Fixed, Local, Reverse
+from contraflow.flow.posterior.proposal import TruncatedNoise
+from contraflow.flow.solver import Euler
+from contraflow.policy.select import Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.rl.select import Softmax
 from contraflow.rl.temperature import Constant
 from contraflow.train.evaluate import evaluate
 from contraflow.train.loop import epoch

@@ -20,9 +20,9 @@ from tests.cli_helpers import FLAGS, TINY, Guess, State, assert_refused, cli
 from contraflow import RFM, SAC, UserError, load, resume, resume_seeds, train, train_seeds
 from contraflow.envs.control import Pendulum
 from contraflow.envs.probe import ObsAction
-from contraflow.flow.solve import Midpoint
+from contraflow.flow.solver import Midpoint
+from contraflow.policy.select import Argmax, Softmax
 from contraflow.rl.critics import Critics
-from contraflow.rl.select import Argmax, Softmax
 from contraflow.train import checkpoint, offpolicy, seeds
 from contraflow.train import run as driver
 from contraflow.train.evaluate import evaluate, evaluate_seeds
@@ -38,7 +38,7 @@ FLOW = RFM(
     embedding=4,
     solver=Midpoint(1),
     explore=Softmax(2),
-    exploit=Argmax(2),
+    greedy=Argmax(2),
 )
 GUESS = replace(TINY, agent=Guess())
 

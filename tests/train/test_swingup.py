@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
-from contraflow.compare.matrix import with_networks
 from contraflow.envs.control import CartpoleSwingup
+from contraflow.experiments.compare.matrix import with_networks
 from contraflow.presets import PRESETS
 from contraflow.train.evaluate import evaluate
 from contraflow.train.loop import Carry, epoch

@@ -19,8 +19,9 @@ from tests.cli_helpers import TINY, Guess
 
 from contraflow import EnvSpec, Run, Step, UserError, resume, train
 from contraflow.envs.probe import Action, TwoStep
-from contraflow.train import checkpoint, console, record
+from contraflow.train import checkpoint, console
 from contraflow.train import run as driver
+from contraflow.train import run_writer as record
 from contraflow.train.artifact import load_policy
 from contraflow.train.evaluate import evaluate
 from contraflow.train.log import Log, read_evaluations

@@ -1,16 +1,16 @@
 """The agents. `AGENTS` is the only registry: it serves the command line; a script passes its own to `train`."""
 
-from contraflow.agents.bc import BC
-from contraflow.agents.dacer import DACER
-from contraflow.agents.dppo import DPPO
-from contraflow.agents.fpo import FPO
-from contraflow.agents.pmd import PMD
-from contraflow.agents.ppo import PPO
-from contraflow.agents.reinflow import ReinFlow
-from contraflow.agents.rfm import RFM
-from contraflow.agents.sac import SAC
-from contraflow.agents.sir import SIR
-from contraflow.agents.td3 import TD3
+from contraflow.agents.offline.bc import BC
+from contraflow.agents.online.dacer import DACER
+from contraflow.agents.online.pmd import PMD
+from contraflow.agents.online.rfm import RFM
+from contraflow.agents.online.sac import SAC
+from contraflow.agents.online.sir import SIR
+from contraflow.agents.online.td3 import TD3
+from contraflow.agents.onpolicy.dppo import DPPO
+from contraflow.agents.onpolicy.fpo import FPO
+from contraflow.agents.onpolicy.ppo import PPO
+from contraflow.agents.onpolicy.reinflow import ReinFlow
 
 OffPolicyAgent = RFM | PMD | DACER | SAC | TD3 | SIR
 OnPolicyAgent = PPO | ReinFlow | DPPO | FPO

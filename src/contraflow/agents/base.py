@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from contraflow.types import EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from contraflow.types import UserError
+from contraflow.core.types import UserError
 
 USAGE = """\
 usage: contraflow COMMAND ...
@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: list[str]) -> int:
     from contraflow import __version__
-    from contraflow.config import suggest
+    from contraflow.core.settings import suggest
 
     command, *rest = args or ["--help"]
     if "--trust" in rest and not {"", os.getcwd()} & set(sys.path):
@@ -90,7 +90,7 @@ def _dispatch(args: list[str]) -> int:
 
         return list_command(rest)
     elif command == "sample":
-        from contraflow import sample
+        from contraflow import sampling as sample
 
         sample.main(rest)
     else:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import tyro
 
 from contraflow.cli.settings import Switch, find_preset
-from contraflow.compare import matrix
-from contraflow.compare.on_ray import run_on_ray
-from contraflow.compare.pool import Outcome, run_cells
-from contraflow.config import suggest
+from contraflow.core.settings import suggest
+from contraflow.core.types import UserError
 from contraflow.envs import check
-from contraflow.types import UserError
+from contraflow.experiments.compare import matrix
+from contraflow.experiments.compare.on_ray import run_on_ray
+from contraflow.experiments.compare.pool import Outcome, run_cells
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 

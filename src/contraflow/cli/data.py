@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 import tyro
 
 from contraflow.cli.settings import Switch
-from contraflow.data.inspect import problems, summary
-from contraflow.data.offline import Dataset
-from contraflow.data.readers import load as load_dataset
-from contraflow.data.write import check_target, write
+from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.datasets.inspect import problems, summary
+from contraflow.data.datasets.readers import load as load_dataset
+from contraflow.data.datasets.write import check_target, write
+from contraflow.runtime.collect import Behaviour, record
 from contraflow.runtime.policy import load
-from contraflow.runtime.record import Behaviour, record
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 import tyro
 
 from contraflow.cli.settings import Switch
+from contraflow.core.types import UserError
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import ONE, UNIFORM, environment, variants
 from contraflow.train.evaluate import act_batch, evaluate
-from contraflow.types import UserError
 
 EPISODES = 10
 
@@ -68,7 +68,7 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
     if ONE in parts:
         candidates["the same with one particle"] = parts[ONE]
     if UNIFORM in parts:
-        count = parts[UNIFORM][0].exploit.particles
+        count = parts[UNIFORM][0].greedy.particles
         candidates[f"{count} uniform actions in place of the actor"] = parts[UNIFORM]
     last = load(folder, trust=trust)
     candidates["last policy, greedy"] = (last.agent, last.state)

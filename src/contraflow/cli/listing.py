@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from contraflow.types import UserError
+from contraflow.core.types import UserError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from contraflow.report.page import write_report
-from contraflow.report.scores import read_scales
+from contraflow.experiments.report.page import write_report
+from contraflow.experiments.report.scores import read_scales
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from contraflow.config import import_path, members, suggest
+from contraflow.core.settings import import_path, members, suggest
+from contraflow.core.types import UserError
 from contraflow.presets import PRESETS
 from contraflow.train.run import AnyRun, Run, read_config
-from contraflow.types import UserError
 
 Switch = tyro.conf.FlagCreatePairsOff
 

@@ -11,12 +11,12 @@ import tyro
 
 from contraflow.cli.evaluate import final_returns
 from contraflow.cli.settings import Switch, as_run, parse_train
-from contraflow.config import suggest
+from contraflow.core.settings import suggest
+from contraflow.core.types import UserError
 from contraflow.presets import PRESETS
 from contraflow.train import run as runs
 from contraflow.train.log import read_evaluations
 from contraflow.train.seeds import resume_seeds, seed_folders, train_seeds
-from contraflow.types import UserError
 
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.critic.gamma 0.98] ...

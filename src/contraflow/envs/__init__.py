@@ -8,11 +8,11 @@ import contextlib
 import importlib
 from collections.abc import Callable
 
+from contraflow.core.types import UserError
 from contraflow.envs.bandit import BANDITS, Bandit
 from contraflow.envs.base import Env, check_num_envs, unknown_id
 from contraflow.envs.control import CONTROL
 from contraflow.envs.probe import PROBES
-from contraflow.types import UserError
 
 PREFIXES = ("envpool", "gym", "playground", "jax", "probe", "bandit")
 

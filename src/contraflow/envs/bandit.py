@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contraflow.types import EnvSpec, PRNGKey, Step
+from contraflow.core.types import EnvSpec, PRNGKey, Step
 
 Reward = Callable[[Float[Array, " a"]], Float[Array, ""]]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from contraflow.types import EnvSpec, PRNGKey, Step, UserError
+from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 
 
 @runtime_checkable

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs.base import Env
-from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 
 
 @dataclass(frozen=True)

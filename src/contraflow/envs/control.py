@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from contraflow.types import EnvSpec, PRNGKey, Step
+from contraflow.core.types import EnvSpec, PRNGKey, Step
 
 
 class ControlState(eqx.Module):

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs import base
-from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 
 
 def check_id(id: str) -> Any:

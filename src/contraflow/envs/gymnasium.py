@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs import base
-from contraflow.types import EnvSpec, PRNGKey, Step, UserError
 
 
 class Gymnasium:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int
 
+from contraflow.core.types import EnvSpec, PRNGKey, PRNGKeys, Step, UserError
 from contraflow.envs import base
-from contraflow.types import EnvSpec, PRNGKey, PRNGKeys, Step, UserError
 
 SUITE = (
     "AcrobotSwingup", "AcrobotSwingupSparse", "BallInCup", "CartpoleBalance", "CartpoleBalanceSparse",

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from contraflow.flow.density import log_normal
+from contraflow.core.types import PRNGKey
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.solve import Drift, Euler, ODESolver, Time
-from contraflow.types import PRNGKey
+from contraflow.flow.solver import Drift, Euler, ODESolver, Time
+from contraflow.flow.targets import log_normal
 
 Sampler = Callable[[Vector], Vector]
 

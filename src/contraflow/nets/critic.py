@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.types import PRNGKey
 from contraflow.nets.heads import Head, Point
 from contraflow.nets.layers import Activation, Linear, Residual, SplitLinear, activation_function, layer_norm
-from contraflow.types import PRNGKey
 
 Values = Float[Array, " m"]
 Weights = Float[Array, " m"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.types import PRNGKey
+from contraflow.core.types import PRNGKey
 
 Activation = Literal["gelu", "relu", "silu", "tanh"]
 

@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Activation, Linear, activation_function
-from contraflow.types import PRNGKey
 
 
 class MLP(eqx.Module):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Linear, layer_norm, time_embedding
-from contraflow.types import PRNGKey
 
 
 class Block(eqx.Module):

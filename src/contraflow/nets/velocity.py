@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_function, time_embedding
-from contraflow.types import PRNGKey
 
 
 class Velocity(eqx.Module):

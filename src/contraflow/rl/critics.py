@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from contraflow.core.optim import check_positive, clipped_adam, gradient_step, start
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Transition
 from contraflow.nets.critic import Block, Min, QEnsemble, Reduce, SubsetMin
 from contraflow.nets.heads import Head, Point
-from contraflow.rl.optim import check_positive, clipped_adam, descend, start
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Transition
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Critics:
             def loss(q):
                 return jnp.mean(jax.vmap(self.head.loss)(jax.vmap(q)(batch.obs, batch.action), goals))
 
-            return descend(self._tx, loss, member, opt)
+            return gradient_step(self._tx, loss, member, opt)
 
         members, opt, loss, _ = jax.vmap(step)(critic.members, opt)
         critic = eqx.tree_at(lambda q: q.members, critic, members)

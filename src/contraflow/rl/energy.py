@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from contraflow.flow.density import LogDensity, log_sech2
+from contraflow.flow.targets import LogDensity, log_sech2
 
 
 def boltzmann(

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.flow.loss import Predict
-from contraflow.flow.onestep import Matching, Objective
+from contraflow.core.types import EnvSpec, PRNGKey
+from contraflow.flow.fewstep import Matching, Objective
+from contraflow.flow.matching import Predict
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.transformer import Transformer
 from contraflow.nets.velocity import Velocity
-from contraflow.types import EnvSpec, PRNGKey
 
 Obs = Float[Array, " o"]
 Network = Any
@@ -105,7 +105,7 @@ class FlowPolicy:
         target = x0 if self.predict == "noise" else path.d_alpha(t) * x1 + path.d_beta(t) * x0
         return self.output(net, path.perturb(x0, x1, t), t, t, obs) - target
 
-    def tie_error(
+    def consistency_error(
         self, objective: Objective, net: Network, slow: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey
     ) -> Vector:
         """Error of a step of random size, between x0 and x1, against those that it is made of (flow/onestep.py)."""

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.flow.density import log_sech2
+from contraflow.core.types import PRNGKey
+from contraflow.flow.fewstep import Average, Matching, Objective, sample_average_velocity
 from contraflow.flow.likelihood import PolicyDensity
-from contraflow.flow.loss import Predict, matching_loss
-from contraflow.flow.onestep import Average, Matching, Objective, leap
+from contraflow.flow.matching import Predict, matching_loss
 from contraflow.flow.path import Linear, Path, Scalar, Vector
-from contraflow.flow.solve import Drift, Euler, EulerMaruyama, Solver
+from contraflow.flow.solver import Drift, Euler, EulerMaruyama, Solver
+from contraflow.flow.targets import log_sech2
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.velocity import Velocity
 from contraflow.rl.flow_policy import CLOCK
-from contraflow.types import PRNGKey
 
 Bounds = Literal["tanh", "box"]
 Condition = Float[Array, " c"]
@@ -93,7 +93,7 @@ class LatentFlow:
         Averaged velocities step over the whole of [0, 1], others over [t_min, 1 - t_min].
         """
         if self.objective.averaged:
-            return leap(self.average(net, cond), x0, self.solver.nfe)
+            return sample_average_velocity(self.average(net, cond), x0, self.solver.nfe)
         return self.solver(self.drift(net, cond), x0, self.t_min, 1 - self.t_min, key)
 
     def action(self, u: Float[Array, "*n a"]) -> Float[Array, "*n a"]:

@@ -14,12 +14,12 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from contraflow.core.optim import clipped_adam, gradient_step, start
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
 from contraflow.nets.layers import Activation
 from contraflow.nets.mlp import MLP
 from contraflow.rl.advantage import gae, normalise
-from contraflow.rl.optim import clipped_adam, descend, start
-from contraflow.rl.running import ReturnScale, Running
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout
+from contraflow.rl.normalise import ReturnScale, RunningMoments
 
 
 class PPOState(eqx.Module):
@@ -27,7 +27,7 @@ class PPOState(eqx.Module):
     critic: MLP  # V(s) of normalised observations and scaled rewards
     actor_opt: PyTree
     critic_opt: PyTree
-    stats: Running
+    stats: RunningMoments
     scale: ReturnScale
     step: Int[Array, ""]  # rollouts learned from
     reference: Any = None  # a network that stays as it was pretrained, where an agent keeps one
@@ -52,7 +52,7 @@ def first_state(
     """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
     critic = MLP(spec.obs_dim, 1, agent.width, agent.depth, activation=activation, key=key)
     actor_tx, critic_tx = _optimisers(agent)
-    stats, scale = Running.start(spec.obs_dim), ReturnScale.start(spec.num_envs)
+    stats, scale = RunningMoments.start(spec.obs_dim), ReturnScale.start(spec.num_envs)
     opts = start(actor_tx, actor), start(critic_tx, critic)
     return PPOState(actor, critic, *opts, stats, scale, jnp.zeros((), jnp.int32), reference)
 
@@ -87,7 +87,7 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
         def value_loss(critic):
             return 0.5 * weighted_mean((jax.vmap(critic)(batch.obs)[:, 0] - batch.target) ** 2, batch.weight)
 
-        critic, critic_opt, loss, _ = descend(critic_tx, value_loss, critic, critic_opt)
+        critic, critic_opt, loss, _ = gradient_step(critic_tx, value_loss, critic, critic_opt)
         more = {"critic_loss": loss, "actor_grad_norm": optax.tree.norm(grad)}
         return (actor, critic, actor_opt, critic_opt), metrics | more
 

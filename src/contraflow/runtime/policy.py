@@ -7,9 +7,9 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.agents.base import acting_state
+from contraflow.core.types import EnvSpec, UserError
 from contraflow.train.artifact import load_policy, policy_folder
 from contraflow.train.evaluate import act_batch
-from contraflow.types import EnvSpec, UserError
 
 
 class Policy:

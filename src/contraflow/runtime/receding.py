@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.types import UserError
 from contraflow.runtime.policy import Policy
-from contraflow.types import UserError
 
 
 class Receding:

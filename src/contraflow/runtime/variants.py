@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from contraflow.agents import RFM, SIR
 from contraflow.agents.base import acting_state
-from contraflow.agents.sir import SIRState
+from contraflow.agents.online.sir import SIRState
+from contraflow.core.types import UserError
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
-from contraflow.rl.select import Argmax, First
+from contraflow.policy.select import Argmax, First
 from contraflow.runtime.policy import Policy
-from contraflow.types import UserError
 
 OWN, ONE, UNIFORM = "own", "one particle", "uniform actions"
 
@@ -27,16 +27,16 @@ def variants(policy: Policy) -> dict[str, tuple[Any, Any]]:
     """
     out: dict[str, tuple[Any, Any]] = {OWN: (policy.agent, policy.state)}
     if isinstance(policy.agent, RFM):
-        out[ONE] = (replace(policy.agent, exploit=First()), policy.state)
+        out[ONE] = (replace(policy.agent, greedy=First()), policy.state)
         out[UNIFORM] = without_actor(policy)
     return out
 
 
 def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
     """The best of n uniform actions by the critic of a flow policy: what the critic does alone."""
-    particles = policy.agent.exploit.particles
+    particles = policy.agent.greedy.particles
     critic, step, stats = policy.state.critic, policy.state.step, policy.state.stats
-    agent = SIR(exploit=Argmax(particles if particles > 1 else 32))
+    agent = SIR(greedy=Argmax(particles if particles > 1 else 32))
     return agent, acting_state(agent, SIRState(critic, critic, (), jnp.zeros(policy.spec.action_dim), step, stats))
 
 

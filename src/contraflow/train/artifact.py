@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from contraflow.agents import AnyAgent
 from contraflow.agents.base import acting_state
-from contraflow.config import SCHEMA, from_json, to_json
-from contraflow.types import EnvSpec, UserError
+from contraflow.core.settings import SCHEMA, from_json, to_json
+from contraflow.core.types import EnvSpec, UserError
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

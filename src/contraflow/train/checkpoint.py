@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PyTree
 
-from contraflow.types import UserError
+from contraflow.core.types import UserError
 
 KEEP = 2
 SEAL = "seal.json"  # digests of the files and shapes of the arrays of a checkpoint

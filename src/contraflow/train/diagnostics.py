@@ -9,11 +9,11 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.agents.base import Agent
-from contraflow.agents.rfm import RFM
-from contraflow.flow.posterior import Fixed, Reverse
-from contraflow.flow.proposal import Mixture, Noise, UniformAction
-from contraflow.rl.running import seen
-from contraflow.types import PRNGKey
+from contraflow.agents.online.rfm import RFM
+from contraflow.core.types import PRNGKey
+from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
+from contraflow.rl.normalise import seen
 
 BINS = 16  # of the action histogram
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

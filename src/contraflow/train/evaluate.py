@@ -10,8 +10,8 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.agents.base import Agent, acting_state
+from contraflow.core.types import PRNGKey, PRNGKeys, UserError
 from contraflow.envs.base import Env
-from contraflow.types import PRNGKey, PRNGKeys, UserError
 
 CHUNK = 100  # steps of a jittable environment between two looks at what has ended
 

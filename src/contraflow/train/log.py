@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from contraflow.types import UserError
+from contraflow.core.types import UserError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from contraflow.agents.base import Agent
+from contraflow.core.types import Metrics, PRNGKey, PRNGKeys, UserError
 from contraflow.envs.base import Env
-from contraflow.types import Metrics, PRNGKey, PRNGKeys, UserError
 
 
 class Learner(eqx.Module):

@@ -11,17 +11,17 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int
 
 from contraflow.agents import BC, OfflineAgent
-from contraflow.data.offline import Dataset
-from contraflow.data.readers import load
+from contraflow.core.types import Chunks, EnvSpec, Metrics, PRNGKey, UserError
+from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.datasets.readers import load
 from contraflow.envs import make
 from contraflow.envs.base import Env, with_bounds
 from contraflow.envs.chunk import chunked
-from contraflow.rl.running import Running
+from contraflow.rl.normalise import RunningMoments
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
 from contraflow.train.onpolicy import first_learner
 from contraflow.train.pretrained import settle
-from contraflow.types import Chunks, EnvSpec, Metrics, PRNGKey, UserError
 
 TOGETHER = 50  # gradient steps in one compiled program
 
@@ -115,7 +115,7 @@ class OfflineRun:
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
 
-    def settled(self, trust: bool) -> "OfflineRun":
+    def resolve(self, trust: bool) -> "OfflineRun":
         """The run with what comes from the data and the pretrained policy."""
         run = settle(self, trust)
         return run if run.env or not run.data else replace(run, env=load(run.data).env or "")
@@ -135,10 +135,10 @@ class OfflineRun:
     def learner(self, env: Rows, key: PRNGKey) -> Learner:
         """A fresh one, that knows the moments of the observations."""
         learner = first_learner(self.agent, env.spec, key)
-        stats = Running(env.mean, env.std**2, jnp.asarray(float(env.obs.shape[0])))
+        stats = RunningMoments(env.mean, env.std**2, jnp.asarray(float(env.obs.shape[0])))
         return eqx.tree_at(lambda x: x.agent.stats, learner, stats)
 
-    def stretch(self, taken: int) -> tuple[Offline, int]:
+    def next_phase(self, taken: int) -> tuple[Offline, int]:
         """The phase at step `taken`, and its iterations until something is due."""
         left = min(self.steps, next_due(self, taken)) - taken
         return (

@@ -10,12 +10,12 @@ import jax.random as jr
 
 from contraflow.agents import RFM, OffPolicyAgent
 from contraflow.agents.base import Agent, acting_state
-from contraflow.data.buffer import Buffer
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step, Transition
+from contraflow.data.replay import Buffer
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Step, Transition
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Run:
         if self.n_step > 1 and discount(self.agent) is None:
             raise ValueError(f"n_step={self.n_step} needs an agent with a discount `gamma`; use n_step=1")
 
-    def settled(self, trust: bool) -> "Run":
+    def resolve(self, trust: bool) -> "Run":
         """The run as it will be written down: itself."""
         return self
 
@@ -146,7 +146,7 @@ class Run:
         """A fresh one."""
         return first_learner(self.agent, env.spec, self.buffer_size, key)
 
-    def stretch(self, taken: int) -> tuple[OffPolicy, int]:
+    def next_phase(self, taken: int) -> tuple[OffPolicy, int]:
         """The phase at step `taken`, and its iterations until something is due."""
         warm_up = taken < self.collect
         milestone = min(self.collect if warm_up else self.steps, next_due(self, taken))

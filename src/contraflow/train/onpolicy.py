@@ -11,13 +11,13 @@ import numpy as np
 
 from contraflow.agents import PPO, OnPolicyAgent
 from contraflow.agents.base import acting_state
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout, Step
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
 from contraflow.train.pretrained import settle
-from contraflow.types import EnvSpec, Metrics, PRNGKey, Rollout, Step
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class OnPolicyRun:
         if not 1 <= self.execute <= self.horizon:
             raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
 
-    def settled(self, trust: bool) -> "OnPolicyRun":
+    def resolve(self, trust: bool) -> "OnPolicyRun":
         """The run with what comes from the pretrained policy."""
         return settle(self, trust)
 
@@ -136,7 +136,7 @@ class OnPolicyRun:
         """A fresh one."""
         return first_learner(self.agent, env.spec, key)
 
-    def stretch(self, taken: int) -> tuple[OnPolicy, int]:
+    def next_phase(self, taken: int) -> tuple[OnPolicy, int]:
         """The phase at step `taken`, and its iterations until something is due."""
         size = self.unroll * self.num_envs * self.execute
         return OnPolicy(self.unroll), max(1, -(-(min(self.steps, next_due(self, taken)) - taken) // size))

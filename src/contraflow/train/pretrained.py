@@ -6,9 +6,9 @@ from typing import Any
 
 import equinox as eqx
 
+from contraflow.core.types import EnvSpec, UserError
 from contraflow.train.artifact import load_policy, policy_folder
 from contraflow.train.loop import Carry
-from contraflow.types import EnvSpec, UserError
 
 
 def source(run: Any) -> Path | None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow import config as settings
+from contraflow.core import settings
+from contraflow.core.types import PRNGKey, UserError
 from contraflow.envs.base import Env
 from contraflow.train import checkpoint, pretrained
 from contraflow.train.artifact import check_schema
@@ -24,8 +25,7 @@ from contraflow.train.loop import Carry, Learner, epoch
 from contraflow.train.offline import OfflineRun
 from contraflow.train.offpolicy import Run
 from contraflow.train.onpolicy import OnPolicyRun
-from contraflow.train.record import Record, check_finite
-from contraflow.types import PRNGKey, UserError
+from contraflow.train.run_writer import Record, check_finite
 
 AnyRun = Run | OnPolicyRun | OfflineRun
 
@@ -75,7 +75,7 @@ def train(run: AnyRun, out: str | Path, *, trust: bool = False, quiet: bool = Fa
     folder = Path(out)
     check_new(folder)
     check_trackers(run.trackers)
-    run = run.settled(trust)
+    run = run.resolve(trust)
     envs = run.environments(trust)
     pretrained.check_fit(run, envs[0].spec)
     with checkpoint.full_disk_named(folder):
@@ -170,7 +170,7 @@ def _drive(run: AnyRun, folder: Path, envs: tuple[Any, Env | None], restored: in
     record.save(taken, carry)  # the first; after a restart only the policy, which a killed process may not have written
     with closing(record), interruptible() as signals, Progress(run, folder, taken, quiet) as progress:
         while taken < run.steps and not signals:
-            phase, n = run.stretch(taken)
+            phase, n = run.next_phase(taken)
             before = taken
             carry, metrics, error = epoch(phase, run.agent, env, carry, k_run, n, lambda: bool(signals))
             taken = int(carry.learner.steps)

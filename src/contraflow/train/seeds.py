@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.config import SCHEMA
+from contraflow.core.settings import SCHEMA
+from contraflow.core.types import UserError
 from contraflow.envs import jittable
 from contraflow.envs.base import Env
 from contraflow.train import checkpoint
@@ -26,7 +27,6 @@ from contraflow.train.evaluate import evaluate_seeds
 from contraflow.train.log import check_trackers
 from contraflow.train.loop import Carry, epoch_seeds
 from contraflow.train.offline import OfflineRun
-from contraflow.train.record import Record, check_finite
 from contraflow.train.run import (
     AnyRun,
     Result,
@@ -38,7 +38,7 @@ from contraflow.train.run import (
     root_keys,
     write_config,
 )
-from contraflow.types import UserError
+from contraflow.train.run_writer import Record, check_finite
 
 INDEX = "seeds.json"
 
@@ -55,7 +55,7 @@ def train_seeds(
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different numbers from 0 on, at least one, got {' '.join(map(str, seeds))}")
     check_new(folder)
-    run = run.settled(trust)
+    run = run.resolve(trust)
     runs = [replace(run, seed=seed) for seed in seeds]
     check_trackers(run.trackers)
     envs = _environments(run, trust)
@@ -184,7 +184,7 @@ def _drive(
         signals = stack.enter_context(interruptible())
         progress = stack.enter_context(Progress(run, out, taken, quiet, [one.seed for one in runs]))
         while taken < run.steps and live and not signals:
-            phase, n = run.stretch(taken)
+            phase, n = run.next_phase(taken)
             before = taken
             carry, metrics = epoch_seeds(phase, run.agent, env, carry, k_run, n)
             taken = _common_step(carry, run)

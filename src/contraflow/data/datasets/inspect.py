@@ -1,0 +1,67 @@
+"""What a dataset holds, and what about it may be wrong."""
+
+import numpy as np
+
+from contraflow.data.datasets.dataset import ROUNDING, Dataset
+
+SATURATED, SHOWN = 0.1, 8  # share of actions at a bound that is worth a word; columns whose ranges are printed
+
+
+def summary(data: Dataset) -> list[tuple[str, str]]:
+    """(label, text) lines: sizes, returns, ends and ranges."""
+    lengths, returns, reward = data.lengths, data.returns, data.reward
+    terminated, cut = int((data.end & data.terminated).sum()), int((data.end & ~data.terminated).sum())
+    inside = int((data.terminated & ~data.end).sum())
+    extra = f"; {inside:,} terminated rows within trajectories" if inside else ""
+    spread = f"std {returns.std():.4g}  min {returns.min():.4g}  max {returns.max():.4g}"
+    return [
+        ("dataset", data.name),
+        ("environment", data.env or "not stated"),
+        ("rows", f"{len(data):,}"),
+        ("trajectories", f"{len(lengths):,} of {lengths.min()} to {lengths.max()} steps, mean {lengths.mean():.1f}"),
+        ("returns", f"mean {returns.mean():.4g}  {spread}"),
+        ("ends", f"{terminated:,} terminated, {cut:,} truncated{extra}"),
+        ("rewards", f"{reward.min():.4g} to {reward.max():.4g}, mean {reward.mean():.4g}"),
+        ("observations", f"{data.obs.shape[1]}: {_ranges(data.obs)}"),
+        ("actions", f"{data.action.shape[1]}: {_ranges(data.raw_action)}"),
+        ("bounds", _ranges(np.stack([data.low, data.high]))),
+    ]
+
+
+def problems(data: Dataset) -> list[str]:
+    """What had to be assumed, and what training might trip over."""
+    found = list(data.notes)
+    for what, rows in (("observation", data.obs), ("action", data.action)):
+        constant = np.flatnonzero(np.ptp(rows, axis=0) <= 1e-6 * np.maximum(1, abs(rows[0])))
+        if constant.size:
+            found.append(f"{what} columns that never vary: {', '.join(map(str, constant[:SHOWN]))}{_more(constant)}")
+    saturated = float((abs(data.action) >= 1 - ROUNDING).mean())
+    if saturated > SATURATED:
+        found.append(f"{saturated:.0%} of the action values lie at a bound; tanh policies have no density there")
+    if not data.terminated.any():
+        found.append("nothing terminates: right only where no episode ends but by its time limit")
+    if data.reward.min() == data.reward.max():
+        found.append(f"every reward is {data.reward[0]:g}")
+    within = np.flatnonzero(~data.end)
+    scale = data.moments()[1]
+    jumps = (abs(data.next_obs[within] - data.obs[within + 1]) > 1e-3 * scale).any(1)
+    if jumps.any():
+        found.append(
+            f"after {int(jumps.sum())} rows (the first is {within[jumps.argmax()]}) next_obs is not the following obs: "
+            "ends of trajectories are missing, or rows are not in time order"
+        )
+    return found
+
+
+def _ranges(rows: np.ndarray) -> str:
+    low, high = rows.min(0), rows.max(0)
+    each = [f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True)]
+    if len(set(each)) == 1:
+        return each[0]
+    if len(each) <= SHOWN:
+        return " ".join(each)
+    return f"{' '.join(each[:SHOWN])} ..., all within [{low.min():.3g}, {high.max():.3g}]"
+
+
+def _more(columns: np.ndarray) -> str:
+    return f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""

@@ -1,0 +1,183 @@
+"""One cell, or several at once, in a process: `python -m ...compare.worker FOLDER... EPISODES [--trust]`.
+
+The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
+the reason. Runs in several folders, which differ in their seeds only, are trained by one program. The process saves and
+stops on SIGTERM and when its standard input ends, which is what happens when the process that started it dies.
+"""
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+
+from contraflow.agents import SIR
+from contraflow.agents.cost import acting_cost
+from contraflow.core.types import UserError
+from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK, SCHEMA, write_json
+from contraflow.policy.select import First
+from contraflow.rl.critics import Critics
+from contraflow.runtime.policy import load
+from contraflow.runtime.variants import OWN, environment, variants
+from contraflow.train.evaluate import evaluate
+from contraflow.train.run import Result, resume
+from contraflow.train.seeds import resume_together
+
+SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
+PACKAGES = (
+    "contraflow",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optax",
+    "numpy",
+    "envpool",
+    "gymnasium",
+    "mujoco",
+    "dm_control",
+    "playground",
+)
+DONE, BROKEN, INTERRUPTED = 0, 1, 130
+
+
+def work(folders: Sequence[Path], episodes: int, trust: bool) -> int:
+    """Train, evaluate, and say how it ended: 0 all done, 1 one failed, 130 stopped and saved."""
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_alone(folder))
+        todo = [folder for folder in folders if not (folder / FINAL).exists()]
+        for folder in todo:
+            (folder / FAILED).unlink(missing_ok=True)
+        outcomes = zip(todo, _train(todo, trust), strict=True)
+        return max((_finish(folder, outcome, episodes, trust) for folder, outcome in outcomes), default=DONE)
+
+
+def _train(folders: list[Path], trust: bool) -> list[Result | Exception]:
+    """For each folder the result of its training, or why it failed."""
+    try:
+        if len(folders) > 1:
+            return list(resume_together(folders, trust=trust).values())
+        return [resume(folder, trust=trust, quiet=True) for folder in folders]
+    except Exception as error:
+        _trace(error)
+        return [error] * len(folders)
+
+
+def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: bool) -> int:
+    """Evaluate what was trained; final.json, or failed.json with the reason."""
+    if isinstance(outcome, Result):
+        if outcome.interrupted:
+            return INTERRUPTED
+        try:
+            rows = final_evaluations(folder, episodes, trust)
+        except Exception as error:
+            _trace(error)
+            outcome = error
+        else:
+            write_json(
+                folder / FINAL,
+                {
+                    "schema": SCHEMA, "episodes": episodes, "seed": SEED, "evaluations": rows, "machine": machine(),
+                    "versions": versions(),
+                },
+            )  # fmt: skip
+            return DONE
+    name = "" if isinstance(outcome, UserError) else f"{type(outcome).__name__}: "
+    reason = " ".join(str(outcome).split())[:400]
+    write_json(folder / FAILED, {"schema": SCHEMA, "reason": name + reason})
+    return BROKEN
+
+
+def _trace(error: Exception) -> None:
+    """Where it happened, into the log, unless the message was written for the user."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+
+
+def final_evaluations(folder: Path, episodes: int, trust: bool) -> list[dict[str, Any]]:
+    """Returns of the last policy by each of its rules, of the best policy, and of uniformly random actions."""
+    last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
+    rows = [("last", rule, agent, state) for rule, (agent, state) in variants(last).items()]
+    rows.append(("best", OWN, best.agent, best.state))
+    random = SIR(greedy=First(), critic=Critics(width=1, depth=1))
+    rows.append(("random", OWN, random, jax.jit(lambda key: random.init(key, last.spec))(jr.key(0))))
+    out = []
+    with environment(last, last.env, episodes, SEED, trust) as env:
+        for policy, rule, agent, state in rows:
+            cost = None if policy == "random" else acting_cost(agent)
+            returns = evaluate(agent, state, env, jr.key(SEED), episodes)
+            out.append(
+                {
+                    "policy": policy, "rule": rule, "returns": [float(r) for r in returns],
+                    "cost": None if cost is None else vars(cost),
+                }
+            )  # fmt: skip
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on, without names."""
+    device = jax.devices()[0]
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux
+        pass
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on the cell: after a kill, an orphan may still be saving."""
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to save and stop when its standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(args: list[str]) -> int:
+    _stop_with_parent()
+    *folders, episodes = (arg for arg in args if arg != "--trust")
+    return work([Path(folder) for folder in folders], int(episodes), "--trust" in args)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

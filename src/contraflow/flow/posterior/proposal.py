@@ -1,0 +1,216 @@
+"""Where candidates for x1 given x_t come from. Every proposal can be sampled and has its density in closed form.
+
+All densities are over the latent endpoint u = x1 (for policies: the action before tanh).
+
+`sample(key, path, x_t, t, n, support) -> [n, d]`, `log_prob(x1, path, x_t, t, support) -> []`;
+`support` [P, d] is used by `Particles` only. `boundary` is True when the density ends abruptly: a Stein control variate
+then has a boundary term and is refused by the estimators.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float, Int
+
+from contraflow.core.types import PRNGKey
+from contraflow.flow.path import AbstractPath, Scalar, Vector
+from contraflow.flow.targets import log_normal, log_sech2
+
+Samples = Float[Array, "n d"]
+Support = Float[Array, "p d"] | None
+
+
+def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
+    """n indices [n] in order: j comes n shares[j] times on average and never more than one off, by one random offset
+    for all (systematic resampling, Kitagawa 1996). `shares` [j] sum to 1."""
+    place = (jnp.arange(n) + jr.uniform(key)) / n
+    return jnp.searchsorted(jnp.cumsum(shares)[:-1], place, side="right")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """q(u) = N(x_t / alpha, (beta / alpha)^2 I): invert x0 ~ N(0, I) along the path (RFM, 2601.08136)."""
+
+    boundary: ClassVar[bool] = False
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        return jax.vmap(path.x1_from_x0, (0, None, None))(jr.normal(key, (n, *x_t.shape)), x_t, t)
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        return log_normal(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t))
+
+
+@dataclass(frozen=True)
+class TruncatedNoise:
+    """`Noise` truncated so that u lies in [-bound, bound]^d (QNE / MaxEntDP, 2502.11612). For box-bounded latents."""
+
+    bound: float = 1.0
+    boundary: ClassVar[bool] = True
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        """n draws [n, d], within the box whatever x_t is."""
+        mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
+        return jax.vmap(lambda place: _truncated(place, mean, std, self.bound))(jr.uniform(key, (n, *x_t.shape)))
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        return _log_truncated(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t), self.bound)
+
+
+def _within(mean: Vector, std: Scalar, bound: float) -> tuple[Vector, Vector, Vector]:
+    """Sign, lower, upper such that sign (u - mean) / std lies in [lower, upper] where |u| <= bound.
+
+    The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
+    that their logarithms and differences keep their digits however far out the box lies.
+    """
+    low, high = (-bound - mean) / std, (bound - mean) / std
+    sign = jnp.where(low + high > 0, -1.0, 1.0)
+    return sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
+
+
+def _truncated(place: Vector, mean: Vector, std: Scalar, bound: float) -> Vector:
+    """N(mean, std^2 I) on [-bound, bound]^d by the inverse of its distribution function at `place` in [0, 1)^d."""
+    sign, lower, upper = _within(mean, std, bound)
+    # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
+    log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
+    u = mean + std * sign * jnp.clip(_log_quantile(log_p), lower, upper)
+    return jnp.clip(u, -bound, bound)  # rounding may step over the edge, where the density is 0
+
+
+def _log_truncated(x1: Vector, mean: Vector, std: Scalar, bound: float) -> Scalar:
+    """The log-density of N(mean, std^2 I) on [-bound, bound]^d."""
+    _, lower, upper = _within(mean, std, bound)
+    log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
+    log_mass = log_upper + jnp.log(-jnp.expm1(log_lower - log_upper))
+    return jnp.where(jnp.all(jnp.abs(x1) <= bound), log_normal(x1, mean, std) - log_mass.sum(), -jnp.inf)
+
+
+def _log_quantile(log_p: Vector) -> Vector:
+    """z with log Phi(z) = log_p, also where exp(log_p) underflows."""
+    # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function: no step overshoots.
+    z = -jnp.sqrt(-2.0 * log_p)
+    for _ in range(5):
+        z = z - (norm.logcdf(z) - log_p) * jnp.exp(norm.logcdf(z) - norm.logpdf(z))
+    return jnp.where(log_p < -2.0, z, norm.ppf(jnp.exp(log_p)))
+
+
+@dataclass(frozen=True)
+class UniformAction:
+    """a ~ U(-1, 1)^d, u = atanh a, so q(u) = prod_j sech^2(u_j) / 2: independent of x_t; cancels the tanh Jacobian."""
+
+    boundary: ClassVar[bool] = False
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        # atanh of a uniform variable on (-1, 1) is logistic with scale 1/2; drawn so, it cannot round to +-1.
+        return 0.5 * jr.logistic(key, (n, *x_t.shape))
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        return jnp.sum(log_sech2(x1) - jnp.log(2.0))
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Kernel density on `support` (say, policy samples), conditioned on x_t in closed form.
+
+    Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I),
+    V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2),
+    pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2). With `bound` each N(m_i, V I) is truncated to [-bound, bound]^d.
+    """
+
+    width: float = 0.3
+    bound: float | None = None
+
+    @property
+    def boundary(self) -> bool:
+        return self.bound is not None
+
+    def __post_init__(self):
+        if self.width <= 0 or (self.bound is not None and self.bound <= 0):
+            raise ValueError(f"{self}: the kernel width and the bound must be positive")
+
+    def _mixture(self, path: AbstractPath, x_t: Vector, t: Scalar, support: Support):
+        if support is None:
+            raise ValueError("the proposal Particles needs support points: pass support=[P, d]")
+        a, b, h = path.alpha(t), path.beta(t), self.width
+        # Written without division by beta, which may be tiny at t near 1.
+        var = (b * h) ** 2 / (b**2 + (a * h) ** 2)
+        means = jax.vmap(lambda u: (b**2 * u + h**2 * a * x_t) / (b**2 + (a * h) ** 2))(support)
+        log_pi = jax.vmap(lambda u: log_normal(x_t, a * u, jnp.sqrt(b**2 + (a * h) ** 2)))(support)
+        return jax.nn.log_softmax(log_pi), means, jnp.sqrt(var)
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        log_pi, means, std = self._mixture(path, x_t, t, support)
+        k_component, k_noise = jr.split(key)
+        component = jr.categorical(k_component, log_pi, shape=(n,))
+        if self.bound is None:
+            return means[component] + std * jr.normal(k_noise, (n, *x_t.shape))
+        place, bound = jr.uniform(k_noise, (n, *x_t.shape)), self.bound
+        return jax.vmap(lambda p, m: _truncated(p, m, std, bound))(place, means[component])
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        log_pi, means, std = self._mixture(path, x_t, t, support)
+        bound = self.bound
+        kernel = lambda m: log_normal(x1, m, std) if bound is None else _log_truncated(x1, m, std, bound)
+        return jax.nn.logsumexp(log_pi + jax.vmap(kernel)(means))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Shares of a two-part mixture: the first part gets `low` up to t = start, then rises linearly to 1 at t = end."""
+
+    low: float = 0.1
+    start: float = 0.3
+    end: float = 0.9
+
+    def __post_init__(self):
+        if not (0 <= self.low <= 1 and 0 <= self.start < self.end):
+            raise ValueError(f"{self}: needs 0 <= low <= 1 and 0 <= start < end")
+
+    def __call__(self, t: Scalar) -> Float[Array, "2"]:
+        first = jnp.clip(self.low + (1 - self.low) * (t - self.start) / (self.end - self.start), self.low, 1.0)
+        return jnp.stack([first, 1.0 - first])
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several proposals at once, q(u) = sum_j r_j q_j(u) (balance heuristic, Veach & Guibas 1995).
+
+    Systematic allocation: component j receives r_j n candidates on average, so that dividing by q stays exactly
+    unbiased whatever the shares. `shares` is a tuple or a function of t that returns [J].
+    """
+
+    components: tuple["Noise | UniformAction | Particles", ...] = (Noise(), UniformAction())
+    shares: tuple[float, ...] | Ramp | Callable[[Scalar], Float[Array, " j"]] = Ramp()
+
+    @property
+    def boundary(self) -> bool:
+        return any(c.boundary for c in self.components)
+
+    def __post_init__(self):
+        if isinstance(self.shares, tuple):
+            if len(self.shares) != len(self.components):
+                raise ValueError(f"Mixture has {len(self.components)} components but {len(self.shares)} shares")
+            if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+                raise ValueError(f"Mixture shares {self.shares} must be non-negative and sum to 1")
+        elif isinstance(self.shares, Ramp) and len(self.components) != 2:
+            raise ValueError("Ramp gives shares for exactly two components; pass your own function of t instead")
+
+    def _shares(self, t: Scalar) -> Float[Array, " j"]:
+        return jnp.asarray(self.shares) if isinstance(self.shares, tuple) else self.shares(t)
+
+    def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
+        k_offset, *keys = jr.split(key, len(self.components) + 1)
+        # Every component draws n and one is kept: the shares are traced, and the critic only ever sees the n kept.
+        drawn = jnp.stack([c.sample(k, path, x_t, t, n, support) for c, k in zip(self.components, keys, strict=True)])
+        return drawn[systematic(k_offset, self._shares(t), n), jnp.arange(n)]
+
+    def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
+        logs = jnp.stack([c.log_prob(x1, path, x_t, t, support) for c in self.components])
+        return jax.nn.logsumexp(logs, b=self._shares(t))
+
+
+Proposal = Noise | TruncatedNoise | UniformAction | Particles | Mixture

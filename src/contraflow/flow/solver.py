@@ -1,0 +1,196 @@
+"""Fixed-step solvers: policies need a known number of network evaluations, `jit`, `vmap` and gradients.
+
+`solver(drift, x, t0, t1, key=None) -> x1`, with drift(x [d], t []) -> [d]. `order` is the declared order of
+convergence; `nfe` the number of drift evaluations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.core.types import PRNGKey
+from contraflow.flow.path import AbstractPath, Linear, Path, Scalar, Vector
+from contraflow.flow.targets import log_normal
+
+Drift = Callable[[Vector, Scalar], Vector]
+Time = float | Scalar
+
+
+def _integrate(step: Callable[[Vector, Scalar, Scalar], Vector], steps: int, x: Vector, t0: Time, t1: Time) -> Vector:
+    dt = (jnp.asarray(t1, x.dtype) - t0) / steps
+
+    def body(x, i):
+        return step(x, t0 + dt * i, dt), None
+
+    return jax.lax.scan(body, x, jnp.arange(steps, dtype=x.dtype))[0]
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"a solver needs at least one step, got {steps}")
+
+
+@dataclass(frozen=True)
+class Euler:
+    """x + dt v(x, t)."""
+
+    steps: int = 10
+    order: ClassVar[int] = 1
+
+    def __post_init__(self):
+        _check_steps(self.steps)
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        return _integrate(lambda x, t, dt: x + dt * drift(x, t), self.steps, x, t0, t1)
+
+
+@dataclass(frozen=True)
+class Midpoint:
+    """x + dt v(x + dt/2 v(x, t), t + dt/2)."""
+
+    steps: int = 5
+    order: ClassVar[int] = 2
+
+    def __post_init__(self):
+        _check_steps(self.steps)
+
+    @property
+    def nfe(self) -> int:
+        return 2 * self.steps
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        def step(x, t, dt):
+            return x + dt * drift(x + 0.5 * dt * drift(x, t), t + 0.5 * dt)
+
+        return _integrate(step, self.steps, x, t0, t1)
+
+
+@dataclass(frozen=True)
+class Heun:
+    """x + dt/2 (v(x, t) + v(x + dt v(x, t), t + dt))."""
+
+    steps: int = 5
+    order: ClassVar[int] = 2
+
+    def __post_init__(self):
+        _check_steps(self.steps)
+
+    @property
+    def nfe(self) -> int:
+        return 2 * self.steps
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        def step(x, t, dt):
+            v = drift(x, t)
+            return x + 0.5 * dt * (v + drift(x + dt * v, t + dt))
+
+        return _integrate(step, self.steps, x, t0, t1)
+
+
+@dataclass(frozen=True)
+class RK4:
+    """The classical fourth-order Runge-Kutta method."""
+
+    steps: int = 4
+    order: ClassVar[int] = 4
+
+    def __post_init__(self):
+        _check_steps(self.steps)
+
+    @property
+    def nfe(self) -> int:
+        return 4 * self.steps
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        def step(x, t, dt):
+            k1 = drift(x, t)
+            k2 = drift(x + 0.5 * dt * k1, t + 0.5 * dt)
+            k3 = drift(x + 0.5 * dt * k2, t + 0.5 * dt)
+            k4 = drift(x + dt * k3, t + dt)
+            return x + dt / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+
+        return _integrate(step, self.steps, x, t0, t1)
+
+
+@dataclass(frozen=True)
+class ConstantNoise:
+    """sigma_t = scale."""
+
+    scale: float = 1.0
+
+    def __call__(self, t: Scalar) -> Scalar:
+        return jnp.full_like(t, self.scale)
+
+
+@dataclass(frozen=True)
+class DecayingNoise:
+    """sigma_t = scale sqrt((1 - t) / t): Flow-GRPO at .7, the memoryless schedule of Adjoint Matching at sqrt 2."""
+
+    scale: float = 0.7
+
+    def __call__(self, t: Scalar) -> Scalar:
+        return self.scale * jnp.sqrt((1.0 - t) / t)
+
+
+class Chain(eqx.Module):
+    """Every state of a stochastic solver and the log-density of every transition."""
+
+    xs: Float[Array, "steps_plus_1 d"]
+    log_prob: Float[Array, " steps"]
+
+
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """dx = [v + sigma^2/2 score] dt + sigma dW: the same marginals as the ODE for any noise schedule sigma_t >= 0.
+
+    The score is read off the velocity along `path`, so the times must keep beta_t > 0.
+    """
+
+    steps: int = 20
+    sigma: ConstantNoise | DecayingNoise | Callable[[Scalar], Scalar] = ConstantNoise()
+    path: Path | AbstractPath = Linear()
+    order: ClassVar[int] = 1
+
+    def __post_init__(self):
+        _check_steps(self.steps)
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        return self.chain(drift, x, t0, t1, key).xs[-1]
+
+    def chain(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None) -> Chain:
+        """xs [S+1, d] and the Gaussian log-density of each of the S transitions; undefined where sigma = 0."""
+        if key is None:
+            raise ValueError("EulerMaruyama is stochastic: pass key")
+        dt = (jnp.asarray(t1, x.dtype) - t0) / self.steps
+
+        def body(x, inputs):
+            i, noise = inputs
+            t = t0 + dt * i
+            v = drift(x, t)
+            sigma = self.sigma(t)
+            mean = x + dt * (v + 0.5 * sigma**2 * self.path.score_from_velocity(v, x, t))
+            std = sigma * jnp.sqrt(dt)
+            x = mean + std * noise
+            return x, (x, log_normal(x, mean, std))
+
+        noises = jr.normal(key, (self.steps, *x.shape), x.dtype)
+        _, (xs, log_prob) = jax.lax.scan(body, x, (jnp.arange(self.steps, dtype=x.dtype), noises))
+        return Chain(jnp.concatenate([x[None], xs]), log_prob)
+
+
+ODESolver = Euler | Midpoint | Heun | RK4
+Solver = ODESolver | EulerMaruyama

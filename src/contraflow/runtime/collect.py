@@ -1,0 +1,128 @@
+"""A policy rolled out, and what happened kept as a dataset."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.random as jr
+import numpy as np
+
+from contraflow.core.types import UserError
+from contraflow.data.datasets.dataset import Dataset, build
+from contraflow.envs import make
+from contraflow.envs.base import Env
+from contraflow.runtime.policy import Policy
+from contraflow.runtime.receding import Receding
+
+COPIES = 16  # environments stepped together
+Rows = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How the actions differ from those of evaluation: exploring as in training, with Gaussian noise of standard
+    deviation `noise`, and in that order a `random` share of the steps with a uniform action instead."""
+
+    explore: bool = False
+    noise: float = 0.0
+    random: float = 0.0
+
+    def __post_init__(self):
+        if not (0 <= self.noise < np.inf and 0 <= self.random <= 1):
+            raise ValueError(
+                f"noise must not be negative and random a share in [0, 1], got {self.noise}, {self.random}"
+            )
+
+
+def record(
+    policy: Policy,
+    episodes: int,
+    env: str | None = None,
+    *,
+    behaviour: Behaviour = Behaviour(),
+    seed: int = 0,
+    trust: bool = False,
+    max_steps: int = 100_000,
+) -> Dataset:
+    """Whole episodes in the policy's environment or `env`, with the actions that the environment got.
+
+    Each copy of the environment contributes the same number of episodes, so that short ones are not favoured. Chunks of
+    actions are recorded one by one. Raises UserError when sizes differ or no episode ends within `max_steps`.
+    """
+    id = env or policy.env
+    world = make(id, min(episodes, COPIES), seed, trust=trust)
+    try:
+        _check_sizes(policy, world, id)
+        columns = _roll(policy, world, episodes, behaviour, seed, max_steps)
+        ones = np.ones(columns["action"].shape[1], np.float32)
+        bounds = {"low": world.spec.low or -ones, "high": world.spec.high or ones}
+    finally:
+        getattr(world, "close", lambda: None)()
+    data = build(columns, name=id, env=id, low=-1.0, high=1.0)
+    return replace(data, **{key: np.asarray(bound, np.float32).ravel() for key, bound in bounds.items()})
+
+
+def _check_sizes(policy: Policy, world: Env, id: str) -> None:
+    spec, own = world.spec, policy.spec
+    have, want = (spec.obs_dim, spec.action_dim), (own.obs_dim, own.action_dim // own.horizon)
+    if have != want:
+        raise UserError(
+            f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
+            f"{want[1]}: choose an environment like {policy.env}"
+        )
+
+
+def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:
+    """Flat columns of the episodes that started first: the k-th of every copy before the k+1-st of any."""
+    copies = world.spec.num_envs
+    quota, done = -(-episodes // copies), np.zeros(copies, int)
+    step = jax.jit(world.step) if world.spec.jittable else world.step
+    act = _Actor(policy, behaviour, copies, seed)
+    state, obs = world.reset(jr.split(jr.key(seed))[0])
+    steps: list[Rows] = []
+    while done.min() < quota:
+        if len(steps) == max_steps * quota:
+            raise UserError(f"no episode ended within {max_steps} steps: give the environment a time limit")
+        action = act(np.asarray(obs, np.float32))
+        state, out = step(state, action)
+        row = {"obs": obs, "action": action, "reward": out.reward, "next_obs": out.next_obs}
+        row |= {"terminated": out.terminated, "truncated": out.truncated, "valid": out.valid}
+        steps.append({key: np.array(value) for key, value in row.items()})  # copies: an adapter may use its own again
+        ended = steps[-1]["valid"] & (steps[-1]["terminated"] | steps[-1]["truncated"])
+        done += ended
+        act.reset(ended | ~steps[-1]["valid"])
+        obs = out.obs
+    table = {key: np.stack([row[key] for row in steps]) for key in steps[0]}
+    return _first(table, episodes, quota)
+
+
+def _first(table: Rows, episodes: int, quota: int) -> Rows:
+    """From [T, N] tables to flat columns, without dummy steps and what no longer counts."""
+    end = table["valid"] & (table["terminated"] | table["truncated"])
+    spans: list[list[np.ndarray]] = []
+    for e in range(end.shape[1]):
+        rows, ends = np.flatnonzero(table["valid"][:, e]), np.flatnonzero(end[:, e])
+        spans.append(np.split(rows, np.searchsorted(rows, ends[:quota]) + 1)[:quota])
+    chosen = [(spans[e][k], e) for k in range(quota) for e in range(len(spans))][:episodes]
+    t = np.concatenate([rows for rows, _ in chosen])
+    e = np.concatenate([np.full(len(rows), e) for rows, e in chosen])
+    return {key: value[t, e] for key, value in table.items()} | {"end": end[t, e]}
+
+
+class _Actor:
+    """Actions [N, a] of one step, as the environment gets them."""
+
+    def __init__(self, policy: Policy, behaviour: Behaviour, copies: int, seed: int):
+        fresh = Policy(policy.agent, policy.spec, policy.env, policy.state, seed)  # numbers its observations from 0
+        self._plans, self._behaviour, self._rng = Receding(fresh, copies), behaviour, np.random.default_rng(seed)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        rng, noise = self._rng, self._behaviour.noise
+        action = self._plans(obs, self._behaviour.explore)
+        action = action + noise * rng.standard_normal(action.shape)
+        guess = rng.random(len(obs)) < self._behaviour.random
+        action = np.where(guess[:, None], rng.uniform(-1, 1, action.shape), action)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def reset(self, copies: np.ndarray) -> None:
+        """These copies begin another episode."""
+        self._plans.reset(copies)
