@@ -1,25 +1,26 @@
 """Reinforcement learning with policies that are flow-matching or diffusion models."""
 
-from contraflow.agents import AGENTS, RFM, SAC, SIR
+from contraflow.agents.online.rfm import RFM
+from contraflow.agents.online.sac import SAC
+from contraflow.agents.online.sir import SIR
 from contraflow.core.settings import VERSION as __version__
-from contraflow.core.types import EnvSpec, Step, Transition, UserError
+from contraflow.core.types import Batch, EnvSpec, Step, UserError
 from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy, load
 from contraflow.train.run import Result, Run, resume, train
 from contraflow.train.seeds import resume_seeds, train_seeds
 
 __all__ = [
-    "AGENTS",
     "RFM",
     "SAC",
     "SIR",
+    "Batch",
     "Critics",
     "EnvSpec",
     "Policy",
     "Result",
     "Run",
     "Step",
-    "Transition",
     "UserError",
     "__version__",
     "load",

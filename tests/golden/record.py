@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents import BC
-from contraflow.core.types import Chunks, EnvSpec, Rollout, Transition
+from contraflow.agents import presets
+from contraflow.agents.offline.bc import BC
+from contraflow.core.types import Batch, EnvSpec, Rollout
 from contraflow.presets import PRESETS
 from contraflow.train.offline import OfflineRun
 from contraflow.train.onpolicy import OnPolicyRun
@@ -35,60 +36,46 @@ def coins(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.RandomState(seed).random_sample(shape) < 0.3)
 
 
-def off_policy_batch(seed: int, agent: Any) -> Any:
+def replayed(seed: int, gamma: float) -> Batch:
     span = jnp.asarray(np.random.RandomState(seed + 6).randint(1, 4, B), jnp.int32)
     action = jnp.tanh(rows(seed + 1, B, ACTION))
-    return Transition(
-        rows(seed, B, OBS),
-        action,
-        rows(seed + 2, B),
-        rows(seed + 3, B, OBS),
-        coins(seed + 4, B),
-        coins(seed + 5, B),
-        span,
-    )
+    discount = jnp.where(coins(seed + 4, B), 0.0, gamma**span)
+    return Batch(rows(seed, B, OBS), action, rows(seed + 2, B), discount, rows(seed + 3, B, OBS), jnp.ones((B, ACTION)))
 
 
-def rollout(agent: Any, state: Any, seed: int) -> Any:
+def rollout(agent: Any, state: Any, seed: int) -> Rollout:
     obs = rows(seed, T, N, OBS)
     keys = jr.split(jr.key(seed), (T, N))
-    _, extras = jax.vmap(jax.vmap(lambda o, k: agent.sample(state, o, k)))(obs, keys)
+    _, extras = jax.vmap(jax.vmap(agent.policy(state).sample))(obs, keys)
     valid = ~coins(seed + 9, T, N) | (jnp.arange(T) < 4)[:, None]
-    return Rollout(
-        obs,
-        extras,
-        rows(seed + 1, T, N),
-        rows(seed + 2, T, N, OBS),
-        coins(seed + 3, T, N),
-        coins(seed + 4, T, N),
-        valid,
-    )
+    ends = coins(seed + 3, T, N), coins(seed + 4, T, N)
+    return Rollout(obs, extras, rows(seed + 1, T, N), rows(seed + 2, T, N, OBS), *ends, valid)
 
 
-def chunks(seed: int) -> Any:
-    return Chunks(
-        rows(seed, B, OBS), jnp.tanh(rows(seed + 1, B, ACTION)), (~coins(seed + 2, B, ACTION)).astype(jnp.float32)
-    )
+def demonstrated(seed: int) -> Batch:
+    obs, zero = rows(seed, B, OBS), jnp.zeros(B)
+    mask = (~coins(seed + 2, B, ACTION)).astype(jnp.float32)
+    return Batch(obs, jnp.tanh(rows(seed + 1, B, ACTION)), zero, zero, obs, mask)
 
 
-def actions(agent: Any, state: Any, explore: bool) -> jax.Array:
-    obs, keys = rows(50, 4, OBS), jr.split(jr.key(7), 4)
-    return jax.vmap(lambda o, k: agent.act(state, o, k, explore))(obs, keys)
+def actions(agent: Any, state: Any, greedy: bool) -> jax.Array:
+    policy = agent.policy(state)
+    return jax.vmap(lambda o, k: policy(o, k, greedy))(rows(50, 4, OBS), jr.split(jr.key(7), 4))
 
 
 def one(name: str) -> dict[str, Any]:
-    run = PRESETS[name]
-    agent: Any = run.agent
+    preset = presets()[name]
+    agent = preset.agent
     state = jax.jit(lambda key: agent.init(key, SPEC))(jr.key(0))
-    act = jax.jit(lambda state: {"explore": actions(agent, state, True), "greedy": actions(agent, state, False)})
+    act = jax.jit(lambda state: {"explore": actions(agent, state, False), "greedy": actions(agent, state, True)})
     out: dict[str, Any] = {"before": act(state)}
     for i in range(2):
-        if isinstance(run, Run):
-            data = off_policy_batch(10 * i, agent)
-        elif isinstance(run, OnPolicyRun):
+        if preset.needs == "replay":
+            data = replayed(10 * i, agent.gamma)
+        elif preset.needs == "rollout":
             data = jax.jit(lambda state, i=i: rollout(agent, state, 100 + 10 * i))(state)
         else:
-            data = chunks(200 + 10 * i)
+            data = demonstrated(200 + 10 * i)
         state, out[f"metrics {i}"] = jax.jit(agent.update)(state, data, jr.key(1000 + i))
     return plain(out | {"after": act(state)})
 
@@ -113,13 +100,14 @@ def data_file(folder: Path) -> Path:
 def runs(folder: Path) -> dict[str, Any]:
     """Short runs of each kind on a probe."""
     env, small = "probe:obs-action", {"eval_every": 100, "log_every": 50, "eval_episodes": 4, "trackers": ()}
+    PPO = presets()["ppo"].agent
     return {
         "run rfm": Run(env=env, agent=PRESETS["rfm"].agent, steps=200, collect=100, num_envs=2, batch_size=16, **small),
         "run n-step": Run(
             env="probe:two-step", agent=PRESETS["sac"].agent, steps=200, collect=100, n_step=2, batch_size=16, **small
         ),
         "run ppo": OnPolicyRun(
-            env=env, agent=replace(PRESETS["ppo"].agent, minibatches=2), steps=256, num_envs=4, unroll=16, **small
+            env=env, agent=replace(PPO, ppo=replace(PPO.ppo, minibatches=2)), steps=256, num_envs=4, unroll=16, **small
         ),
         "run bc": OfflineRun(
             data=str(data_file(folder)), env=env, agent=BC(), steps=150, batch_size=16, horizon=2, execute=1, **small
@@ -139,7 +127,7 @@ def short_run(run: Any, folder: Path) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     out: dict[str, Any] = {}
-    for name in PRESETS:
+    for name in presets():
         if not names or name in names:
             print(name, file=sys.stderr, flush=True)
             out[name] = one(name)

@@ -1,31 +1,57 @@
-"""The agents. `AGENTS` is the only registry: it serves the command line; a script passes its own to `train`."""
+"""The agents, a file each. A new one adds its line here; a script may pass its own to `train` without that."""
 
-from contraflow.agents.offline.bc import BC
-from contraflow.agents.online.dacer import DACER
-from contraflow.agents.online.pmd import PMD
-from contraflow.agents.online.rfm import RFM
-from contraflow.agents.online.sac import SAC
-from contraflow.agents.online.sir import SIR
-from contraflow.agents.online.td3 import TD3
-from contraflow.agents.onpolicy.dppo import DPPO
-from contraflow.agents.onpolicy.fpo import FPO
-from contraflow.agents.onpolicy.ppo import PPO
-from contraflow.agents.onpolicy.reinflow import ReinFlow
+from functools import cache
+from importlib import import_module
+from typing import Any
 
-OffPolicyAgent = RFM | PMD | DACER | SAC | TD3 | SIR
-OnPolicyAgent = PPO | ReinFlow | DPPO | FPO
-OfflineAgent = BC
-AnyAgent = OffPolicyAgent | OnPolicyAgent | OfflineAgent
-AGENTS: dict[str, type[AnyAgent]] = {
-    "rfm": RFM,
-    "pmd": PMD,
-    "dacer": DACER,
-    "sac": SAC,
-    "td3": TD3,
-    "sir": SIR,
-    "ppo": PPO,
-    "reinflow": ReinFlow,
-    "dppo": DPPO,
-    "fpo": FPO,
-    "bc": BC,
-}
+from contraflow.agents.base import Preset
+from contraflow.core.types import UserError
+
+MODULES = (
+    "online.rfm",
+    "online.maxentdp",
+    "online.sdac",
+    "online.dqs",
+    "online.qsm",
+    "online.flame",
+    "online.mfpo",
+    "online.pmd",
+    "online.dpmd",
+    "online.fpmd",
+    "online.qvpo",
+    "online.dacer",
+    "online.sac",
+    "online.td3",
+    "online.sir",
+    "onpolicy.ppo",
+    "onpolicy.reinflow",
+    "onpolicy.dppo",
+    "onpolicy.fpo",
+    "offline.bc",
+)
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """All presets by name, in the order of the files."""
+    found = [preset for name in MODULES for preset in import_module(f"contraflow.agents.{name}").PRESETS]
+    return {preset.name: preset for preset in found}
+
+
+@cache
+def classes() -> dict[str, type[Any]]:
+    """The classes of agents by name: what the field `agent` of a file of settings may name."""
+    return {type(preset.agent).__name__: type(preset.agent) for preset in presets().values()}
+
+
+def needs(agent: Any) -> str:
+    """What an agent learns from: "replay", "rollout" or "dataset"; one of the user's own says it, or is off-policy.
+
+    Raises UserError for a word that is none of these.
+    """
+    found = getattr(agent, "needs", None) or next(
+        (preset.needs for preset in presets().values() if type(preset.agent) is type(agent)), "replay"
+    )
+    if found not in ("replay", "rollout", "dataset"):
+        raise UserError(f"{type(agent).__name__}.needs is {found!r}: say 'replay', 'rollout' or 'dataset'")
+    return found

@@ -1,50 +1,78 @@
-"""What every agent is: a frozen dataclass of hyperparameters with three pure methods.
+"""What every agent is: a frozen dataclass of settings with three pure methods, and what it may tell of itself.
 
 The settings are static under `jit`; everything learned lives in the state, whose leaves are all arrays. No key is ever
 stored: randomness is an argument.
 """
 
-import copy
-import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
 
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, UserError
+from contraflow.flow.model import Flow, FlowSpec
+from contraflow.policy.base import Policy, inner
+from contraflow.policy.normalise import RunningMoments
+
+Needs = Literal["replay", "rollout", "dataset"]
+"""What an agent learns from: `Batch` of replayed steps, a `Rollout`, or `Batch` of recorded ones."""
 
 
 @runtime_checkable
 class Agent(Protocol):
-    """An algorithm and its settings. `acting` names the fields of the state that `act` reads: a policy file."""
+    """An algorithm and its settings.
 
-    acting: ClassVar[tuple[str, ...]]
+    `gamma` (a field or property) discounts returns; `needs` says what an agent of one's own learns from, if that is not
+    replay. Policies of on-policy agents have `sample(obs, key)`: an action while exploring, and what `update` must know
+    of it, which comes back in `Rollout.extras`. Some agents can do more, and are asked for it by name:
+
+    - `starting_from(policy)`: the settings with the flow of a pretrained policy; `adopt(state, policy)`: the state with
+      its networks and normalisation.
+    - `diagnostics(state, obs, key)`: numbers that show how well it learns, beside those that hold for every policy.
+    """
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> Any:
         """The first state: networks, targets, optimiser states, step."""
         ...
 
-    def act(self, state: Any, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """One action in [-1, 1]^a for one observation; `explore` False is the evaluation rule."""
+    def policy(self, state: Any) -> Policy:
+        """How it acts, put together from the state without any computation."""
         ...
 
     def update(self, state: Any, batch: Any, key: PRNGKey, /) -> tuple[Any, Metrics]:
-        """Learn from `Transition` [B] (off-policy) or `Chunks` [B] (imitation): one gradient step; or from a `Rollout`
-        [T, N] (on-policy): all that it is good for. Metrics are scalars.
-
-        An on-policy agent has a fourth method, `sample(state, obs, key)`: an action as `act` draws it to explore, and
-        what `update` must know of it, which comes back in `Rollout.extras`.
-        """
+        """Learn from a `Batch`, one gradient step, or from a `Rollout`, all that it is good for; metrics are scalars."""
         ...
 
 
-def acting_state(agent: Agent, state: Any) -> Any:
-    """A copy of the state (a dataclass) with None for the fields that `agent.act` does not read.
+@dataclass(frozen=True)
+class Preset:
+    """A method by its published name: `contraflow train NAME`."""
 
-    It is what a policy file holds, and what a program that only acts should get: every array passed to a compiled
-    program costs time, and targets and optimiser states are most of them.
-    """
-    out = copy.copy(state)
-    for field in dataclasses.fields(state):
-        if field.name not in agent.acting:
-            object.__setattr__(out, field.name, None)
-    return out
+    name: str
+    agent: Any
+    title: str
+    paper: str
+    """arXiv number, or () for our own."""
+    summary: str
+    needs: Needs = "replay"
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Run` and its source that differ from their defaults."""
+
+
+def flow_of(policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
+    """The flow of a pretrained policy, and its normalisation of observations. Raises UserError if it has none."""
+    flow = inner(policy, "flow")
+    if flow is None:
+        raise UserError(
+            f"{type(agent).__name__} starts from a flow, and {type(policy).__name__} is none: train one with "
+            "`contraflow train bc`"
+        )
+    return flow, inner(policy, "stats")
+
+
+def adopted(spec: FlowSpec, policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
+    """Copies of flow and normalisation of a pretrained policy, the flow with the settings `spec`."""
+    flow, stats = flow_of(policy, agent)
+    return jax.tree.map(jnp.copy, (Flow(flow.net, spec), stats))

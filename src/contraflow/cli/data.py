@@ -66,7 +66,7 @@ def record_command(args: list[str]) -> int:
     policy = load(options.folder, options.seed, options.trust)
     behaviour = Behaviour(options.explore, options.noise, options.random)
     data = record(policy, options.episodes, options.env, behaviour=behaviour, seed=options.seed, trust=options.trust)
-    by = f"{type(policy.agent).__name__}, explore {options.explore}, noise {options.noise:g}, random {options.random:g}"
+    by = f"{policy!r}, explore {options.explore}, noise {options.noise:g}, random {options.random:g}"
     place = write(data, options.out, options.format, by)
     _print(data)
     print(f"{'written':13}{place}")

@@ -11,9 +11,10 @@ import tyro
 
 from contraflow.cli.settings import Switch
 from contraflow.core.types import UserError
+from contraflow.policy.base import act_batch
 from contraflow.runtime.policy import Policy, load
-from contraflow.runtime.variants import ONE, UNIFORM, environment, variants
-from contraflow.train.evaluate import act_batch, evaluate
+from contraflow.runtime.variants import OWN, environment, variants
+from contraflow.train.evaluate import evaluate
 
 EPISODES = 10
 
@@ -49,7 +50,7 @@ def eval_command(args: list[str]) -> int:
         film(policy, id, options.seed, options.video, options.fps)
         print(f"video  {options.video}")
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
-        returns = evaluate(policy.agent, policy.state, env, jr.key(options.seed), options.episodes)
+        returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
     print(f"{id}, {options.episodes} episodes, seed {options.seed}")
     print(f"mean {returns.mean():.1f}  std {returns.std():.1f}  min {returns.min():.1f}  max {returns.max():.1f}")
     return 0
@@ -63,17 +64,11 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
     actor's; last the policy at the end of training.
     """
     policy = load(folder / "best", trust=trust)
-    candidates: dict[str, tuple[Any, Any]] = {f"best policy, greedy, {episodes} episodes": (policy.agent, policy.state)}
-    parts = variants(policy)
-    if ONE in parts:
-        candidates["the same with one particle"] = parts[ONE]
-    if UNIFORM in parts:
-        count = parts[UNIFORM][0].greedy.particles
-        candidates[f"{count} uniform actions in place of the actor"] = parts[UNIFORM]
-    last = load(folder, trust=trust)
-    candidates["last policy, greedy"] = (last.agent, last.state)
+    names = {OWN: f"best policy, greedy, {episodes} episodes"}
+    candidates = {names.get(rule, f"the same, {rule}"): part for rule, part in variants(policy).items()}
+    candidates["last policy, greedy"] = load(folder, trust=trust).network
     with environment(policy, policy.env, episodes, seed, trust) as env:
-        return {name: evaluate(*candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
+        return {name: evaluate(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 
 
 def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
@@ -94,7 +89,7 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 for i in range(env.spec.episode_length or 1000):
                     writer.append_data(frame())  # pyright: ignore[reportAttributeAccessIssue]
-                    state, step = env.step(state, act_batch(policy.agent, policy.state, obs, k_act, i))
+                    state, step = env.step(state, act_batch(policy.network, obs, k_act, i))
                     obs = step.obs
                     if bool((step.terminated | step.truncated)[0]):
                         break

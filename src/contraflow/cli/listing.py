@@ -31,12 +31,9 @@ def list_command(args: list[str]) -> int:
 
 
 def _agents() -> list[tuple[str, ...]]:
-    import sys
+    from contraflow.agents import presets
 
-    from contraflow.agents import AGENTS
-
-    docs = {name: sys.modules[agent.__module__].__doc__ or "" for name, agent in AGENTS.items()}
-    return [(name, doc.partition("\n")[0].rstrip(".")) for name, doc in docs.items()]
+    return [(p.name, p.title, p.paper or "-", p.needs, p.summary) for p in presets().values()]
 
 
 def _presets() -> list[tuple[str, ...]]:

@@ -86,7 +86,7 @@ def find_preset(name: str, trust: bool) -> AnyRun:
 
 def _user_agent(name: str, trust: bool) -> Any:
     cls = import_path(name, trust)
-    missing = [part for part in ("acting", "init", "act", "update") if not hasattr(cls, part)]
+    missing = [part for part in ("init", "policy", "update") if not hasattr(cls, part)]
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]
         raise UserError(f"{name} is not an agent: an agent is a class under @dataclass(frozen=True)")
     if missing:

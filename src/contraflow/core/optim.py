@@ -1,6 +1,7 @@
-"""One gradient step."""
+"""Optimisers: settings, and one gradient step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
@@ -9,28 +10,35 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 
-def clipped_adam(
-    learning_rate: float, max_grad_norm: float | None, decay_steps: int | None = None
-) -> optax.GradientTransformation:
-    """Adam after clipping the global gradient norm (None leaves it unclipped).
+@dataclass(frozen=True)
+class Optim:
+    """Adam. Raises ValueError for a rate, norm or number of updates that is not positive."""
 
-    The rate falls to a tenth along a cosine over `decay_steps` updates and stays there; None keeps it constant.
-    """
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    rate = learning_rate if decay_steps is None else optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=0.1)
-    return optax.chain(clip, optax.adam(rate))
+    lr: float = 3e-4
+    decay_steps: int | None = None
+    """Updates over which the rate falls to a tenth along a cosine; None keeps it constant."""
+    max_grad_norm: float | None = None
+    """Gradients are clipped to this global norm; None does not clip."""
+
+    def __post_init__(self):
+        check_positive(self, "lr")
+        for name in ("decay_steps", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                check_positive(self, name)
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        clip = optax.identity() if self.max_grad_norm is None else optax.clip_by_global_norm(self.max_grad_norm)
+        steps = self.decay_steps
+        rate = self.lr if steps is None else optax.cosine_decay_schedule(self.lr, steps, alpha=0.1)
+        return optax.chain(clip, optax.adam(rate))
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """Refuse settings of which a field is not above 0, with one message that names it."""
+    """Raise ValueError naming the first of the fields that is not above 0."""
     for name in names:
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
-
-
-def start(tx: optax.GradientTransformation, net: Any) -> PyTree:
-    """The first optimiser state for the module `net`."""
-    return tx.init(net)
 
 
 def gradient_step(

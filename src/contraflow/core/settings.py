@@ -7,13 +7,13 @@ import importlib.metadata
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from contraflow.core.types import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 try:
     VERSION = importlib.metadata.version("contraflow")
 except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
@@ -32,19 +32,21 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(data: Any, annotation: Any, trust: bool = False, where: str = "config") -> Any:
+def from_json(
+    data: Any, annotation: Any, trust: bool = False, where: str = "config", known_kinds: Mapping[str, type] = {}
+) -> Any:
     """The value of type `annotation` that `to_json` wrote.
 
     Raises UserError for an unknown kind or field, a wrong value, or code outside the library without `trust`.
     """
     if isinstance(data, dict) and "kind" in data:
-        cls = _find(data["kind"], annotation, trust, where)
+        cls = _find(data["kind"], annotation, trust, where, known_kinds)
         hints = typing.get_type_hints(cls)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known - {"kind"})
         if unknown:
             raise UserError(f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], known)}")
-        values = {k: from_json(v, hints[k], trust, f"{where}.{k}") for k, v in data.items() if k != "kind"}
+        values = {k: from_json(v, hints[k], trust, f"{where}.{k}", known_kinds) for k, v in data.items() if k != "kind"}
         try:
             return cls(**values)
         except (TypeError, ValueError) as error:
@@ -98,10 +100,12 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _find(kind: str, annotation: Any, trust: bool, where: str) -> type:
+def _find(kind: str, annotation: Any, trust: bool, where: str, known_kinds: Mapping[str, type]) -> type:
     if ":" in kind:
         return import_path(kind, trust)
     found = {m.__name__: m for m in members(annotation) if isinstance(m, type) and dataclasses.is_dataclass(m)}
+    if not found:  # a protocol
+        found = dict(known_kinds)
     if kind not in found:
         raise UserError(f"{where}: unknown kind {kind!r}; {suggest(kind, found)}")
     return found[kind]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
@@ -50,13 +50,20 @@ class Step(eqx.Module):
     steps: Any = 1  # [N], or one number for all
 
 
-class Chunks(eqx.Module):
-    """Rows of demonstrations: `action` is the chunk that begins at `obs`, flat. `valid` is 0 for the numbers that lie
-    beyond the end of its trajectory, 1 for the others."""
+class Batch(eqx.Module):
+    """Rows that an off-policy or offline agent learns from; leading axis B.
 
-    obs: Float[Array, "B o"]
+    `discount` is gamma^span (1 - terminated), what the value of `next_obs` counts for: no agent needs to know of ends and
+    spans. `reward` is discounted and summed over the span. An action may be a chunk, d = horizon * a numbers;
+    `mask` is 0 for those that lie beyond the end of its trajectory, 1 for the others.
+    """
+
+    obs: PyTree[Float[Array, "B ..."]]
     action: Float[Array, "B d"]
-    valid: Float[Array, "B d"]
+    reward: Float[Array, " B"]
+    discount: Float[Array, " B"]
+    next_obs: PyTree[Float[Array, "B ..."]]
+    mask: Float[Array, "B d"]
 
 
 class Rollout(eqx.Module):
@@ -99,4 +106,4 @@ class UserError(Exception):
     """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
 
 
-__all__ = ["Chunks", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]
+__all__ = ["Batch", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]

@@ -19,7 +19,7 @@ Kernel = Callable[[Vector, Int[Array, ""]], tuple[Vector, Vector]]
 """(mean, std) of x_{k+1} given (x_k, k)."""
 
 
-def run_chain(kernel: Kernel, x0: Vector, steps: int, key: PRNGKey) -> Float[Array, "n d"]:
+def rollout(kernel: Kernel, x0: Vector, steps: int, key: PRNGKey) -> Float[Array, "n d"]:
     """All of x_0 ... x_steps, [steps + 1, d], x_0 given."""
 
     def step(x, inputs):
@@ -32,7 +32,7 @@ def run_chain(kernel: Kernel, x0: Vector, steps: int, key: PRNGKey) -> Float[Arr
     return jnp.concatenate([x0[None], xs])
 
 
-def chain_log_prob(kernel: Kernel, chain: Float[Array, "n d"], learned: Sequence[int]) -> Float[Array, "l d"]:
+def log_prob(kernel: Kernel, chain: Float[Array, "n d"], learned: Sequence[int]) -> Float[Array, "l d"]:
     """log N(x_{k+1}; mean_k(x_k), std_k^2) of each coordinate, for k in `learned` (those with std > 0).
 
     Sums over a row are the log-density of that step, given the one before; the chain is held fixed.

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from contraflow.core.optim import check_positive
 from contraflow.core.types import PRNGKey
+from contraflow.flow.model import Condition, Flow
 from contraflow.flow.path import AbstractPath, Scalar, Vector
 from contraflow.flow.solver import Drift, Euler, ODESolver, Time
 from contraflow.flow.targets import log_normal
@@ -106,71 +108,48 @@ def pushforward_log_density(sampler: Sampler, x0: Vector, source_scale: float = 
 
 @dataclass(frozen=True)
 class ChangeOfVariables:
-    """Settings of `log_likelihood`: how a policy's log-density is found by following its flow back.
-
-    Called as all of `PolicyDensity`: drift (x [d], t) -> [d], sampler x0 [d] -> x1 [d], path, x0 [d], x1 [d], the times
-    between which the drift is followed, key; returns log p(x1) [].
-    """
+    """`log_likelihood` of a flow: its velocity is followed back from x1 over [margin, 1 - margin]."""
 
     solver: ODESolver = Euler(10)
     divergence: Divergence = Hutchinson()
 
-    def __call__(
-        self,
-        drift: Drift,
-        sampler: Sampler,
-        path: AbstractPath,
-        x0: Vector,
-        x1: Vector,
-        t0: Time,
-        t1: Time,
-        key: PRNGKey,
-    ) -> Scalar:
-        return log_likelihood(drift, x1, t0, t1, self.solver, self.divergence, path.source_scale, key)[0]
+    def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
+        """log p(x1) [] for the end x1 [d]."""
+        spec, drift = flow.spec, lambda x, t: flow.velocity(x, t, cond)
+        times = spec.margin, 1 - spec.margin
+        return log_likelihood(drift, x1, *times, self.solver, self.divergence, spec.path.source_scale, key)[0]
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """Settings of `denoising_log_density`: how a policy's log-density is found from its errors of denoising."""
+    """`denoising_log_density` of a flow, from its errors of denoising between margin and 1 - margin."""
 
     levels: int = 20
     probes: int = 50
 
     def __post_init__(self):
-        if self.levels < 1 or self.probes < 1:
-            raise ValueError(f"{self}: needs at least one level and one probe")
+        check_positive(self, "levels", "probes")
 
-    def __call__(
-        self,
-        drift: Drift,
-        sampler: Sampler,
-        path: AbstractPath,
-        x0: Vector,
-        x1: Vector,
-        t0: Time,
-        t1: Time,
-        key: PRNGKey,
-    ) -> Scalar:
-        x0_mean = lambda x, t: path.x0_from_velocity(drift(x, t), x, t)
-        return denoising_log_density(x0_mean, path, x1, t0, t1, self.levels, self.probes, key)
+    def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
+        """log p(x1) [] for the end x1 [d]."""
+        spec = flow.spec
+        x0_mean = lambda x, t: spec.path.x0_from_velocity(flow.velocity(x, t, cond), x, t)
+        times = spec.margin, 1 - spec.margin
+        return denoising_log_density(x0_mean, spec.path, x1, *times, self.levels, self.probes, key)
 
 
 @dataclass(frozen=True)
 class Pushforward:
-    """`pushforward_log_density`: a policy's log-density is that of its sampler itself, which has no settings."""
+    """`pushforward_log_density` of a flow's own sampler, which must not add noise."""
 
-    def __call__(
-        self,
-        drift: Drift,
-        sampler: Sampler,
-        path: AbstractPath,
-        x0: Vector,
-        x1: Vector,
-        t0: Time,
-        t1: Time,
-        key: PRNGKey,
-    ) -> Scalar:
-        return pushforward_log_density(sampler, x0, path.source_scale)
+    def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
+        """log p(x1) [] for the noise x0 [d] that ended in x1."""
+        return pushforward_log_density(lambda x: flow.sample(x, cond), x0, flow.spec.path.source_scale)
 
 
-PolicyDensity = ChangeOfVariables | Denoising | Pushforward
+FlowDensity = ChangeOfVariables | Denoising | Pushforward
+
+
+def action_log_prob(density: FlowDensity, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
+    """log pi(a) [] of the action that the end x1 [d] of x0 [d] stands for."""
+    return density(flow, cond, x0, x1, key) - flow.spec.support.log_det(x1)

@@ -1,22 +1,64 @@
-"""The regression loss of flow matching."""
+"""Regression targets of a flow, for one sample: pairs of ends, posterior means, and smaller steps."""
 
-from typing import Literal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.solver import Drift
-
-Predict = Literal["velocity", "noise"]
-"""What a network returns: dx/dt, or E[x0 | x_t]."""
+from contraflow.core.types import PRNGKey
+from contraflow.flow.fewstep import Matching, Objective
+from contraflow.flow.model import Condition, Flow, FlowSpec
+from contraflow.flow.path import Scalar, Vector
 
 
-def matching_loss(
-    field: Drift, path: AbstractPath, x1: Vector, x_t: Vector, t: Scalar, predict: Predict = "velocity"
-) -> Float[Array, ""]:
-    """mean_j (f_j(x_t, t) - f*_j)^2, f* the velocity, or noise, of the mean x1 of x_t, which is held fixed."""
-    convert = path.velocity if predict == "velocity" else path.x0_from_x1
-    target = jax.lax.stop_gradient(convert(x1, x_t, t))
-    return jnp.mean((field(x_t, t) - target) ** 2)
+def matching_error(flow: Flow, cond: Condition, x0: Vector, x1: Vector, t: Scalar) -> Vector:
+    """f(x_t, t) - f*, x_t = alpha_t x1 + beta_t x0: f* is alpha' x1 + beta' x0, x0 or x1 (2210.02747; 2006.11239)."""
+    path, predict = flow.spec.path, flow.spec.predict
+    targets = {"noise": lambda: x0, "data": lambda: x1, "velocity": lambda: path.d_alpha(t) * x1 + path.d_beta(t) * x0}
+    return flow.output(path.perturb(x0, x1, t), t, cond) - targets[predict]()
+
+
+def posterior_error(flow: Flow, cond: Condition, mean: Vector, x_t: Vector, t: Scalar) -> Vector:
+    """f(x_t, t) - f*, f* what the mean E[x1 | x_t] implies, which is held fixed (2601.08136, section 3)."""
+    path = flow.spec.path
+    convert = {"velocity": path.velocity, "noise": path.x0_from_x1, "data": lambda x1, x_t, t: x1}
+    target = jax.lax.stop_gradient(convert[flow.spec.predict](mean, x_t, t))
+    return flow.output(x_t, t, cond) - target
+
+
+def consistency_error(
+    objective: Objective,
+    flow: Flow,
+    slow: Flow,
+    cond: Condition,
+    x0: Vector,
+    x1: Vector,
+    k_interval: PRNGKey,
+    k_target: PRNGKey,
+    velocity: Vector | None = None,
+) -> Vector:
+    """u(x_t, t, r) - u* of a step of random size between x0 and x1; u* is made of smaller steps (flow/fewstep.py).
+
+    `velocity` is what MeanFlow's target takes for dx/dt, x1 - x0 of a pair; None is the flow's own, without noise.
+    """
+    assert not isinstance(objective, Matching)
+    t, r = objective.interval(k_interval)
+    x_t = flow.spec.path.perturb(x0, x1, t)
+    u, teacher = (lambda x, t, r, f=f: f.average(x, t, r, cond) for f in (flow, slow))
+    v = jax.lax.stop_gradient(u(x_t, t, t)) if velocity is None else velocity
+    return u(x_t, t, r) - objective.target(u, teacher, v, x_t, t, r, k_target)
+
+
+def square(error: Vector) -> Scalar:
+    """mean_j e_j^2."""
+    return jnp.mean(error**2)
+
+
+def with_objective(spec: FlowSpec, objective: Objective) -> FlowSpec:
+    """The settings of a flow that this objective trains, averaged if it trains averages.
+
+    Raises ValueError for an averaged flow and plain matching, which would spoil its longer steps.
+    """
+    if spec.averaged and not objective.averaged:
+        raise ValueError("the flow is an averaged velocity: choose an objective that ties steps, such as MeanFlow()")
+    return spec if spec.averaged == objective.averaged else replace(spec, averaged=True)

@@ -61,11 +61,11 @@ class AbstractPath:
 
     def velocity(self, x1: Vector, x_t: Vector, t: Scalar) -> Vector:
         """v = (beta'/beta) x_t + (D/beta) x1; linear path: (x1 - x_t) / (1 - t). Undefined where beta = 0."""
-        return (self.d_beta(t) * x_t + self._d(t) * x1) / self.beta(t)
+        return (self.d_beta(t) * x_t + self.wronskian(t) * x1) / self.beta(t)
 
     def velocity_from_x0(self, x0: Vector, x_t: Vector, t: Scalar) -> Vector:
         """v = (alpha'/alpha) x_t - (D/alpha) x0. Undefined where alpha = 0."""
-        return (self.d_alpha(t) * x_t - self._d(t) * x0) / self.alpha(t)
+        return (self.d_alpha(t) * x_t - self.wronskian(t) * x0) / self.alpha(t)
 
     def velocity_from_score(self, score: Vector, x_t: Vector, t: Scalar) -> Vector:
         """v = (alpha'/alpha) x_t + (beta D/alpha) score. Undefined where alpha = 0."""
@@ -73,11 +73,11 @@ class AbstractPath:
 
     def x1_from_velocity(self, v: Vector, x_t: Vector, t: Scalar) -> Vector:
         """E[x1 | x_t] = (beta v - beta' x_t) / D; safe for all t."""
-        return (self.beta(t) * v - self.d_beta(t) * x_t) / self._d(t)
+        return (self.beta(t) * v - self.d_beta(t) * x_t) / self.wronskian(t)
 
     def x0_from_velocity(self, v: Vector, x_t: Vector, t: Scalar) -> Vector:
         """E[x0 | x_t] = (alpha' x_t - alpha v) / D; safe for all t."""
-        return (self.d_alpha(t) * x_t - self.alpha(t) * v) / self._d(t)
+        return (self.d_alpha(t) * x_t - self.alpha(t) * v) / self.wronskian(t)
 
     def score_from_velocity(self, v: Vector, x_t: Vector, t: Scalar) -> Vector:
         """grad log p_t(x_t) = -E[x0 | x_t] / beta. Undefined where beta = 0."""
@@ -100,7 +100,8 @@ class AbstractPath:
         low, high = jax.lax.fori_loop(0, 60, halve, (zero, zero + 1.0))
         return 0.5 * (low + high)
 
-    def _d(self, t: Scalar) -> Scalar:
+    def wronskian(self, t: Scalar) -> Scalar:
+        """D_t."""
         return self.d_alpha(t) * self.beta(t) - self.alpha(t) * self.d_beta(t)
 
 

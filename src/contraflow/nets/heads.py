@@ -5,7 +5,7 @@ a step of the Bellman equation, r + discount (Z' + shift), and measures how far 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ Weights = Float[Array, " m"]
 @dataclass(frozen=True)
 class Point:
     """One number, by its square error."""
+
+    bounds: ClassVar[None] = None
 
     @property
     def outputs(self) -> int:
@@ -49,6 +51,8 @@ class Quantile:
 
     Several networks are mixed quantile by quantile. Raises ValueError for fewer than one quantile or huber <= 0.
     """
+
+    bounds: ClassVar[None] = None
 
     outputs: int = 25
     huber: float = 1.0
@@ -97,6 +101,11 @@ class Categorical:
     def __post_init__(self):
         if self.outputs < 2 or not self.low < self.high or self.smoothing <= 0:
             raise ValueError(f"{self}: needs at least two returns, low < high and a positive smoothing")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The range of returns that can be told apart; those of the other heads have none."""
+        return self.low, self.high
 
     @property
     def _spacing(self) -> float:

@@ -1,9 +1,12 @@
 """A plain multilayer perceptron."""
 
+from dataclasses import dataclass
+
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.optim import check_positive
 from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Activation, Linear, activation_function
 
@@ -27,3 +30,19 @@ class MLP(eqx.Module):
         for layer in self.hidden:
             x = act(layer(x))
         return self.last(x)
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """Settings of `MLP`. Raises ValueError unless sizes are positive."""
+
+    width: int = 256
+    depth: int = 2
+    activation: Activation = "relu"
+
+    def __post_init__(self):
+        check_positive(self, "width", "depth")
+
+    def init(self, key: PRNGKey, into: int, out: int) -> MLP:
+        """A fresh network from [into] to [out]."""
+        return MLP(into, out, self.width, self.depth, activation=self.activation, key=key)

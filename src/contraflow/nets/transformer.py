@@ -1,11 +1,14 @@
 """The velocity field of a policy over long chunks: attention between the actions of a chunk."""
 
+from dataclasses import dataclass
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.optim import check_positive
 from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Linear, layer_norm, time_embedding
 
@@ -92,3 +95,24 @@ class Transformer(eqx.Module):
         for block in self.blocks:
             h = block(h, c)
         return jax.vmap(layer_norm)(h)
+
+
+@dataclass(frozen=True)
+class ChunkTransformer:
+    """Settings of `Transformer`, for long chunks. Raises ValueError unless the width is a multiple of the heads."""
+
+    width: int = 256
+    depth: int = 3
+    embedding: int = 32
+    """Size of the time features."""
+    heads: int = 4
+
+    def __post_init__(self):
+        check_positive(self, "width", "depth", "embedding", "heads")
+        if self.width % self.heads:
+            raise ValueError(f"the width of a transformer is a multiple of its {self.heads} heads, got {self.width}")
+
+    def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> Transformer:
+        """A fresh network for chunks [dim] of `horizon` actions under conditions [cond]."""
+        sizes = dim, cond, self.width, self.depth
+        return Transformer(*sizes, horizon=horizon, heads=self.heads, embedding=self.embedding, key=key)

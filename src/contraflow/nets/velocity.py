@@ -1,9 +1,12 @@
-"""The velocity field of a flow policy."""
+"""The network of a flow: (x [d], t, cond [c]) to a vector [d]."""
+
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.optim import check_positive
 from contraflow.core.types import PRNGKey
 from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_function, time_embedding
 
@@ -50,3 +53,20 @@ class Velocity(eqx.Module):
         for block in self.blocks:
             h = h + act(block(h))
         return h
+
+
+@dataclass(frozen=True)
+class ResidualMLP:
+    """Settings of `Velocity`. Raises ValueError unless all sizes are positive."""
+
+    width: int = 256
+    depth: int = 3
+    embedding: int = 32
+    """Size of the time features."""
+
+    def __post_init__(self):
+        check_positive(self, "width", "depth", "embedding")
+
+    def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> Velocity:
+        """A fresh network for vectors [dim] under conditions [cond]."""
+        return Velocity(dim, cond, self.width, self.depth, embedding=self.embedding, key=key)

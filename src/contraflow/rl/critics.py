@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from contraflow.core.optim import check_positive, clipped_adam, gradient_step, start
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Transition
+from contraflow.core.optim import Optim, check_positive, gradient_step
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.nets.critic import Block, Min, QEnsemble, Reduce, SubsetMin
 from contraflow.nets.heads import Head, Point
 
@@ -18,8 +18,8 @@ from contraflow.nets.heads import Head, Point
 class Critics:
     """Settings of the critics: networks, what they say, how several make one value, how they learn.
 
-    y = r + gamma^span (1 - terminated) (Z'(s', a') + bonus), Z' the law that `backup` makes of the target networks,
-    which follow at the rate tau. A truncated episode is bootstrapped like any other step.
+    y = r + discount (Z'(s', a') + bonus), discount = gamma^span (1 - terminated), Z' the distribution that `backup` makes
+    of the target networks, which follow at the rate tau. A truncated episode is bootstrapped like any other step.
     """
 
     members: int = 2
@@ -32,19 +32,17 @@ class Critics:
     depth: int = 2
     block: Block = "plain"
     gamma: float = 0.99
+    """Discount, which the sampler of batches applies."""
     tau: float = 0.005
-    lr: float = 1e-3
-    decay_steps: int | None = None
-    """Updates over which the learning rate falls to a tenth; None keeps it constant."""
-    max_grad_norm: float | None = 10.0
-    """Gradients of each member are clipped to this norm; None does not clip."""
+    optim: Optim = Optim(1e-3, max_grad_norm=10.0)
+    """Of each member by itself."""
 
     def __post_init__(self):
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma is a discount in [0, 1], got {self.gamma}")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau is a target-update rate in (0, 1], got {self.tau}")
-        check_positive(self, "members", "width", "depth", "lr")
+        check_positive(self, "members", "width", "depth")
         if isinstance(self.backup, SubsetMin) and self.backup.size > self.members:
             raise ValueError(f"backup takes {self.backup.size} of {self.members} critics; raise `members`")
 
@@ -54,14 +52,14 @@ class Critics:
         critic = QEnsemble(*sizes, head=self.head, reduce=self.reduce, block=self.block, key=key)
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
-        return critic, target, jax.vmap(lambda member: start(self._tx, member))(critic.members)
+        return critic, target, jax.vmap(self.optim.tx.init)(critic.members)
 
     def learn(
         self,
         critic: QEnsemble,
         target: QEnsemble,
         opt: PyTree,
-        batch: Transition,
+        batch: Batch,
         next_action: Float[Array, "B a"],
         key: PRNGKey,
         bonus: Float[Array, " B"] | float = 0.0,
@@ -71,22 +69,26 @@ class Critics:
         next_action: a' ~ policy(. | s'); bonus: what is added to the value of s', -lambda log pi(a' | s') in soft
         backups. Gradients are clipped member by member. `key` decides which members make the backup, if that is drawn.
         """
-        goals, y = self.goals(target, batch, next_action, key, bonus)
+        targets, y = self.td_targets(target, batch, next_action, key, bonus)
 
         def step(member, opt):
             def loss(q):
-                return jnp.mean(jax.vmap(self.head.loss)(jax.vmap(q)(batch.obs, batch.action), goals))
+                return jnp.mean(jax.vmap(self.head.loss)(jax.vmap(q)(batch.obs, batch.action), targets))
 
-            return gradient_step(self._tx, loss, member, opt)
+            return gradient_step(self.optim.tx, loss, member, opt)
 
         members, opt, loss, _ = jax.vmap(step)(critic.members, opt)
         critic = eqx.tree_at(lambda q: q.members, critic, members)
-        return critic, polyak(critic, target, self.tau), opt, {"critic_loss": loss.mean(), "q": y.mean()}
+        metrics = {"critic_loss": loss.mean(), "q": y.mean()}
+        if self.head.bounds is not None:
+            low, high = self.head.bounds
+            metrics["targets_out_of_range"] = jnp.mean((y < low) | (y > high))
+        return critic, polyak(critic, target, self.tau), opt, metrics
 
-    def goals(
+    def td_targets(
         self,
         target: QEnsemble,
-        batch: Transition,
+        batch: Batch,
         next_action: Float[Array, "B a"],
         key: PRNGKey,
         bonus: Float[Array, " B"] | float = 0.0,
@@ -97,8 +99,8 @@ class Critics:
             """(target, its mean) of one row."""
             outs = target.outputs(row.next_obs, action)
             # What follows the end does not count, whatever it is: 0 times infinity would.
-            outs, bonus = jnp.where(row.terminated, 0.0, outs), jnp.where(row.terminated, 0.0, bonus)
-            discount = jnp.where(row.terminated, 0.0, self.gamma**row.span)
+            ended, discount = row.discount == 0, row.discount
+            outs, bonus = jnp.where(ended, 0.0, outs), jnp.where(ended, 0.0, bonus)
             q = jax.vmap(self.head.mean)(outs)
             weights, shift = self.backup(q, key)
             law = self.head.mix(outs, weights)
@@ -106,10 +108,6 @@ class Critics:
             return self.head.bellman(law, row.reward, discount, shift + bonus), y
 
         return jax.vmap(one)(batch, next_action, jnp.broadcast_to(bonus, batch.reward.shape))
-
-    @property
-    def _tx(self):
-        return clipped_adam(self.lr, self.max_grad_norm, self.decay_steps)
 
 
 def polyak(online: PyTree, target: PyTree, tau: float) -> PyTree:

@@ -1,61 +1,52 @@
-"""RunningMoments statistics of observations and of discounted returns, carried in an agent's state."""
+"""Normalisation in training: statistics of observations that move or are frozen, and the scale of rewards."""
+
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from contraflow.core.types import EnvSpec, Transition
+from contraflow.core.types import Batch, EnvSpec
+from contraflow.policy.normalise import RunningMoments
+
+NormaliseObs = Literal["off", "running", "frozen"]
+"""Observations as they are; less the mean and divided by the deviation of all replayed so far; or by statistics that
+came with a pretrained policy or dataset and stay."""
 
 
-class RunningMoments(eqx.Module):
-    """Mean and variance of all rows seen so far, per dimension."""
-
-    mean: Float[Array, " d"]
-    var: Float[Array, " d"]
-    count: Float[Array, ""]
-
-    @classmethod
-    def start(cls, dim: int) -> "RunningMoments":
-        """As if one row had been seen, of mean 0 and variance 1: the identity at first, soon forgotten."""
-        return cls(jnp.zeros(dim), jnp.ones(dim), jnp.ones(()))
-
-    def update(self, rows: Float[Array, "n d"], valid: Bool[Array, " n"]) -> "RunningMoments":
-        """Joined with the valid rows (Chan et al. 1979)."""
-        weight = valid[:, None].astype(rows.dtype)
-        n = weight.sum()
-        mean = jnp.sum(weight * rows, 0) / jnp.maximum(n, 1.0)
-        square = jnp.sum(weight * (rows - mean[None]) ** 2, 0)
-        total, gap = self.count + n, mean - self.mean
-        var = (self.var * self.count + square + gap**2 * self.count * n / total) / total
-        return RunningMoments(self.mean + gap * n / total, var, total)
-
-    def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        """(x - mean) / std, within 10."""
-        return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
-
-
-def first_stats(wanted: bool, spec: EnvSpec) -> RunningMoments | None:
+def initial_moments(mode: NormaliseObs, spec: EnvSpec) -> RunningMoments | None:
     """Statistics of observations before any was seen; None where they are not wanted."""
-    return RunningMoments.start(spec.obs_dim) if wanted else None
+    return None if mode == "off" else RunningMoments.start(spec.obs_dim)
 
 
-def seen(stats: RunningMoments | None, obs: Float[Array, " o"]) -> Float[Array, " o"]:
+def pretrained_mode(mode: NormaliseObs, stats: RunningMoments | None) -> NormaliseObs:
+    """Statistics that a pretrained policy brought stay as they are, unless they were told to move."""
+    return "frozen" if mode == "off" and stats is not None else mode
+
+
+def normalise(stats: RunningMoments | None, obs: Float[Array, " o"]) -> Float[Array, " o"]:
     """The observation as networks get it."""
     return obs if stats is None else stats(obs)
 
 
-def look(stats: RunningMoments | None, batch: Transition) -> tuple[RunningMoments | None, Transition]:
-    """(statistics joined with a batch [B] of replay, the batch as networks get it)."""
+def update_and_normalise(
+    stats: RunningMoments | None, batch: Batch, mode: NormaliseObs
+) -> tuple[RunningMoments | None, Batch]:
+    """(statistics, joined with the batch [B] where they move; the batch as networks get it)."""
     if stats is None:
         return None, batch
-    stats = stats.update(batch.obs, jnp.ones_like(batch.terminated))
-    seen = jax.vmap(stats)
-    return stats, eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (seen(batch.obs), seen(batch.next_obs)))
+    if mode == "running":
+        stats = stats.update(batch.obs, jnp.ones(batch.reward.shape, bool))
+    each = jax.vmap(stats)
+    return stats, eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (each(batch.obs), each(batch.next_obs)))
 
 
 class ReturnScale(eqx.Module):
-    """Standard deviation of the discounted return, by which rewards are divided: values are then of order one."""
+    """Standard deviation of the discounted return, by which rewards are divided: values are then of order one.
+
+    Rewards are not clipped: a level that all rewards share would saturate there and the signal be lost.
+    """
 
     running: Float[Array, " N"]  # discounted return so far of each environment's episode
     stats: RunningMoments
@@ -78,5 +69,5 @@ class ReturnScale(eqx.Module):
         return ReturnScale(running, self.stats.update(returns.reshape(-1, 1), valid.reshape(-1)))
 
     def __call__(self, reward: Float[Array, "T N"]) -> Float[Array, "T N"]:
-        """reward / std of the return, within 10."""
-        return jnp.clip(reward / jnp.sqrt(self.stats.var[0] + 1e-8), -10.0, 10.0)
+        """reward / std of the return."""
+        return reward / jnp.sqrt(self.stats.var[0] + 1e-8)

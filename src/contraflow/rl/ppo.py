@@ -5,6 +5,8 @@ was remembered. Values, advantages, epochs and minibatches are here.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -14,12 +16,40 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.core.optim import clipped_adam, gradient_step, start
+from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
-from contraflow.nets.layers import Activation
-from contraflow.nets.mlp import MLP
+from contraflow.nets.mlp import MLP, MLPSpec
+from contraflow.policy.normalise import RunningMoments
 from contraflow.rl.advantage import gae, normalise
-from contraflow.rl.normalise import ReturnScale, RunningMoments
+from contraflow.rl.normalise import NormaliseObs, ReturnScale, initial_moments
+from contraflow.rl.normalise import normalise as normalise_obs
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """What all agents on this page share. Raises ValueError naming the field for values outside their range."""
+
+    gamma: float = 0.99
+    lam: float = 0.95
+    """Of generalised advantage estimates."""
+    epochs: int = 5
+    """Passes over a rollout."""
+    minibatches: int = 8
+    target_kl: float | None = None
+    """Approximate KL(old, new) after which a rollout is not used any further; None always goes through."""
+    normalise_obs: NormaliseObs = "off"
+    """A pretrained policy brings statistics of its own, which stay ("frozen") unless told to go on ("running")."""
+    scale_reward: bool = True
+    """Rewards are divided by the standard deviation of the return."""
+    critic: MLPSpec = MLPSpec(256, 3, "silu")
+    actor_optim: Optim = Optim(max_grad_norm=10.0)
+    critic_optim: Optim = Optim(max_grad_norm=10.0)
+
+    def __post_init__(self):
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        check_positive(self, "epochs", "minibatches")
 
 
 class PPOState(eqx.Module):
@@ -27,7 +57,7 @@ class PPOState(eqx.Module):
     critic: MLP  # V(s) of normalised observations and scaled rewards
     actor_opt: PyTree
     critic_opt: PyTree
-    stats: RunningMoments
+    stats: RunningMoments | None
     scale: ReturnScale
     step: Int[Array, ""]  # rollouts learned from
     reference: Any = None  # a network that stays as it was pretrained, where an agent keeps one
@@ -46,36 +76,31 @@ class Samples(eqx.Module):
 Surrogate = Callable[[Any, Samples, PRNGKey], tuple[Float[Array, ""], Metrics]]
 
 
-def first_state(
-    agent: Any, actor: Any, spec: EnvSpec, key: PRNGKey, activation: Activation = "silu", reference: Any = None
-) -> PPOState:
+def first_state(settings: PPOSettings, actor: Any, spec: EnvSpec, key: PRNGKey, reference: Any = None) -> PPOState:
     """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
-    critic = MLP(spec.obs_dim, 1, agent.width, agent.depth, activation=activation, key=key)
-    actor_tx, critic_tx = _optimisers(agent)
-    stats, scale = RunningMoments.start(spec.obs_dim), ReturnScale.start(spec.num_envs)
-    opts = start(actor_tx, actor), start(critic_tx, critic)
+    critic = settings.critic.init(key, spec.obs_dim, 1)
+    opts = settings.actor_optim.tx.init(actor), settings.critic_optim.tx.init(critic)
+    stats, scale = initial_moments(settings.normalise_obs, spec), ReturnScale.start(spec.num_envs)
     return PPOState(actor, critic, *opts, stats, scale, jnp.zeros((), jnp.int32), reference)
 
 
-def _optimisers(agent: Any) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    rates = agent.actor_lr, agent.critic_lr
-    actor_tx, critic_tx = (clipped_adam(rate, agent.max_grad_norm, agent.decay_steps) for rate in rates)
-    return actor_tx, critic_tx
-
-
-def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surrogate: Surrogate) -> tuple[Any, Metrics]:
+def improve(
+    settings: PPOSettings, state: PPOState, rollout: Rollout, key: PRNGKey, surrogate: Surrogate
+) -> tuple[PPOState, Metrics]:
     """The state after `epochs` passes over the rollout [T, N], in `minibatches` each; metrics are scalars.
 
-    `agent` has the settings of `PPO`. `surrogate(actor, samples, key)` is the loss of the actor with metrics, of which
+    `surrogate(actor, samples, key)` is the loss of the actor with metrics, of which
     `kl` may stop the passes; the critic is regressed on A + V. Statistics of observations move afterwards, so that the
     first minibatch sees the policy that acted.
     """
     done = rollout.terminated | rollout.truncated
     # The scale is that of the rewards themselves, so it may already know them.
-    scale = state.scale.update(rollout.reward, done, rollout.valid, agent.gamma) if agent.scale_reward else state.scale
-    reward = scale(rollout.reward) if agent.scale_reward else rollout.reward
-    data = _samples(state, rollout, reward, agent.gamma, agent.lam)
-    actor_tx, critic_tx = _optimisers(agent)
+    scale, reward = state.scale, rollout.reward
+    if settings.scale_reward:
+        scale = scale.update(reward, done, rollout.valid, settings.gamma)
+        reward = scale(reward)
+    data = _samples(state, rollout, reward, settings.gamma, settings.lam)
+    actor_tx, critic_tx = settings.actor_optim.tx, settings.critic_optim.tx
 
     def step(nets, batch, key):
         """One gradient step of both networks on a minibatch."""
@@ -92,9 +117,9 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
         return (actor, critic, actor_opt, critic_opt), metrics | more
 
     nets = (state.actor, state.critic, state.actor_opt, state.critic_opt)
-    trained, metrics = passes(step, nets, data, key, agent.epochs, agent.minibatches, agent.target_kl)
+    trained, metrics = passes(step, nets, data, key, settings.epochs, settings.minibatches, settings.target_kl)
     stats = state.stats
-    if agent.normalise_obs:
+    if stats is not None and settings.normalise_obs == "running":
         flat = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         stats = stats.update(flat, rollout.valid.reshape(-1))
     actor, critic, actor_opt, critic_opt = trained
@@ -104,7 +129,9 @@ def improve(agent: Any, state: PPOState, rollout: Rollout, key: PRNGKey, surroga
 
 def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gamma: float, lam: float) -> Samples:
     """Rows [T N] in one, with normalised advantages."""
-    obs, next_obs = (jax.vmap(jax.vmap(state.stats))(x) for x in (rollout.obs, rollout.next_obs))
+    obs, next_obs = (
+        jax.vmap(jax.vmap(partial(normalise_obs, state.stats)))(x) for x in (rollout.obs, rollout.next_obs)
+    )
     value, next_value = (jax.vmap(jax.vmap(state.critic))(x)[..., 0] for x in (obs, next_obs))
     advantage = gae(reward, value, next_value, rollout.terminated, rollout.truncated, gamma, lam)
     rows = Samples(obs, rollout.extras, advantage, advantage + value, rollout.valid.astype(reward.dtype))
@@ -171,13 +198,3 @@ def ratio_metrics(log_ratio: Float[Array, "*s"], clip: Float[Array, "*s"] | floa
 def weighted_mean(x: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, ""]:
     """sum_i w_i x_i / sum_i w_i for weights of 0 and 1; 0 if all are 0."""
     return jnp.sum(weight * x) / jnp.maximum(weight.sum(), 1.0)
-
-
-def check_ppo(agent: Any) -> None:
-    """Refuse settings outside their range with one message that names the field."""
-    for name in ("gamma", "lam"):
-        if not 0 <= getattr(agent, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(agent, name)}")
-    for name in ("clip", "epochs", "minibatches", "actor_lr", "critic_lr", "width"):
-        if not getattr(agent, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(agent, name)}")

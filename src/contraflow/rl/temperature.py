@@ -1,16 +1,24 @@
-"""The temperature lambda: constant, a function of the update count, or tuned to an entropy."""
+"""The temperature lambda: constant, a function of the update count, or tuned to an entropy.
+
+`first()` is lambda before the first update; `following(lam, step, entropy)` the one after an update at which it was
+`lam` and something had `entropy`, `step` updates having been made.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jax.scipy.special import digamma
 from jaxtyping import Array, Float, Int
 
+Scalar = Float[Array, ""]
+
 
 @dataclass(frozen=True)
 class Constant:
     """lambda = value > 0."""
+
+    of: ClassVar[None] = None
 
     value: float = 0.02
 
@@ -18,13 +26,18 @@ class Constant:
         if self.value <= 0:
             raise ValueError(f"a temperature must be positive, got {self.value}")
 
-    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        return jnp.asarray(self.value)
+    def first(self) -> Scalar:
+        return jnp.asarray(self.value, jnp.float32)
+
+    def following(self, lam: Scalar, step: Int[Array, ""], entropy: Scalar) -> Scalar:
+        return lam
 
 
 @dataclass(frozen=True)
 class Anneal:
     """Log-linear from `start` to `end` over `steps` updates, constant afterwards."""
+
+    of: ClassVar[None] = None
 
     start: float = 0.1
     end: float = 0.02
@@ -34,7 +47,10 @@ class Anneal:
         if min(self.start, self.end) <= 0 or self.steps < 1:
             raise ValueError(f"{self}: temperatures must be positive and steps at least 1")
 
-    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+    def first(self) -> Scalar:
+        return jnp.asarray(self.start, jnp.float32)
+
+    def following(self, lam: Scalar, step: Int[Array, ""], entropy: Scalar) -> Scalar:
         progress = jnp.clip(step / self.steps, 0.0, 1.0)
         return jnp.exp((1 - progress) * jnp.log(self.start) + progress * jnp.log(self.end))
 
@@ -63,14 +79,11 @@ class Tuned:
         if not (0 < self.low <= self.start <= self.high and self.rate > 0):
             raise ValueError(f"{self}: needs 0 < low <= start <= high and a positive rate")
 
-    def first(self) -> Float[Array, ""]:
-        """log lambda before the first update."""
-        return jnp.log(jnp.asarray(self.start, jnp.float32))
+    def first(self) -> Scalar:
+        return jnp.asarray(self.start, jnp.float32)
 
-    def move(self, log_lam: Float[Array, ""], entropy: Float[Array, ""]) -> Float[Array, ""]:
-        """log lambda after an update at which it was this."""
-        new = log_lam + self.rate * (self.entropy - entropy)
-        return jnp.clip(new, jnp.log(self.low), jnp.log(self.high))
+    def following(self, lam: Scalar, step: Int[Array, ""], entropy: Scalar) -> Scalar:
+        return jnp.clip(lam * jnp.exp(self.rate * (self.entropy - entropy)), self.low, self.high)
 
 
 def nearest_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
@@ -97,13 +110,4 @@ def gaussian_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
 
 
 Schedule = Constant | Anneal
-
-
-def current(
-    temperature: Constant | Anneal | Tuned, step: Int[Array, ""], log_lam: Float[Array, ""] | None
-) -> Float[Array, ""]:
-    """lambda [] at an update: of a schedule by the count of updates, of a tuned one by what has been learned."""
-    if isinstance(temperature, Tuned):
-        assert log_lam is not None
-        return jnp.exp(log_lam)
-    return temperature(step)
+Temperature = Constant | Anneal | Tuned

@@ -112,7 +112,7 @@ class _Actor:
     """Actions [N, a] of one step, as the environment gets them."""
 
     def __init__(self, policy: Policy, behaviour: Behaviour, copies: int, seed: int):
-        fresh = Policy(policy.agent, policy.spec, policy.env, policy.state, seed)  # numbers its observations from 0
+        fresh = Policy(policy.network, policy.spec, policy.env, seed)  # numbers its observations from 0
         self._plans, self._behaviour, self._rng = Receding(fresh, copies), behaviour, np.random.default_rng(seed)
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:

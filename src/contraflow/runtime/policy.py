@@ -1,4 +1,4 @@
-"""A trained policy as a function from observations to actions."""
+"""A trained policy as a function from observations to actions, on NumPy arrays."""
 
 from pathlib import Path
 from typing import Any
@@ -6,22 +6,20 @@ from typing import Any
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents.base import acting_state
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.train.artifact import load_policy, policy_folder
-from contraflow.train.evaluate import act_batch
+from contraflow.policy import base
+from contraflow.policy.artifact import load_policy, policy_folder
 
 
 class Policy:
-    """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1].
+    """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1], of chunks [h, a] or [N, h, a].
 
     Observations are numbered: the noise of an action depends on `seed` and that number only, so a fresh Policy repeats
-    itself.
+    itself. `network` is what acts, a pytree (`contraflow.policy.base.Policy`).
     """
 
-    def __init__(self, agent: Any, spec: EnvSpec, env: str, state: Any, seed: int = 0):
-        self.agent, self.spec, self.env = agent, spec, env
-        self.state = acting_state(agent, state)
+    def __init__(self, network: base.Policy, spec: EnvSpec, env: str, seed: int = 0):
+        self.network, self.spec, self.env = network, spec, env
         self._key, self._seen = jr.key(seed), 0
 
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
@@ -29,9 +27,19 @@ class Policy:
         if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
             raise UserError(f"this policy takes observations of size {self.spec.obs_dim}, got shape {obs.shape}")
         batch = obs if obs.ndim == 2 else obs[None]
-        actions = np.asarray(act_batch(self.agent, self.state, batch, self._key, self._seen, explore))
+        actions = np.asarray(base.act_batch(self.network, batch, self._key, self._seen, not explore))
         self._seen += len(batch)
+        if self.spec.horizon > 1:
+            actions = actions.reshape(len(batch), self.spec.horizon, -1)
         return actions if obs.ndim == 2 else actions[0]
+
+    def __repr__(self) -> str:
+        spec, chunk = self.spec, ""
+        if spec.horizon > 1:
+            chunk = f", chunks of {spec.horizon} of which {spec.execute} are executed"
+        actions = spec.action_dim // spec.horizon
+        kind = type(base.innermost(self.network)).__name__
+        return f"Policy({kind} for {self.env}: {spec.obs_dim} observations, {actions} actions{chunk})"
 
     def raw(self, action: Any) -> np.ndarray:
         """Actions [..., a] of this policy in the range of the environment or the data that it was trained on.
@@ -41,13 +49,13 @@ class Policy:
         action, spec = np.asarray(action), self.spec
         if not spec.low:
             return action
-        low, high = (np.tile(np.asarray(bound, action.dtype), spec.horizon) for bound in (spec.low, spec.high))
+        low, high = (np.asarray(bound, action.dtype) for bound in (spec.low, spec.high))
         return np.clip((low + high) / 2 + action * ((high - low) / 2), low, high)
 
 
 def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
     """The policy in a run folder or a policy folder. Raises UserError if there is none or it is damaged.
 
-    `trust` allows a policy whose agent is code outside the library to import that code.
+    `trust` allows parts of the policy that are code outside the library to be imported.
     """
     return Policy(*load_policy(policy_folder(Path(path)), trust), seed=seed)

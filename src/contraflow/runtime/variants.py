@@ -1,43 +1,21 @@
-"""A trained policy beside what is left of it without its choice among particles, and without its actor."""
+"""A trained policy beside what is left of it without its parts, in the environment that it was made for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
-import jax.numpy as jnp
-
-from contraflow.agents import RFM, SIR
-from contraflow.agents.base import acting_state
-from contraflow.agents.online.sir import SIRState
 from contraflow.core.types import UserError
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
-from contraflow.policy.select import Argmax, First
+from contraflow.policy import base
 from contraflow.runtime.policy import Policy
 
-OWN, ONE, UNIFORM = "own", "one particle", "uniform actions"
+OWN = "own"
 
 
-def variants(policy: Policy) -> dict[str, tuple[Any, Any]]:
-    """(agent, state) by rule: `own`, and for RFM `one particle` and `uniform actions` in place of the actor's.
-
-    As many uniform actions as the policy has particles, so that both ask the critic equally often; 32 for one particle.
-    """
-    out: dict[str, tuple[Any, Any]] = {OWN: (policy.agent, policy.state)}
-    if isinstance(policy.agent, RFM):
-        out[ONE] = (replace(policy.agent, greedy=First()), policy.state)
-        out[UNIFORM] = without_actor(policy)
-    return out
-
-
-def without_actor(policy: Policy) -> tuple[SIR, SIRState]:
-    """The best of n uniform actions by the critic of a flow policy: what the critic does alone."""
-    particles = policy.agent.greedy.particles
-    critic, step, stats = policy.state.critic, policy.state.step, policy.state.stats
-    agent = SIR(greedy=Argmax(particles if particles > 1 else 32))
-    return agent, acting_state(agent, SIRState(critic, critic, (), jnp.zeros(policy.spec.action_dim), step, stats))
+def variants(policy: Policy) -> dict[str, base.Policy]:
+    """Policies by rule: `own`, and what is left without a part of it (`contraflow.policy.base.ablations`)."""
+    return {OWN: policy.network} | base.ablations(policy.network)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from contraflow.sampling.distances import DISTANCES, distances, modes_found, req
 from contraflow.sampling.fab import Buffer
 from contraflow.sampling.methods import METHODS
 from contraflow.sampling.targets import TARGETS, Target, find_target
-from contraflow.sampling.trainer import Estimated, FlowState, PRNGKeys, Trainer, draw, flow_field, train
+from contraflow.sampling.trainer import Estimated, FlowState, PRNGKeys, Trainer, draw, field, train
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def judge(
     share of modes found where the target says what they are."""
     scores = []
     for i, key in enumerate(keys):
-        net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
+        flow = jax.tree.map(lambda leaf, i=i: leaf[i], state.flow)
         k_flow, k_exact, k_slices = jr.split(key, 3)
-        x, y = draw(trainer, net, Euler(solver_steps), k_flow, points), target.sample(k_exact, points)
+        x, y = draw(trainer, flow, Euler(solver_steps), k_flow, points), target.sample(k_exact, points)
         modes = {} if target.modes is None else {"modes": modes_found(x, y, target.modes)}
         scores.append(distances(k_slices, x, y) | modes)
     return scores
@@ -194,10 +194,10 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
                 {"method": name, "solver_steps": steps, "seed": seed, **s}
                 for seed, s in zip(seeds, scores, strict=True)
             ]
-        net = jax.tree.map(lambda leaf: leaf[0], state.net)
-        shown = draw(trainer, net, Euler(settings.solver_steps[0]), jr.clone(k_flow), 1200)
+        flow = jax.tree.map(lambda leaf: leaf[0], state.flow)
+        shown = draw(trainer, flow, Euler(settings.solver_steps[0]), jr.clone(k_flow), 1200)
         steps = settings.solver_steps[0]
-        routes = trajectories(flow_field(trainer, net), trainer.path.source_scale * noise, steps)
+        routes = trajectories(field(flow), trainer.path.source_scale * noise, steps)
         panels.append((f"{name}, {steps} steps", shown, routes))
     results = {"settings": asdict(settings), "density_calls": calls, "floor": floors, "log_z": log_zs, "rows": rows}
     folder.mkdir(parents=True, exist_ok=True)

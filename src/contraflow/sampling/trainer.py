@@ -24,22 +24,24 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from contraflow.core.optim import gradient_step
-from contraflow.core.optim import start as start_optimiser
 from contraflow.core.types import PRNGKey
-from contraflow.flow.matching import Predict, matching_loss
-from contraflow.flow.path import Linear, Path, Scalar, Vector
+from contraflow.flow.matching import posterior_error, square
+from contraflow.flow.model import Flow, FlowSpec, Predict
+from contraflow.flow.path import Linear, Path, Scalar
 from contraflow.flow.posterior.importance import MinVariance, Reverse
 from contraflow.flow.solver import Drift, Euler, ODESolver
+from contraflow.flow.support import Real
 from contraflow.flow.targets import LogDensity
-from contraflow.nets.velocity import Velocity
+from contraflow.nets.velocity import ResidualMLP
 
 PRNGKeys = Key[Array, " s"]
+NOTHING = jnp.zeros(0)  # what a flow without conditions is conditioned on
 
 
 class FlowState(eqx.Module):
     """A flow in training; `rate` is the learning rate at the start, `step` counts updates, `memory` is the method's."""
 
-    net: Velocity
+    flow: Flow
     opt: optax.OptState
     rate: Scalar
     step: Int[Array, ""]
@@ -103,7 +105,7 @@ class Estimated:
     ) -> tuple[FlowState, Scalar]:
         """New endpoints from the flow, then `updates` updates; the mean loss."""
         k_pool, k_updates = jr.split(key)
-        pool = jnp.concatenate([self.draw(trainer, state.net, k_pool), state.memory])[: trainer.kept * self.endpoints]
+        pool = jnp.concatenate([self.draw(trainer, state.flow, k_pool), state.memory])[: trainer.kept * self.endpoints]
 
         def body(state: FlowState, i: Int[Array, ""]):
             return self._update(trainer, log_pi, state, jr.fold_in(k_updates, i))
@@ -111,10 +113,10 @@ class Estimated:
         state, losses = jax.lax.scan(body, replace(state, memory=pool), jnp.arange(updates))
         return state, jnp.mean(losses)
 
-    def draw(self, trainer: "Trainer", net: Velocity, key: PRNGKey) -> Float[Array, "n d"]:
+    def draw(self, trainer: "Trainer", flow: Flow, key: PRNGKey) -> Float[Array, "n d"]:
         """Endpoints of one round."""
         k_flow, k_box, k_which = jr.split(key, 3)
-        flow = draw(trainer, net, Euler(10), k_flow, self.endpoints)
+        flow = draw(trainer, flow, Euler(10), k_flow, self.endpoints)
         box = jr.uniform(k_box, flow.shape, minval=-trainer.box, maxval=trainer.box)
         # A sample outside the box, or one that has diverged, is of no use as a query.
         keep = (jr.uniform(k_which, (self.endpoints,)) >= self.uniform) & jnp.all(jnp.abs(flow) <= trainer.box, 1)
@@ -169,6 +171,13 @@ class Trainer:
         _ = self.critic_calls
 
     @property
+    def flow(self) -> FlowSpec:
+        """Of the flow on R^d. Its network sees inputs of size 1 where x1 is, and 10 t: its time features are slow,
+        sin(w t) with w <= 1, and with 10 t it fits exact targets up to a third closer."""
+        network = ResidualMLP(self.width, self.depth, 128)
+        return FlowSpec(self.path, self.predict, Real(), Euler(10), clock=10.0, unit_input=True, network=network)
+
+    @property
     def rounds(self) -> list[int]:
         """The number of updates of each round."""
         whole, rest = divmod(self.steps, self.every)
@@ -184,32 +193,14 @@ class Trainer:
         return replace(self, method=self.method.with_samples(samples))
 
 
-def _output(net: Velocity, path: Path) -> Drift:
-    """The network at (x, t); it sees x / sqrt(alpha^2 + beta^2), of size 1 where x1 is, and 10 t."""
-
-    def output(x: Vector, t: Scalar) -> Vector:
-        # Its time features are slow, sin(w t) with w <= 1: with 10 t it fits exact targets up to a third closer.
-        return net(x / jnp.sqrt(path.alpha(t) ** 2 + path.beta(t) ** 2), 10.0 * t, jnp.zeros(0))
-
-    return output
-
-
-def flow_field(trainer: Trainer, net: Velocity) -> Drift:
-    """v(x, t) of the flow, whatever the network predicts."""
-    output, path = _output(net, trainer.path), trainer.path
-    if trainer.predict == "velocity":
-        return output
-    return lambda x, t: path.velocity_from_x0(output(x, t), x, t)
-
-
 @partial(jax.jit, static_argnames=("trainer", "dim"))
 def start(trainer: Trainer, keys: PRNGKeys, rates: Float[Array, " s"] | None = None, dim: int = 2) -> FlowState:
     """Fresh flows on R^dim, one per key; `rates` take the place of `trainer.learning_rate`."""
 
     def one(key: PRNGKey, rate: Scalar) -> FlowState:
-        net = Velocity(dim, 0, trainer.width, trainer.depth, key=key)
-        opt = start_optimiser(_optimizer(trainer, rate), net)
-        return FlowState(net, opt, rate, jnp.zeros((), int), trainer.method.memory(trainer, jr.fold_in(key, 1), dim))
+        flow = trainer.flow.init(key, dim, 0)
+        opt = _optimizer(trainer, rate).init(flow)
+        return FlowState(flow, opt, rate, jnp.zeros((), int), trainer.method.memory(trainer, jr.fold_in(key, 1), dim))
 
     return jax.vmap(one)(keys, jnp.full(keys.shape[0], trainer.learning_rate) if rates is None else rates)
 
@@ -219,11 +210,15 @@ def _optimizer(trainer: Trainer, rate: Scalar) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(trainer.max_grad_norm), optax.adam(lambda n: rate * decay(n)))
 
 
+def field(flow: Flow) -> Drift:
+    """v(x, t) of the flow, whatever its network predicts."""
+    return lambda x, t: flow.velocity(x, t, NOTHING)
+
+
 @partial(jax.jit, static_argnames=("trainer", "solver", "n"))
-def draw(trainer: Trainer, net: Velocity, solver: ODESolver, key: PRNGKey, n: int) -> Float[Array, "{n} d"]:
+def draw(trainer: Trainer, flow: Flow, solver: ODESolver, key: PRNGKey, n: int) -> Float[Array, "{n} d"]:
     """n samples of the flow."""
-    x0 = trainer.path.source_scale * jr.normal(key, (n, net.dim))
-    return jax.vmap(lambda x: solver(flow_field(trainer, net), x, 0.0, 1.0))(x0)
+    return jax.vmap(lambda x: solver(field(flow), x, 0.0, 1.0))(flow.noise(key, n))
 
 
 def regress(
@@ -231,12 +226,12 @@ def regress(
 ) -> tuple[FlowState, Scalar]:
     """One update of the network towards the velocity (or noise) of the means `x1` of x_t; the loss."""
 
-    def loss(net: Velocity) -> Scalar:
-        one = partial(matching_loss, _output(net, trainer.path), trainer.path, predict=trainer.predict)
+    def loss(flow: Flow) -> Scalar:
+        one = lambda x1, x_t, t: square(posterior_error(flow, NOTHING, x1, x_t, t))
         return jnp.mean(jax.vmap(one)(x1, x_t, t))
 
-    net, opt, value, _ = gradient_step(_optimizer(trainer, state.rate), loss, state.net, state.opt)
-    return replace(state, net=net, opt=opt, step=state.step + 1), value
+    flow, opt, value, _ = gradient_step(_optimizer(trainer, state.rate), loss, state.flow, state.opt)
+    return replace(state, flow=flow, opt=opt, step=state.step + 1), value
 
 
 def noised(trainer: Trainer, k_x0: PRNGKey, k_t: PRNGKey, x1: Float[Array, "b d"]):

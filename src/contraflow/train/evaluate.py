@@ -9,50 +9,40 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents.base import Agent, acting_state
 from contraflow.core.types import PRNGKey, PRNGKeys, UserError
 from contraflow.envs.base import Env
+from contraflow.policy.base import Policy, act_batch
 
 CHUNK = 100  # steps of a jittable environment between two looks at what has ended
 
 
-@partial(jax.jit, static_argnames=("agent", "explore"))
-def act_batch(agent: Agent, state: Any, obs: Any, key: PRNGKey, first: Any, explore: bool = False) -> Any:
-    """Actions [N, a] for observations [N, o]; the number of row r is first + r, and its key is folded from `key`."""
-    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(obs.shape[0]))
-    return jax.vmap(lambda o, k: agent.act(state, o, k, explore))(obs, keys)
-
-
-def _advance(agent: Agent, state: Any, env: Env, explore: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
+def _advance(policy: Policy, env: Env, greedy: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
     """Step i: (environment state, observations), and what counts of it: (reward, end, valid), [N] each."""
     env_state, obs = carry
-    env_state, step = env.step(env_state, act_batch(agent, state, obs, key, i * obs.shape[0], explore))
+    env_state, step = env.step(env_state, act_batch(policy, obs, key, i * obs.shape[0], greedy))
     return (env_state, step.obs), (step.reward, step.terminated | step.truncated, step.valid)
 
 
-@partial(jax.jit, static_argnames=("agent", "env", "explore", "n"))
-def _roll(
-    agent: Agent, state: Any, env: Env, explore: bool, carry: Any, key: PRNGKey, i: Any, n: int
-) -> tuple[Any, Any]:
+@partial(jax.jit, static_argnames=("env", "greedy", "n"))
+def _roll(policy: Policy, env: Env, greedy: bool, carry: Any, key: PRNGKey, i: Any, n: int) -> tuple[Any, Any]:
     """n steps from step i on in one compiled scan; what counts is [n, N]."""
-    return jax.lax.scan(lambda c, j: _advance(agent, state, env, explore, c, key, j), carry, i + jnp.arange(n))
+    return jax.lax.scan(lambda c, j: _advance(policy, env, greedy, c, key, j), carry, i + jnp.arange(n))
 
 
-@partial(jax.jit, static_argnames=("agent", "env", "explore", "n"))
+@partial(jax.jit, static_argnames=("env", "greedy", "n"))
 def _roll_seeds(
-    agent: Agent, states: Any, env: Env, explore: bool, carry: Any, keys: PRNGKeys, i: Any, n: int
+    policies: Policy, env: Env, greedy: bool, carry: Any, keys: PRNGKeys, i: Any, n: int
 ) -> tuple[Any, Any]:
-    """`_roll` for S seeds: states, carry and keys have a leading [S], so has what counts."""
-    return jax.vmap(lambda s, c, k: _roll(agent, s, env, explore, c, k, i, n))(states, carry, keys)
+    """`_roll` for S seeds: policies, carry and keys have a leading [S], so has what counts."""
+    return jax.vmap(lambda p, c, k: _roll(p, env, greedy, c, k, i, n))(policies, carry, keys)
 
 
 def evaluate(
-    agent: Agent,
-    state: Any,
+    policy: Policy,
     env: Env,
     key: PRNGKey,
     episodes: int,
-    explore: bool = False,
+    greedy: bool = True,
     max_steps: int = 100_000,
 ) -> np.ndarray:
     """Undiscounted returns [episodes] of the evaluation policy; the first episodes started are the ones counted.
@@ -62,31 +52,29 @@ def evaluate(
     """
     k_reset, k_act = jr.split(key)
     carry = env.reset(k_reset)
-    state, n = acting_state(agent, state), _chunk(env)
+    n = _chunk(env)
 
     def advance(i: int) -> Any:
         nonlocal carry
         if env.spec.jittable:
-            carry, outcome = _roll(agent, state, env, explore, carry, k_act, i, n)
+            carry, outcome = _roll(policy, env, greedy, carry, k_act, i, n)
             return [x[None] for x in outcome]
-        carry, outcome = _advance(agent, state, env, explore, carry, k_act, i)
+        carry, outcome = _advance(policy, env, greedy, carry, k_act, i)
         return [x[None, None] for x in outcome]
 
     return _count(advance, env.spec.num_envs, 1, episodes, n, max_steps)[0]
 
 
-def evaluate_seeds(
-    agent: Agent, states: Any, env: Env, keys: PRNGKeys, episodes: int, max_steps: int = 100_000
-) -> np.ndarray:
-    """`evaluate` for S seeds in one program: `states` with a leading [S] and `keys` [S] give returns [S, episodes]."""
+def evaluate_seeds(policies: Policy, env: Env, keys: PRNGKeys, episodes: int, max_steps: int = 100_000) -> np.ndarray:
+    """`evaluate` for S seeds in one program: policies with a leading [S] and keys [S] give returns [S, episodes]."""
     seeds = keys.shape[0]
     k_reset, k_act = jax.vmap(jr.split, out_axes=1)(keys)
     carry = jax.vmap(env.reset)(k_reset)
-    states, n = acting_state(agent, states), _chunk(env)
+    n = _chunk(env)
 
     def advance(i: int) -> Any:
         nonlocal carry
-        carry, outcome = _roll_seeds(agent, states, env, False, carry, k_act, i, n)
+        carry, outcome = _roll_seeds(policies, env, True, carry, k_act, i, n)
         return outcome
 
     return _count(advance, env.spec.num_envs, seeds, episodes, n, max_steps)

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from contraflow.agents import BC, OfflineAgent
-from contraflow.core.types import Chunks, EnvSpec, Metrics, PRNGKey, UserError
+from contraflow.agents.base import Agent
+from contraflow.agents.offline.bc import BC
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.datasets.readers import load
 from contraflow.envs import make
 from contraflow.envs.base import Env, with_bounds
 from contraflow.envs.chunk import chunked
-from contraflow.rl.normalise import RunningMoments
+from contraflow.policy.normalise import RunningMoments
 from contraflow.train.log import TrackerName
 from contraflow.train.loop import Carry, Learner, check_counts, next_due
 from contraflow.train.onpolicy import first_learner
@@ -49,13 +50,14 @@ class Rows(eqx.Module):
         """No state; observations to look at a policy with."""
         return None, self.obs[jr.randint(key, (64,), 0, self.obs.shape[0])]
 
-    def sample(self, key: PRNGKey, n: int) -> Chunks:
+    def sample(self, key: PRNGKey, n: int) -> Batch:
         """n chunks, uniform over rows with replacement; beyond the end of a trajectory its last action is repeated."""
         rows = jr.randint(key, (n, 1), 0, self.obs.shape[0])
         places = rows + jnp.arange(self.spec.horizon)[None]
         at = jnp.minimum(places, self.last[rows])
         valid = jnp.repeat(places <= self.last[rows], self.action.shape[1], axis=1).astype(jnp.float32)
-        return Chunks(self.obs[rows[:, 0]], self.action[at].reshape(n, -1), valid)
+        zero, obs = jnp.zeros(n), self.obs[rows[:, 0]]
+        return Batch(obs, self.action[at].reshape(n, -1), zero, zero, obs, valid)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class OfflineRun:
     """Dataset: a folder, a file, or the id of a Minari dataset (docs/data.md)."""
     env: str = ""
     """Environment of the evaluations; empty is the one that the data names, or none."""
-    agent: OfflineAgent = field(default_factory=BC)
+    agent: Agent = field(default_factory=BC)
     pretrained: str | None = None
     """Folder of a run or policy whose network to start from; None starts from scratch."""
     steps: int = 20_000

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from contraflow.agents import RFM, OffPolicyAgent
-from contraflow.agents.base import Agent, acting_state
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step, Transition
+from contraflow.agents.base import Agent
+from contraflow.agents.online.rfm import RFM
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey, Step, Transition
 from contraflow.data.replay import Buffer
 from contraflow.envs import make
 from contraflow.envs.base import Env
@@ -35,8 +35,7 @@ class OffPolicy:
     def iterate(self, agent: Agent, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         """Act, step, store, learn."""
         learner = carry.learner
-        state = acting_state(agent, learner.agent)
-        action = decide(self, agent, env.spec, state, carry.obs, learner.iteration, key)
+        action = decide(self, env.spec, agent.policy(learner.agent), carry.obs, learner.iteration, key)
         env_state, step = env.step(carry.env, action)
         learner, metrics = learn(self, agent, learner, carry.obs, action, step, key)
         return Carry(learner, env_state, step.obs), metrics
@@ -53,13 +52,13 @@ def first_learner(agent: Agent, spec: EnvSpec, buffer_size: int, key: PRNGKey) -
     )
 
 
-@partial(jax.jit, static_argnames=("phase", "agent", "spec"))
-def decide(phase: OffPolicy, agent: Agent, spec: EnvSpec, state: Any, obs: Any, iteration: Any, key: PRNGKey) -> Any:
+@partial(jax.jit, static_argnames=("phase", "spec"))
+def decide(phase: OffPolicy, spec: EnvSpec, policy: Any, obs: Any, iteration: Any, key: PRNGKey) -> Any:
     """Actions [N, a] for observations [N, o]: uniform in the warm-up, the agent's exploration afterwards."""
     key = jr.fold_in(jr.fold_in(key, iteration), 0)
     if phase.random:
         return jr.uniform(key, (spec.num_envs, spec.action_dim), minval=-1.0, maxval=1.0)
-    return jax.vmap(lambda o, k: agent.act(state, o, k, True))(obs, jr.split(key, spec.num_envs))
+    return jax.vmap(lambda o, k: policy(o, k, False))(obs, jr.split(key, spec.num_envs))
 
 
 @partial(jax.jit, static_argnames=("phase", "agent"), donate_argnames=("learner",))
@@ -79,8 +78,8 @@ def learn(
 
         def update(state, key):
             k_sample, k_update = jr.split(key)
-            gamma = discount(agent) or 1.0  # not used by rows of one step
-            return agent.update(state, buffer.sample(k_sample, phase.batch_size, phase.n_step, gamma), k_update)
+            rows = buffer.sample(k_sample, phase.batch_size, phase.n_step, agent.gamma)
+            return agent.update(state, as_batch(rows, agent.gamma), k_update)
 
         state, info = jax.lax.scan(update, state, keys)
         metrics |= jax.tree.map(jnp.mean, info)
@@ -88,9 +87,10 @@ def learn(
     return Learner(state, buffer, jnp.where(done, 0.0, returns), steps, learner.iteration + 1), metrics
 
 
-def discount(agent: Any) -> float | None:
-    """gamma of the agent or of its critics; None without one."""
-    return getattr(getattr(agent, "critic", agent), "gamma", None)
+def as_batch(rows: Transition, gamma: float) -> Batch:
+    """Rows of replay as agents learn from them."""
+    discount = jnp.where(rows.terminated, 0.0, gamma**rows.span)
+    return Batch(rows.obs, rows.action, rows.reward, discount, rows.next_obs, jnp.ones_like(rows.action))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Run:
     """One agent on one environment with one seed. All step counts are environment steps summed over `num_envs`."""
 
     env: str = "envpool:CartpoleSwingup-v1"
-    agent: OffPolicyAgent | Agent = field(default_factory=RFM)
+    agent: Agent = field(default_factory=RFM)
     steps: int = 100_000
     """Environment steps in all, the random ones included."""
     collect: int = 5_000
@@ -128,8 +128,6 @@ class Run:
             raise ValueError(f"collect must lie between 0 and steps={self.steps}, got {self.collect}")
         if self.buffer_size < self.num_envs:
             raise ValueError(f"buffer_size={self.buffer_size} is smaller than num_envs={self.num_envs}")
-        if self.n_step > 1 and discount(self.agent) is None:
-            raise ValueError(f"n_step={self.n_step} needs an agent with a discount `gamma`; use n_step=1")
 
     def resolve(self, trust: bool) -> "Run":
         """The run as it will be written down: itself."""

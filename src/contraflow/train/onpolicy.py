@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents import PPO, OnPolicyAgent
-from contraflow.agents.base import acting_state
+from contraflow.agents.base import Agent
+from contraflow.agents.onpolicy.ppo import PPO
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout, Step
 from contraflow.envs import make
 from contraflow.envs.base import Env
@@ -33,10 +33,10 @@ class OnPolicy:
     def iterate(self, agent: Any, env: Env, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         """Act and step `unroll` times, then learn."""
         learner = carry.learner
-        state = acting_state(agent, learner.agent)
+        policy = agent.policy(learner.agent)
 
         def advance(env_state, obs, i):
-            action, extras = decide(agent, state, obs, learner.iteration, i, key)
+            action, extras = decide(policy, obs, learner.iteration, i, key)
             env_state, step = env.step(env_state, action)
             counted = replace(step, steps=step.steps * step.valid)
             return env_state, counted, (obs, extras, counted)
@@ -68,11 +68,11 @@ def first_learner(agent: Any, spec: EnvSpec, key: PRNGKey) -> Learner:
     return Learner(agent.init(key, spec), None, jnp.zeros(spec.num_envs), zero, jnp.copy(zero))
 
 
-@partial(jax.jit, static_argnames=("agent",))
-def decide(agent: Any, state: Any, obs: Any, iteration: Any, i: Any, key: PRNGKey) -> tuple[Any, Any]:
+@jax.jit
+def decide(policy: Any, obs: Any, iteration: Any, i: Any, key: PRNGKey) -> tuple[Any, Any]:
     """Actions [N, a] for observations [N, o] at step i of a rollout, and what the agent remembers of them."""
     key = jr.fold_in(jr.fold_in(jr.fold_in(key, iteration), 0), i)
-    return jax.vmap(lambda o, k: agent.sample(state, o, k))(obs, jr.split(key, obs.shape[0]))
+    return jax.vmap(policy.sample)(obs, jr.split(key, obs.shape[0]))
 
 
 @partial(jax.jit, static_argnames=("agent",), donate_argnames=("learner",))
@@ -98,7 +98,7 @@ class OnPolicyRun:
     """One on-policy agent on one environment with one seed. Steps are environment steps summed over `num_envs`."""
 
     env: str = "envpool:CartpoleSwingup-v1"
-    agent: OnPolicyAgent = field(default_factory=PPO)
+    agent: Agent = field(default_factory=PPO)
     pretrained: str | None = None
     """Folder of a run or policy to start from: its networks, normalisation and chunks; None starts from scratch."""
     steps: int = 1_000_000

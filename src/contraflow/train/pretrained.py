@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.train.artifact import load_policy, policy_folder
+from contraflow.policy.artifact import load_policy, policy_folder
 from contraflow.train.loop import Carry
 
 
@@ -18,33 +18,29 @@ def source(run: Any) -> Path | None:
 
 
 def settle(run: Any, trust: bool = False) -> Any:
-    """The run with the flow policy and the chunks of its artefact in place of its own; itself without one.
+    """The run with the flow and the chunks of its pretrained policy in place of its own; itself without one.
 
-    Raises UserError for an artefact that is no flow policy, and for an agent that starts from none.
+    Raises UserError for a policy that is no flow, and for an agent that starts from none.
     """
     folder = source(run)
     if folder is None:
         return run
-    agent, spec, _, _ = load_policy(folder, trust)
-    if not hasattr(run.agent, "adopt"):
+    policy, spec, _ = load_policy(folder, trust)
+    if not hasattr(run.agent, "starting_from"):
         raise UserError(f"{type(run.agent).__name__} starts from scratch: leave out --pretrained")
-    if not hasattr(agent, "network"):
-        raise UserError(
-            f"{run.pretrained} is a policy of {type(agent).__name__}, which has no single flow to start from: "
-            "train one with `contraflow train bc`"
-        )
     try:
-        return replace(run, agent=replace(run.agent, policy=agent.policy), horizon=spec.horizon, execute=spec.execute)
+        agent = run.agent.starting_from(policy)
     except ValueError as error:
         raise UserError(f"{run.pretrained} does not suit {type(run.agent).__name__}: {error}") from None
+    return replace(run, agent=agent, horizon=spec.horizon, execute=spec.execute)
 
 
-def check_fit(run: Any, spec: EnvSpec) -> None:
-    """Raise UserError if the artefact was made for other sizes than `spec`, before anything is trained."""
+def check_fit(run: Any, spec: EnvSpec, trust: bool = False) -> None:
+    """Raise UserError if the policy was made for other sizes than `spec`, before anything is trained."""
     folder = source(run)
     if folder is None:
         return
-    _, other, _, _ = load_policy(folder)
+    _, other, _ = load_policy(folder, trust)
     have, want = (other.obs_dim, other.action_dim), (spec.obs_dim, spec.action_dim)
     if have != want:
         raise UserError(
@@ -53,11 +49,10 @@ def check_fit(run: Any, spec: EnvSpec) -> None:
         )
 
 
-def adopt(run: Any, carry: Carry) -> Carry:
-    """The first carry with the trained network in it."""
+def adopt(run: Any, carry: Carry, trust: bool = False) -> Carry:
+    """The first carry with the trained networks in it."""
     folder = source(run)
     if folder is None:
         return carry
-    agent, _, _, state = load_policy(folder)
-    new = run.agent.adopt(carry.learner.agent, agent.network(state), state.stats)
-    return eqx.tree_at(lambda c: c.learner.agent, carry, new)
+    new = run.agent.adopt(carry.learner.agent, load_policy(folder, trust)[0])
+    return eqx.tree_at(lambda c: c.learner.agent, carry, new, is_leaf=lambda x: x is None)

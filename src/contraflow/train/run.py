@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from contraflow.agents import classes
 from contraflow.core import settings
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.envs.base import Env
+from contraflow.policy.artifact import check_schema
 from contraflow.train import checkpoint, pretrained
-from contraflow.train.artifact import check_schema
 from contraflow.train.console import Progress
 from contraflow.train.evaluate import evaluate
 from contraflow.train.log import check_trackers
@@ -59,7 +60,7 @@ def read_config(path: Path, trust: bool = False) -> AnyRun:
     check_schema(data, path)
     if not isinstance(data.get("run"), dict):
         raise UserError(f"{file} does not describe a run")
-    return settings.from_json(data["run"], AnyRun, trust, "run")
+    return settings.from_json(data["run"], AnyRun, trust, "run", classes())
 
 
 def check_new(folder: Path) -> None:
@@ -181,7 +182,9 @@ def _drive(run: AnyRun, folder: Path, envs: tuple[Any, Env | None], restored: in
             returns = np.zeros(0)
             if due and error is None and eval_env is not None:
                 try:
-                    returns = evaluate(run.agent, carry.learner.agent, eval_env, jr.clone(k_eval), run.eval_episodes)
+                    returns = evaluate(
+                        run.agent.policy(carry.learner.agent), eval_env, jr.clone(k_eval), run.eval_episodes
+                    )
                 except UserError as problem:
                     error = problem
             if error is not None:

@@ -9,8 +9,8 @@ import numpy as np
 
 from contraflow.core import settings
 from contraflow.core.types import PRNGKey, UserError
+from contraflow.policy.artifact import save_policy
 from contraflow.train import checkpoint
-from contraflow.train.artifact import save_policy
 from contraflow.train.diagnostics import diagnose
 from contraflow.train.log import Log, read_evaluations
 from contraflow.train.loop import Carry
@@ -39,7 +39,7 @@ class Record:
         self._returns = returns
         if returns.mean() > self._best:
             self._best = returns.mean()
-            save_policy(self.folder / "best", run.agent, self._spec, run.env, state)
+            save_policy(self.folder / "best", run.agent.policy(state), self._spec, run.env)
         row = {
             "seconds": time.monotonic() - self._clock,
             "return_mean": returns.mean(),
@@ -55,7 +55,8 @@ class Record:
     def save(self, taken: int, carry: Carry) -> None:
         """The checkpoint of step `taken`, if it is not there yet, and the policy."""
         checkpoint.save(self.folder, taken, carry if self._jittable else carry.learner)
-        save_policy(self.folder / "policy", self.run.agent, self._spec, self.run.env, carry.learner.agent)
+        policy = self.run.agent.policy(carry.learner.agent)
+        save_policy(self.folder / "policy", policy, self._spec, self.run.env)
 
     def close(self) -> None:
         self._log.close()

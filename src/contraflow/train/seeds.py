@@ -204,8 +204,8 @@ def _drive(
                 carry, k_run, k_eval = _take((carry, k_run, k_eval), jnp.array(sound))
             if evaluation_due(run, before, taken):
                 try:
-                    states, keys = carry.learner.agent, jr.clone(k_eval)
-                    returns = evaluate_seeds(run.agent, states, eval_env, keys, run.eval_episodes)
+                    policies, keys = run.agent.policy(carry.learner.agent), jr.clone(k_eval)
+                    returns = evaluate_seeds(policies, eval_env, keys, run.eval_episodes)
                 except UserError as problem:
                     save()
                     remedy = f"the runs are saved: `contraflow resume {out}` once it is mended"

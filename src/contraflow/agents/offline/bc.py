@@ -8,7 +8,6 @@ predicts noise, that is regressed on x0 (DDPM, 2006.11239).
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -17,18 +16,22 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.core.optim import clipped_adam, start
-from contraflow.core.types import Chunks, EnvSpec, Metrics, PRNGKey
+from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.core.optim import Optim
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.flow.coupling import Coupling, Independent
 from contraflow.flow.fewstep import Matching, Objective, dispersion
+from contraflow.flow.matching import consistency_error, matching_error, with_objective
+from contraflow.flow.model import EDGE, Condition, Flow, FlowSpec
 from contraflow.flow.path import Vector
-from contraflow.rl.flow_policy import EDGE, FlowPolicy, Network, Obs
-from contraflow.rl.normalise import RunningMoments
+from contraflow.policy.base import Policy
+from contraflow.policy.flow import FlowPolicy
+from contraflow.policy.normalise import Normalised, RunningMoments
 
 
 class BCState(eqx.Module):
-    net: Network
-    average: Network  # exponential moving average, which acts
+    flow: Flow
+    average: Flow  # exponential moving average, which acts
     opt: PyTree
     stats: RunningMoments
     step: Int[Array, ""]
@@ -38,93 +41,95 @@ class BCState(eqx.Module):
 class BC:
     """Per row one evaluation with gradients, and one to three without for the rows that tie steps together."""
 
-    acting: ClassVar[tuple[str, ...]] = ("average", "stats")
-
-    policy: FlowPolicy = FlowPolicy()
+    flow: FlowSpec = FlowSpec()
     objective: Objective = Matching()
-    """Other than `Matching` it needs, and gets, an averaged policy."""
+    """Other than `Matching` it makes the flow an averaged one."""
     coupling: Coupling = Independent()
     """Of x0 and x1, for the rows that are matched to the flow."""
     dispersion: float = 0.0
     """Weight of the dispersive loss on the last hidden layer."""
     ema: float = 0.999
-    lr: float = 3e-4
-    decay_steps: int | None = None
-    """Updates over which the rate falls to a tenth; None keeps it."""
-    max_grad_norm: float | None = 10.0
+    optim: Optim = Optim(3e-4, max_grad_norm=10.0)
 
     def __post_init__(self):
-        if not 0 <= self.ema < 1 or not self.lr > 0:
-            raise ValueError(f"BC needs 0 <= ema < 1 and lr > 0, got {self.ema} and {self.lr}")
-        if self.objective.averaged != self.policy.averaged:
-            object.__setattr__(self, "policy", replace(self.policy, averaged=self.objective.averaged))
+        if not 0 <= self.ema < 1 or self.dispersion < 0:
+            raise ValueError(f"BC needs 0 <= ema < 1 and dispersion >= 0, got {self.ema} and {self.dispersion}")
+        object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
-        """A fresh network for `spec`'s sizes; statistics come from the data."""
-        net = self.policy.init(key, spec)
-        average = jax.tree.map(jnp.copy, net)
-        return BCState(net, average, start(self._tx, net), RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32))
+        """A fresh flow for `spec`'s sizes; statistics come from the data."""
+        flow = self.flow.init(key, spec.action_dim, spec.obs_dim, spec.horizon)
+        stats, step = RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
+        return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.tx.init(flow), stats, step)
 
-    def act(self, state: BCState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """The end of the flow from a random x_0, clipped."""
-        x0 = jr.normal(key, (state.average.dim,))
-        return jnp.clip(self.policy(state.average, x0, state.stats(obs)), -1.0, 1.0)
+    def policy(self, state: BCState) -> Policy:
+        """The end of the flow from a random x_0."""
+        return Normalised(state.stats, FlowPolicy(state.average))
 
-    def update(self, state: BCState, batch: Chunks, key: PRNGKey) -> tuple[BCState, Metrics]:
-        """One gradient step on chunks [B, h a]."""
-        obs = jax.vmap(state.stats)(batch.obs)
+    def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
+        """One gradient step on chunks [B, h a]; nothing but `obs`, `action` and `mask` is read."""
+        cond = jax.vmap(state.stats)(batch.obs)
         k_noise, k_rows, k_spread = jr.split(key, 3)
-        keys = jr.split(k_rows, obs.shape[0])
-        matched = round(self.objective.share * obs.shape[0])
-        x0 = jr.normal(k_noise, batch.action.shape)
-        first, weight = self.coupling(x0[:matched], batch.action[:matched], obs[:matched])
-        rows = obs, jnp.concatenate([first, x0[matched:]]), batch.action, keys
+        n = batch.action.shape[0]
+        matched = round(self.objective.share * n)
+        x1 = self.flow.support.latent(batch.action)
+        x0 = state.flow.noise(k_noise, n)
+        first, weight = self.coupling(x0[:matched], x1[:matched], cond[:matched])
+        rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n)
 
-        def loss_fn(net):
+        def loss_fn(flow):
             """(loss, metrics) over all rows."""
 
             def losses(fn, part):
                 error = jax.vmap(fn)(*(x[part] for x in rows))
-                square = jnp.sum(batch.valid[part] * error**2, -1) / jnp.maximum(batch.valid[part].sum(-1), 1.0)
+                square = jnp.sum(batch.mask[part] * error**2, -1) / jnp.maximum(batch.mask[part].sum(-1), 1.0)
                 if self.objective.power:
                     square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
                 return square
 
-            flow = losses(partial(self.policy.match_error, net), slice(None, matched))
-            loss = jnp.sum(weight * flow)
-            metrics = {"matching_loss": flow.mean()}
-            if matched < obs.shape[0]:
-                tie = partial(self.policy.consistency_error, self.objective, net, state.average)
+            def match(cond, x0, x1, key):
+                return matching_error(flow, cond, x0, x1, jr.uniform(key, minval=EDGE, maxval=1 - EDGE))
+
+            def tie(cond, x0, x1, key):
+                keys = jr.split(key)
+                return consistency_error(self.objective, flow, state.average, cond, x0, x1, *keys, velocity=x1 - x0)
+
+            matching = losses(match, slice(None, matched))
+            loss = jnp.sum(weight * matching)
+            metrics = {"matching_loss": matching.mean()}
+            if matched < n:
                 tied = losses(tie, slice(matched, None))
                 loss, metrics = loss + tied.sum(), metrics | {"tie_loss": tied.mean()}
-            loss = loss / obs.shape[0]
+            loss = loss / n
             if self.dispersion:
-                again = (*rows[:3], jr.split(k_spread, obs.shape[0]))
-                spread = dispersion(jax.vmap(lambda *row: self._features(net, *row))(*again))
+                again = (*rows[:3], jr.split(k_spread, n))
+                spread = dispersion(jax.vmap(partial(_features, flow))(*again))
                 loss, metrics = loss + self.dispersion * spread, metrics | {"dispersion": spread}
             return loss, metrics
 
-        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.net)
-        updates, opt = self._tx.update(grad, state.opt, state.net)
-        net = eqx.apply_updates(state.net, updates)
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.flow)
+        updates, opt = self.optim.tx.update(grad, state.opt, state.flow)
+        flow = eqx.apply_updates(state.flow, updates)
         # The average catches up quickly at first: min(ema, (1 + n) / (10 + n)).
         rate = jnp.minimum(self.ema, (1.0 + state.step) / (10.0 + state.step))
-        average = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, state.average, net)
+        average = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, state.average, flow)
         metrics |= {"actor_loss": loss, "actor_grad_norm": optax.tree.norm(grad)}
-        return BCState(net, average, opt, state.stats, state.step + 1), metrics
+        return BCState(flow, average, opt, state.stats, state.step + 1), metrics
 
-    def network(self, state: BCState) -> Network:
-        """What others start from."""
-        return state.average
+    def starting_from(self, policy: Policy) -> "BC":
+        """The settings with the flow of a pretrained policy."""
+        return replace(self, flow=flow_of(policy, self)[0].spec)
 
-    def adopt(self, state: BCState, net: Network, stats: RunningMoments) -> BCState:
-        """The state with a trained network in it."""
-        return eqx.tree_at(lambda s: (s.net, s.average, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
+    def adopt(self, state: BCState, policy: Policy) -> BCState:
+        """The state with the networks of a pretrained policy."""
+        flow, stats = adopted(self.flow, policy, self)
+        average = jax.tree.map(jnp.copy, flow)
+        return replace(state, flow=flow, average=average, stats=state.stats if stats is None else stats)
 
-    def _features(self, net: Network, obs: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
-        t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
-        return self.policy.features(net, self.policy.path.perturb(x0, x1, t), t, t, obs)
 
-    @property
-    def _tx(self):
-        return clipped_adam(self.lr, self.max_grad_norm, self.decay_steps)
+def _features(flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
+    t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
+    return flow.features(flow.spec.path.perturb(x0, x1, t), t, cond)
+
+
+PRESETS = (Preset("bc", BC(), "Behaviour cloning with a flow", "2303.04137", "imitation of demonstrations", "dataset"),)

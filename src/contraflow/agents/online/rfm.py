@@ -1,13 +1,13 @@
 """Reverse Flow Matching (arXiv 2601.08136): a flow policy for exp(Q / lambda), trained without samples of it.
 
-The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, tanh u) / lambda) times
-the tanh Jacobian, which an estimator finds without samples of pi. `RFM()` is our default, with `Gibbs`. The paper's
-importance sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and
-`Fixed(1)` as control it is a noise- or gradient-expectation method.
+The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, a(u)) / lambda)
+|da/du|, which an estimator finds without samples of pi. `RFM()` is our default, with `Gibbs`. The paper's importance
+sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)` as
+control it is a noise- or gradient-expectation method, of which many have a file of their own beside this one.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -15,37 +15,83 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.core.optim import check_positive, clipped_adam, gradient_step, start
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Transition
-from contraflow.flow.fewstep import Matching, Objective
-from contraflow.flow.likelihood import PolicyDensity, Pushforward
-from contraflow.flow.matching import Predict
-from contraflow.flow.path import Linear, Path
+from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.core.optim import Optim, check_positive, gradient_step
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
+from contraflow.flow.fewstep import Matching, MeanFlow, Objective
+from contraflow.flow.likelihood import FlowDensity, Pushforward, action_log_prob
+from contraflow.flow.matching import consistency_error, posterior_error, square, with_objective
+from contraflow.flow.model import Ddim, Flow, FlowSpec
+from contraflow.flow.posterior.control import MinVariance
 from contraflow.flow.posterior.estimator import Estimator
-from contraflow.flow.posterior.importance import Local, Pooled, Reverse
-from contraflow.flow.posterior.markov import Gibbs
-from contraflow.flow.solver import EulerMaruyama, Midpoint, Solver
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.local import Local
+from contraflow.flow.posterior.markov import Markov
+from contraflow.flow.posterior.proposal import Noise
+from contraflow.flow.solver import Euler, EulerMaruyama, Midpoint
+from contraflow.flow.support import Box, Tanh
 from contraflow.flow.targets import LogDensity
 from contraflow.nets.critic import QEnsemble
-from contraflow.nets.layers import time_embedding
-from contraflow.nets.velocity import Velocity
-from contraflow.policy.select import Argmax, First, Selector, Softmax, pick
+from contraflow.nets.heads import Categorical
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.base import Policy
+from contraflow.policy.best_of import Argmax, BestOf, First, Selector, Softmax, chooses, pick
+from contraflow.policy.flow import FlowPolicy, condition
+from contraflow.policy.normalise import RunningMoments, normalised
 from contraflow.rl.critics import Critics, polyak
+from contraflow.rl.diagnostics import target_quality, value_gap
 from contraflow.rl.energy import boltzmann, boltzmann_in_box
-from contraflow.rl.latent_flow import Bounds, LatentFlow
-from contraflow.rl.normalise import RunningMoments, first_stats, look, seen
-from contraflow.rl.temperature import Schedule, Tuned, current, nearest_entropy
+from contraflow.rl.normalise import NormaliseObs, initial_moments, normalise, pretrained_mode, update_and_normalise
+from contraflow.rl.temperature import Anneal, Constant, Temperature, Tuned, nearest_entropy
+
+SMALL = FlowSpec(
+    support=Tanh(),
+    solver=Midpoint(steps=2),
+    margin=0.01,
+    clock=1.0,
+    network=ResidualMLP(width=64, depth=2, embedding=128),
+)
+
+
+@dataclass(frozen=True)
+class PosteriorTarget:
+    """What the flow is regressed on. Raises ValueError for a query that spoils the estimator's invariance."""
+
+    estimator: Estimator = Gibbs()
+    endpoint: Literal["policy", "buffer"] = "policy"
+    """Which x1 is noised to the query point x_t."""
+    query: Selector = First()
+    """The policy's endpoint that is noised; its particles are the estimator's `support`, that one first."""
+    jacobian_power: float = 1.0
+    """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
+
+    def __post_init__(self):
+        if self.estimator.invariant_start and (self.endpoint == "buffer" or chooses(self.query)):
+            raise ValueError(
+                f"{type(self.estimator).__name__} starts its chains at the policy's own endpoint: use endpoint='policy' "
+                "and query=First()"
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one of n particles is picked by Q / lambda: in acting, in targets of the critic, and in evaluation."""
+
+    explore: Selector = Softmax(particles=32)
+    backup: Selector = Softmax(particles=4)
+    greedy: Selector = Argmax(particles=32)
 
 
 class RFMState(eqx.Module):
-    actor: Velocity
+    actor: Flow
     critic: QEnsemble
     target: QEnsemble
     actor_opt: PyTree
     critic_opt: PyTree
+    temperature: Float[Array, ""]
     step: Int[Array, ""]
-    log_lam: Float[Array, ""] | None = None  # of a tuned temperature, None of the others
-    slow: Velocity | None = None  # teaches average velocities, None of the others
+    slow: Flow | None = None  # teaches average velocities, None of the others
     stats: RunningMoments | None = None  # of observations, where they are normalised
 
 
@@ -55,158 +101,119 @@ class RFM:
     of these two that has a choice (n > 1, not `First`), and those of the estimator. Per action: n F actor calls; with
     a choice, n critic calls."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "critic", "step", "log_lam", "stats")
-
-    path: Path = Linear()
-    estimator: Estimator = Gibbs()
-    solver: Solver = Midpoint(steps=2)
-    explore: Selector = Softmax(particles=32)
-    """Acting during training: how one of n particles is picked by Q / behaviour temperature."""
-    backup: Selector = Softmax(particles=4)
-    """The action of the temporal-difference target."""
-    query: Selector = First()
-    """The policy's endpoint that is noised to x_t; its particles are the estimator's `support`, that one first."""
-    greedy: Selector = Argmax(particles=32)
-    """Acting in evaluation."""
-    temperature: Schedule | Tuned = Tuned()
-    """lambda of the target law and of `backup`, whose particles tell the entropy of actions where it is tuned."""
-    behaviour: Schedule | None = None
-    """Temperature of `explore`; None uses `temperature`."""
-    bounds: Bounds = "tanh"
-    """Actions are the tanh of the flow's end u, or u itself, clipped; then pi is exp(Q / lambda) on the box, exactly so
-    for candidates that lie in it (`TruncatedNoise`). The box has no control variate."""
-    base: float = 1.0
-    """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
-    predict: Predict = "velocity"
-    """What the actor returns; a step of the solver makes a velocity of it."""
-    objective: Objective = Matching()
-    """Others make the actor an average velocity u(x, t, r), matched at r = t and tied to itself elsewhere: then each
-    step of `solver`, Euler(n), is a whole one, and Euler(1) acts in one evaluation."""
-    follow: float = 0.005
-    """Rate at which the slow copy follows that teaches average velocities."""
-    density: PolicyDensity | None = None
+    flow: FlowSpec = SMALL
+    target: PosteriorTarget = PosteriorTarget()
+    choose: Choice = Choice()
+    temperature: Temperature = Tuned()
+    """lambda of the target distribution and of the choices; where it is tuned to the entropy of actions, that is
+    estimated from the particles of the backup, or by `density`."""
+    density: FlowDensity | None = None
     """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
     tuned temperature; None leaves the backup hard."""
-    endpoint: Literal["policy", "buffer"] = "policy"
-    """Which x1 is noised to the query point x_t."""
+    objective: Objective = Matching()
+    """Others make the flow an average velocity u(x, t, r), matched at r = t and tied to itself elsewhere: then each
+    step of `Ddim(n)` is a whole one, and one evaluation is enough."""
+    tau: float = 0.005
+    """Rate at which the slow copy follows that teaches average velocities."""
     condition_on_temperature: bool = False
-    t_min: float = 0.01
-    """Times are drawn from, and the flow is solved over, [t_min, 1 - t_min]."""
-    normalise_obs: bool = False
-    """Observations less their mean, divided by their deviation, of all replayed so far."""
+    normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics()
-    width: int = 64
-    depth: int = 2
-    embedding: int = 128
-    actor_lr: float = 1e-3
-    decay_steps: int | None = None
-    """Updates over which the learning rate falls to a tenth; None keeps it constant."""
-    max_grad_norm: float | None = 10.0
+    optim: Optim = Optim(1e-3, max_grad_norm=10.0)
 
     def __post_init__(self):
-        check_positive(self, "width", "depth", "actor_lr", "follow")
-        _ = self.flow  # which refuses what does not fit together
-        if isinstance(self.temperature, Tuned):
-            if self.temperature.of == "weights" and isinstance(self.estimator, Local):
-                raise ValueError("Local has no weights: tune the temperature to the entropy of actions")
-            if self.temperature.of == "actions" and self.backup.particles < 4 and self.density is None:
-                n = self.backup.particles
-                raise ValueError(f"a tuned temperature needs `density` or at least 4 particles in `backup`, got {n}")
-        parts = self.estimator.parts if isinstance(self.estimator, Pooled) else (self.estimator,)
-        if self.bounds == "box" and not all(
-            isinstance(e, Local) or (isinstance(e, Reverse) and not e.control.active) for e in parts
-        ):
-            raise ValueError(
-                "bounds='box' needs the estimator Local, or Reverse (or Pooled of it) with control=Fixed(0)"
-            )
-        if isinstance(self.density, Pushforward) and isinstance(self.solver, EulerMaruyama):
+        check_positive(self, "tau")
+        object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
+        if not self.flow.margin > 0:
+            raise ValueError("posterior means are estimated within (0, 1): set flow.margin above 0")
+        support = type(self.flow.support).__name__.lower()
+        if not self.target.estimator.suits(support):
+            raise ValueError(f"the estimator {self.target.estimator} does not suit actions bounded by {support}")
+        estimator, backup = self.target.estimator, self.choose.backup
+        if self.temperature.of == "weights" and isinstance(estimator, Local):
+            raise ValueError("Local has no weights: tune the temperature to the entropy of actions")
+        if self.temperature.of == "actions" and self.density is None and backup.particles < 4:
+            n = backup.particles
+            raise ValueError(f"a tuned temperature needs `density` or at least 4 particles in `choose.backup`, got {n}")
+        if isinstance(self.density, Pushforward) and isinstance(self.flow.solver, EulerMaruyama):
             raise ValueError("the density Pushforward needs a solver without noise, not EulerMaruyama")
 
     @property
-    def flow(self) -> LatentFlow:
-        """The flow by itself."""
-        sizes = self.width, self.depth, self.embedding
-        return LatentFlow(self.path, self.solver, self.bounds, self.predict, self.objective, self.t_min, *sizes)
+    def gamma(self) -> float:
+        return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
-        cond = spec.obs_dim + self.embedding * self.condition_on_temperature
-        actor = self.flow.init(k_actor, spec.action_dim, cond)
+        cond = spec.obs_dim + self.flow.network.embedding * self.condition_on_temperature
+        actor = self.flow.init(k_actor, spec.action_dim, cond, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
-        log_lam = self.temperature.first() if isinstance(self.temperature, Tuned) else None
-        step = jnp.zeros((), jnp.int32)
         slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
-        stats = first_stats(self.normalise_obs, spec)
-        return RFMState(actor, critic, target, start(self._tx, actor), critic_opt, step, log_lam, slow, stats)
+        return RFMState(
+            actor, critic, target, self.optim.tx.init(actor), critic_opt, self.temperature.first(),
+            jnp.zeros((), jnp.int32), slow, initial_moments(self.normalise_obs, spec),
+        )  # fmt: skip
 
-    def lam(self, state: RFMState) -> Float[Array, ""]:
-        """The temperature at the state's update."""
-        return current(self.temperature, state.step, state.log_lam)
+    def policy(self, state: RFMState) -> Policy:
+        """Of the particles of `explore` or `greedy` the one picked by Q(s, a)."""
+        flow = FlowPolicy(state.actor, self._told(state))
+        best = BestOf(flow, state.critic, state.temperature, self.choose.explore, self.choose.greedy)
+        return normalised(state.stats, best)
 
-    def act(self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """An action in [-1, 1]^a: of the particles of `explore` or `greedy`, the one picked by Q(s, a)."""
-        lam = self.lam(state) if self.behaviour is None else self.behaviour(state.step)
-        obs, selector = seen(state.stats, obs), self.explore if explore else self.greedy
-        _, u, best = self._particles(state, obs, key, selector, lam)
-        return self.flow.action(u[best])
-
-    def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
-        """The target law of u at one observation, as networks get it."""
-        q = lambda a: critic.value(obs, a)
-        return boltzmann(q, lam, self.base) if self.bounds == "tanh" else boltzmann_in_box(q, lam)
-
-    def update(self, state: RFMState, batch: Transition, key: PRNGKey) -> tuple[RFMState, Metrics]:
+    def update(self, state: RFMState, batch: Batch, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density, k_tie = jr.split(key, 8)
-        n = batch.reward.shape[0]
-        stats, batch = look(state.stats, batch)
-        lam, flow = self.lam(state), self.flow
+        n, lam, path = batch.reward.shape[0], state.temperature, self.flow.path
+        stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
         # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
         def following(obs, key, key_density):
-            x0, u, best = self._particles(state, obs, key, self.backup, lam)
-            actions = flow.action(u)
+            """(a', entropy of the policy at s' per dimension)."""
+            x0, u, best = self._particles(state, obs, key, self.choose.backup)
+            actions = state.actor.action(u)
             if self.density is None:
-                return actions, best, nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
-            cond = self._condition(obs, lam)
-            log_pi = flow.log_prob(self.density, state.actor, cond, x0[best], u[best], key_density)
-            return actions, best, -log_pi / u.shape[-1]
+                return actions[best], nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
+            cond = condition(state.actor, obs, self._told(state))
+            log_pi = action_log_prob(self.density, state.actor, cond, x0[best], u[best], key_density)
+            return actions[best], -log_pi / u.shape[-1]
 
-        keys = jr.split(k_next, n), jr.split(k_density, n)
-        actions, picks, entropy = jax.vmap(following)(batch.next_obs, *keys)
-        action = jax.vmap(lambda a, best: a[best])(actions, picks)
+        action, entropy = jax.vmap(following)(batch.next_obs, jr.split(k_next, n), jr.split(k_density, n))
         bonus = 0.0 if self.density is None else lam * entropy * action.shape[-1]
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, bonus
         )
 
-        # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any law with full support is valid.
-        t = jr.uniform(k_t, (n,), minval=self.t_min, maxval=1 - self.t_min)
-        if self.endpoint == "policy":
+        # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any distribution of full support does.
+        t = jr.uniform(k_t, (n,), minval=self.flow.margin, maxval=1 - self.flow.margin)
+        if self.target.endpoint == "policy":
             support = self.endpoints(state, batch.obs, k_now)
         else:
-            support = flow.latent(batch.action)[:, None]
+            support = self.flow.support.latent(batch.action)[:, None]
         x1 = support[:, 0]
-        x_t = jax.vmap(self.path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
+        x_t = jax.vmap(path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 
         # 3. The posterior mean of x1 under the critic just updated.
         def posterior(key, x_t, t, obs, support):
-            return self.estimator(key, self.path, self.log_pi(critic, obs, lam), x_t, t, support)
+            return self.target.estimator(key, path, self.log_pi(critic, obs, lam), x_t, t, support)
 
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
 
         # 4. Actor: regression on the velocity, or noise, of that mean; longer steps are tied to shorter ones.
         def actor_loss(actor):
-            cond = jax.vmap(lambda obs: self._condition(obs, lam))(batch.obs)
-            loss = jnp.mean(jax.vmap(flow.match, (None, 0, 0, 0, 0))(actor, cond, post.mean, x_t, t))
+            cond = jax.vmap(lambda obs: condition(actor, obs, self._told(state)))(batch.obs)
+            loss = jnp.mean(jax.vmap(lambda *row: square(posterior_error(actor, *row)))(cond, post.mean, x_t, t))
             if state.slow is None:
                 return loss
-            tie = jax.vmap(flow.tie, (None, None, 0, 0, 0))(actor, state.slow, cond, x1, jr.split(k_tie, n))
-            return self.objective.share * loss + (1 - self.objective.share) * jnp.mean(tie)
 
-        actor, actor_opt, loss, grad_norm = gradient_step(self._tx, actor_loss, state.actor, state.actor_opt)
-        slow = None if state.slow is None else polyak(actor, state.slow, self.follow)
+            def tie(cond, x1, key):
+                k_interval, k_x0, k_target = jr.split(key, 3)
+                x0 = jr.normal(k_x0, x1.shape)
+                return square(consistency_error(self.objective, actor, state.slow, cond, x0, x1, k_interval, k_target))
+
+            tied = jnp.mean(jax.vmap(tie)(cond, x1, jr.split(k_tie, n)))
+            return self.objective.share * loss + (1 - self.objective.share) * tied
+
+        actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
+        slow = None if state.slow is None else polyak(actor, state.slow, self.tau)
         metrics |= {
             "actor_loss": loss,
             "actor_grad_norm": grad_norm,
@@ -214,35 +221,110 @@ class RFM:
             "eta": post.eta.mean(),
             "temperature": lam,
         }
-        log_lam = state.log_lam
-        if isinstance(self.temperature, Tuned) and log_lam is not None:
-            of_actions = self.temperature.of == "actions"
-            metrics["entropy"] = entropy.mean() if of_actions else jnp.mean(jnp.log(post.ess))
-            log_lam = self.temperature.move(log_lam, metrics["entropy"])
-        return RFMState(actor, critic, target, actor_opt, critic_opt, state.step + 1, log_lam, slow, stats), metrics
+        has = jnp.mean(jnp.log(post.ess)) if self.temperature.of == "weights" else entropy.mean()
+        if self.temperature.of is not None:
+            metrics["entropy"] = has
+        lam = self.temperature.following(lam, state.step + 1, has)
+        return RFMState(actor, critic, target, actor_opt, critic_opt, lam, state.step + 1, slow, stats), metrics
+
+    def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
+        """The target distribution of u at one observation, as networks get it."""
+        q = lambda a: critic.value(obs, a)
+        if isinstance(self.flow.support, Box):
+            return boltzmann_in_box(q, lam)
+        return boltzmann(q, lam, self.target.jacobian_power)
 
     def endpoints(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, "B n a"]:
         """Latent particles of the policy for each observation, as networks get it; that picked by `query` first."""
-        lam = self.lam(state)
 
         def one(obs, key):
-            _, u, best = self._particles(state, obs, key, self.query, lam)
+            _, u, best = self._particles(state, obs, key, self.target.query)
             return jnp.roll(u, -best, axis=0)
 
         return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
 
-    def _condition(self, obs: Float[Array, " o"], lam: Float[Array, ""]) -> Float[Array, " c"]:
-        return jnp.concatenate([obs, time_embedding(lam, self.embedding)]) if self.condition_on_temperature else obs
+    def diagnostics(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
+        """How good the regression targets are at these observations (rl/diagnostics.py)."""
+        k_particles, k_target, k_gap = jr.split(key, 3)
+        obs, lam = jax.vmap(lambda o: normalise(state.stats, o))(obs), state.temperature
+        log_pi = lambda obs: self.log_pi(state.critic, obs, lam)
+        support = self.endpoints(state, obs, k_particles)
+        gap = value_gap(state.critic.value, lam, obs, support.shape[-1], k_gap)
+        quality = target_quality(self.target.estimator, self.flow.path, log_pi, obs, support, k_target)
+        return quality | {"q_gap": gap}
+
+    def starting_from(self, policy: Policy) -> "RFM":
+        """The settings with the flow of a pretrained policy, and an estimator for its support."""
+        flow, stats = flow_of(policy, self)
+        spec = replace(flow.spec, margin=flow.spec.margin or self.flow.margin)
+        target = self.target
+        if isinstance(spec.support, Box) and isinstance(target.estimator, Gibbs):
+            target = replace(target, estimator=replace(target.estimator, bound=1.0))
+        return replace(self, flow=spec, target=target, normalise_obs=pretrained_mode(self.normalise_obs, stats))
+
+    def adopt(self, state: RFMState, policy: Policy) -> RFMState:
+        """The state with the networks of a pretrained policy."""
+        actor, stats = adopted(self.flow, policy, self)
+        slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
+        return replace(state, actor=actor, slow=slow, stats=state.stats if stats is None else stats)
+
+    def _told(self, state: RFMState) -> Float[Array, ""] | None:
+        return state.temperature if self.condition_on_temperature else None
 
     def _particles(
-        self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector, pick_lam: Float[Array, ""]
+        self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector
     ) -> tuple[Float[Array, "n a"], Float[Array, "n a"], Int[Array, ""]]:
-        """n noises, the latent actions u that they end in, and the index the selector picks by Q(s, a) / pick_lam."""
+        """n noises, the latent actions u that they end in, and the index the selector picks by Q(s, a) / lambda."""
         k_x0, k_pick = jr.split(key)
-        cond = self._condition(obs, self.lam(state))
-        x0, u = self.flow.draw(state.actor, cond, k_x0, selector.particles)
-        return x0, u, pick(selector, k_pick, state.critic, obs, self.flow.action(u), pick_lam)
+        x0, u = state.actor.particles(condition(state.actor, obs, self._told(state)), k_x0, selector.particles)
+        return x0, u, pick(selector, k_pick, state.critic, obs, state.actor.action(u), state.temperature)
 
-    @property
-    def _tx(self):
-        return clipped_adam(self.actor_lr, self.max_grad_norm, self.decay_steps)
+
+# The critics of today's strongest results: residual blocks with layer norm (SimBa, BRO), values as probabilities, two
+# updates for a step, normalised observations. Rewards in [0, 1] and gamma = .99 stay within the head's range.
+STRONG = Critics(
+    width=256, head=Categorical(target="hl-gauss"), block="residual", optim=Optim(3e-4, max_grad_norm=10.0)
+)
+OFFICIAL = RFM(
+    flow=replace(SMALL, solver=Euler(10), network=ResidualMLP(256, 2, 128)),
+    target=PosteriorTarget(Reverse(100, Noise(), MinVariance()), query=Softmax(32)),
+    choose=Choice(Softmax(32), Softmax(32), Argmax(32)),
+    temperature=Constant(0.02),
+    condition_on_temperature=True,
+    critic=Critics(members=2, width=256, depth=2, gamma=0.99, tau=0.005, optim=Optim(1e-3, max_grad_norm=10.0)),
+    optim=Optim(3e-4, max_grad_norm=10.0),
+)
+CARTPOLE = RFM(
+    flow=replace(SMALL, solver=Midpoint(3), network=ResidualMLP(64, 2, 32)),
+    target=PosteriorTarget(Markov()),
+    choose=Choice(First(), First(), Argmax(32)),
+    temperature=Anneal(0.2, 0.02, steps=50_000),
+    critic=Critics(tau=0.02, optim=Optim(1e-3, decay_steps=58_000, max_grad_norm=10.0)),
+    optim=Optim(3e-4, decay_steps=58_000, max_grad_norm=10.0),
+)
+TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
+PRESETS = (
+    Preset("rfm", RFM(), TITLE, PAPER, "our default: Gibbs steps from the policy's own endpoints, tuned temperature"),
+    Preset(
+        "rfm-paper", OFFICIAL, TITLE, PAPER, "the official settings",
+        run={
+            "env": "envpool:CheetahRun-v1", "steps": 250_000, "collect": 10_000, "buffer_size": 250_000,
+            "eval_episodes": 25,
+        },
+    ),
+    Preset(
+        "rfm-one", RFM(flow=replace(SMALL, solver=Ddim(1)), objective=MeanFlow()), TITLE, PAPER,
+        "the default in one evaluation of the network",
+    ),
+    Preset(
+        "rfm-max", RFM(critic=STRONG, normalise_obs="running"), TITLE, PAPER,
+        "with residual, categorical critics and normalised observations", run={"updates": 2},
+    ),
+    Preset(
+        "rfm-cartpole", CARTPOLE, TITLE, PAPER, "the main job of `make train`",
+        run={
+            "env": "envpool:CartpoleSwingup-v1", "steps": 120_000, "collect": 4_000, "num_envs": 8, "updates": 4,
+            "n_step": 5, "buffer_size": 120_000, "eval_every": 10_000, "log_every": 2_000,
+        },
+    ),
+)  # fmt: skip

@@ -1,10 +1,9 @@
 """Sampling-importance-resampling, the actor-free yardstick: n actions of a fixed base, one by softmax(Q / lambda).
 
-What a policy adds over this is what the policy has learned; the rest is done by the critic and the pick.
+What a policy adds over this is what the policy has learned; the rest is done by the critic and the choice.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -12,12 +11,16 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
+from contraflow.agents.base import Preset
 from contraflow.core.optim import check_positive
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Transition
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.nets.critic import QEnsemble
-from contraflow.policy.select import Argmax, Selector, Softmax, pick
+from contraflow.policy.base import Policy
+from contraflow.policy.best_of import Argmax, BestOf, Selector, Softmax
+from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.policy.uniform import BetaActions
 from contraflow.rl.critics import Critics
-from contraflow.rl.normalise import RunningMoments, first_stats, look, seen
+from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
 from contraflow.rl.temperature import Constant, Schedule
 
 
@@ -26,67 +29,57 @@ class SIRState(eqx.Module):
     target: QEnsemble
     critic_opt: PyTree
     action: Float[Array, " a"]  # zeros; carries the action dimension
+    temperature: Float[Array, ""]
     step: Int[Array, ""]
     stats: RunningMoments | None = None  # of observations, where they are normalised
 
 
 @dataclass(frozen=True)
 class SIR:
-    """Base law over actions: a = 2 b - 1 with b ~ Beta(kappa, kappa)^d; 1 is uniform, below 1 favours the faces."""
-
-    acting: ClassVar[tuple[str, ...]] = ("critic", "action", "step", "stats")
+    """Base distribution over actions: a = 2 b - 1 with b ~ Beta(kappa, kappa)^d; 1 is uniform, less favours faces."""
 
     explore: Selector = Softmax(particles=32)
     backup: Selector = Softmax(particles=32)
     greedy: Selector = Argmax(particles=32)
-    base: float = 1.0
-    """kappa; the density over u = atanh a is then ~ prod sech^(2 kappa) u_j, the base measure of RFM."""
+    kappa: float = 1.0
+    """The density over u = atanh a is then ~ prod sech^(2 kappa) u_j, as with RFM's `jacobian_power`."""
     temperature: Schedule = Constant(0.02)
-    normalise_obs: bool = False
-    """Observations less their mean, divided by their deviation, of all replayed so far."""
+    normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics()
 
     def __post_init__(self):
-        check_positive(self, "base")
+        check_positive(self, "kappa")
+
+    @property
+    def gamma(self) -> float:
+        return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SIRState:
         """Fresh critics for `spec`'s sizes; the target is a copy."""
-        action, step = jnp.zeros(spec.action_dim), jnp.zeros((), jnp.int32)
-        return SIRState(*self.critic.init(key, spec), action, step, first_stats(self.normalise_obs, spec))
+        return SIRState(
+            *self.critic.init(key, spec), jnp.zeros(spec.action_dim), self.temperature.first(),
+            jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
+        )  # fmt: skip
 
-    def act(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """One of n actions of the base law, picked by Q(s, a)."""
-        return self._pick(state, seen(state.stats, obs), key, self.explore if explore else self.greedy)
+    def policy(self, state: SIRState) -> Policy:
+        """One of n actions of the base distribution, picked by Q(s, a)."""
+        return normalised(state.stats, self._best(state, self.explore, self.greedy))
 
-    def update(self, state: SIRState, batch: Transition, key: PRNGKey) -> tuple[SIRState, Metrics]:
+    def update(self, state: SIRState, batch: Batch, key: PRNGKey) -> tuple[SIRState, Metrics]:
         """One step of the critics and targets on a batch [B]."""
         k_next, k_critic = jr.split(key)
-        stats, batch = look(state.stats, batch)
+        stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
         keys = jr.split(k_next, batch.reward.shape[0])
-        action = jax.vmap(lambda o, k: self._pick(state, o, k, self.backup))(batch.next_obs, keys)
+        action = jax.vmap(self._best(state, self.backup, self.backup))(batch.next_obs, keys)
         critic, target, opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
-        metrics["temperature"] = self.temperature(state.step)
-        return SIRState(critic, target, opt, state.action, state.step + 1, stats), metrics
+        metrics["temperature"] = state.temperature
+        lam = self.temperature.following(state.temperature, state.step + 1, jnp.zeros(()))
+        return SIRState(critic, target, opt, state.action, lam, state.step + 1, stats), metrics
 
-    def _pick(self, state: SIRState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
-        k_action, k_pick = jr.split(key)
-        shape = (selector.particles, *state.action.shape)
-        if self.base == 1:
-            actions = jr.uniform(k_action, shape, minval=-1.0, maxval=1.0)
-        else:
-            actions = symmetric_beta(k_action, self.base, shape)
-        return actions[pick(selector, k_pick, state.critic, obs, actions, self.temperature(state.step))]
+    def _best(self, state: SIRState, explore: Selector, greedy: Selector) -> BestOf:
+        return BestOf(BetaActions(state.action, self.kappa), state.critic, state.temperature, explore, greedy)
 
 
-def symmetric_beta(key: PRNGKey, kappa: float, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Draws of 2 b - 1 in [-1, 1], b ~ Beta(kappa, kappa), kappa > 0, of that shape.
-
-    With u, v uniform: cos(2 pi v) / sqrt(cos(2 pi v)^2 + 1 / (u^(-1 / kappa) - 1)) (Devroye, Random variate generation
-    in one line of code, Winter Simulation Conference 1996). `jax.random.beta` rejects: fifteen times as long on a CPU.
-    """
-    k_size, k_angle = jr.split(key)
-    cos = jnp.cos(2.0 * jnp.pi * jr.uniform(k_angle, shape))
-    odds = jnp.expm1(-jnp.log(jr.uniform(k_size, shape, minval=1e-37)) / kappa) * cos**2  # inf for a small kappa is 1
-    return jnp.sign(cos) / jnp.sqrt(1.0 + 1.0 / odds)
+PRESETS = (Preset("sir", SIR(), "Sampling-importance-resampling", "", "no actor: what the critic does alone"),)

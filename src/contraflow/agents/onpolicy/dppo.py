@@ -9,8 +9,8 @@ Differences to the released code: minibatches hold whole chains, not pairs of en
 log-densities are not clamped and noise is not cut at three deviations.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -18,14 +18,28 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
-from contraflow.flow.kernel import Kernel, chain_log_prob, posterior_std, run_chain
+from contraflow.flow.kernel import Kernel, log_prob, posterior_std, rollout
+from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.path import VP
-from contraflow.rl.flow_policy import FlowPolicy, Network
-from contraflow.rl.normalise import RunningMoments
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.base import Cost, Policy
+from contraflow.policy.normalise import normalised
+from contraflow.rl.normalise import pretrained_mode
+from contraflow.rl.ppo import (
+    PPOSettings,
+    PPOState,
+    Samples,
+    clipped,
+    first_state,
+    improve,
+    ratio_metrics,
+    weighted_mean,
+)
 
-DIFFUSION = FlowPolicy(path=VP(), predict="noise", steps=20, clip=1.0)
+DIFFUSION = FlowSpec(path=VP(), predict="noise", solver=Ddim(20), clip=1.0, network=ResidualMLP(256, 3, 32))
 
 
 class Draw(eqx.Module):
@@ -35,16 +49,65 @@ class Draw(eqx.Module):
     log_prob: Float[Array, "*batch l a"]
 
 
+class Denoiser(eqx.Module):
+    """A chain of `steps` denoising steps of which the last `learned` are those of `actor`, the first of `reference`."""
+
+    actor: Flow
+    reference: Flow
+    steps: int = eqx.field(static=True)
+    learned: int = eqx.field(static=True)
+    min_std: float = eqx.field(static=True)
+
+    @property
+    def flow(self) -> Flow:
+        return self.actor
+
+    def kernel(self, flow: Flow, obs: Float[Array, " o"], min_std: float, first: int) -> Kernel:
+        """Steps first, first + 1, ... of a flow under s, with DDPM's deviation or `min_std` if that is larger."""
+        path, n = flow.spec.path, self.steps
+
+        def kernel(x, k):
+            t, r = (first + k) / n, (first + k + 1) / n
+            x1, x0 = flow.ends(x, t, obs, r)
+            std = posterior_std(path, t, r)
+            mean = path.alpha(r) * x1 + jnp.sqrt(jnp.maximum(path.beta(r) ** 2 - std**2, 0.0)) * x0
+            return mean, jnp.full_like(x, jnp.maximum(std, min_std))
+
+        return kernel
+
+    def learned_kernel(self, obs: Float[Array, " o"]) -> Kernel:
+        """The learned steps as they act in training."""
+        return self.kernel(self.actor, obs, self.min_std, self.steps - self.learned)
+
+    def chain(self, obs: Float[Array, " o"], key: PRNGKey, min_std: float) -> Float[Array, "n a"]:
+        """The learned part of a chain, from the x that the pretrained steps lead to."""
+        k_x0, k_before, k_learned = jr.split(key, 3)
+        x, first = self.actor.noise(k_x0), self.steps - self.learned
+        if first:
+            x = rollout(self.kernel(self.reference, obs, min_std, 0), x, first, k_before)[-1]
+        return rollout(self.kernel(self.actor, obs, min_std, first), x, self.learned, k_learned)
+
+    def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+        """An action and the learned part of its chain."""
+        chain = self.chain(obs, key, self.min_std)
+        return self.actor.action(chain[-1]), Draw(chain, log_prob(self.learned_kernel(obs), chain, range(self.learned)))
+
+    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        return self.actor.action(self.chain(obs, key, 0.0 if greedy else self.min_std)[-1])
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.steps, 0)
+
+
 @dataclass(frozen=True)
 class DPPO:
     """Per action `steps` evaluations; per row of a minibatch `learned`, with gradients."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "stats", "reference")
-
-    policy: FlowPolicy = DIFFUSION
-    """The policy to improve: that of the pretrained artefact, where one is given."""
+    flow: FlowSpec = DIFFUSION
+    """The flow to improve: that of the pretrained policy, where one is given."""
     steps: int | None = None
-    """Denoising steps; None is those of the policy."""
+    """Denoising steps; None is those of the flow's solver."""
     learned: int = 10
     """Denoising steps that are improved, counted from the last."""
     min_std: float = 0.1
@@ -57,58 +120,54 @@ class DPPO:
     """Of the last step."""
     clip_first: float = 0.01
     """Of the first learned step; in between exponentially."""
-    gamma: float = 0.99
-    lam: float = 0.95
-    epochs: int = 5
-    minibatches: int = 8
-    target_kl: float | None = 1.0
-    normalise_obs: bool = False
-    scale_reward: bool = True
-    width: int = 256
-    """Of the critic."""
-    depth: int = 3
-    actor_lr: float = 1e-4
-    critic_lr: float = 1e-3
-    decay_steps: int | None = None
-    max_grad_norm: float | None = 10.0
+    ppo: PPOSettings = PPOSettings(
+        target_kl=1.0, actor_optim=Optim(1e-4, max_grad_norm=10.0), critic_optim=Optim(1e-3, max_grad_norm=10.0)
+    )
 
     def __post_init__(self):
-        check_ppo(self)
+        check_positive(self, "clip", "clip_first", "gamma_denoise")
         if not 1 <= self.learned <= self._steps:
             raise ValueError(f"learned must lie between 1 and the {self._steps} steps, got {self.learned}")
         if self.min_std <= 0:
             raise ValueError(f"min_std must be positive, got {self.min_std}: the last step would have no density")
 
+    @property
+    def gamma(self) -> float:
+        return self.ppo.gamma
+
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks; `contraflow.train.pretrained` puts a trained one in."""
-        k_net, k_critic = jr.split(key)
-        net = self.policy.init(k_net, spec)
-        return first_state(self, net, spec, k_critic, reference=jax.tree.map(jnp.copy, net))
+        """Fresh networks; `adopt` puts a trained flow in."""
+        k_flow, k_critic = jr.split(key)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
+        return first_state(self.ppo, flow, spec, k_critic, reference=jax.tree.map(jnp.copy, flow))
 
-    def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """The end of a chain, clipped; in evaluation without the additional noise."""
-        chain = self._generate(state, obs, key, self.min_std if explore else 0.0)
-        return jnp.clip(chain[-1], -1.0, 1.0)
-
-    def sample(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
-        """An action and the learned part of its chain."""
-        chain = self._generate(state, obs, key, self.min_std)
-        kernel = self._kernel(state.actor, state.stats(obs), self.min_std, self._first)
-        return jnp.clip(chain[-1], -1.0, 1.0), Draw(chain, chain_log_prob(kernel, chain, range(self.learned)))
+    def policy(self, state: PPOState) -> Policy:
+        """The end of a chain; in evaluation without the additional noise."""
+        return normalised(state.stats, self._denoiser(state.actor, state.reference))
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
         """Passes over one rollout [T, N]."""
-        return improve(self, state, rollout, key, self._surrogate)
+        return improve(self.ppo, state, rollout, key, self._surrogate)
 
-    def adopt(self, state: PPOState, net: Network, stats: RunningMoments) -> PPOState:
-        """The state with a trained network in it, for the steps that stay and for those that learn."""
-        return eqx.tree_at(lambda s: (s.actor, s.reference, s.stats), state, (net, jax.tree.map(jnp.copy, net), stats))
+    def starting_from(self, policy: Policy) -> "DPPO":
+        """The settings with the flow of a pretrained policy."""
+        flow, stats = flow_of(policy, self)
+        mode = pretrained_mode(self.ppo.normalise_obs, stats)
+        return replace(self, flow=flow.spec, ppo=replace(self.ppo, normalise_obs=mode))
 
-    def _surrogate(self, actor: Network, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
+    def adopt(self, state: PPOState, policy: Policy) -> PPOState:
+        """The state with the networks of a pretrained policy, for the steps that stay and for those that learn."""
+        flow, stats = adopted(self.flow, policy, self)
+        reference = jax.tree.map(jnp.copy, flow)
+        return replace(state, actor=flow, reference=reference, stats=state.stats if stats is None else stats)
+
+    def _surrogate(self, actor: Flow, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
+        denoiser = self._denoiser(actor, actor)
+
         def one(obs, draw):
-            kernel = self._kernel(actor, obs, self.min_std, self._first)
             reduce = jnp.mean if self.ratio == "mean" else jnp.sum
-            return reduce(chain_log_prob(kernel, draw.chain, range(self.learned)) - draw.log_prob, axis=-1)
+            new = log_prob(denoiser.learned_kernel(obs), draw.chain, range(self.learned))
+            return reduce(new - draw.log_prob, axis=-1)
 
         log_ratio = jax.vmap(one)(batch.obs, batch.extras)  # [B, l]
         order = jnp.arange(self.learned)
@@ -120,29 +179,20 @@ class DPPO:
         return loss, {"actor_loss": loss} | ratio_metrics(log_ratio, self.clip)
 
     @property
-    def _first(self) -> int:
-        return self._steps - self.learned
-
-    @property
     def _steps(self) -> int:
-        return self.steps or self.policy.steps
+        return self.steps or self.flow.solver.nfe
 
-    def _generate(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, min_std: float):
-        """The learned part of a chain, from the x that the pretrained steps lead to."""
-        k_x0, k_before, k_learned = jr.split(key, 3)
-        obs, x = state.stats(obs), jr.normal(k_x0, (state.actor.dim,))
-        if self._first:
-            x = run_chain(self._kernel(state.reference, obs, min_std, 0), x, self._first, k_before)[-1]
-        return run_chain(self._kernel(state.actor, obs, min_std, self._first), x, self.learned, k_learned)
+    def _denoiser(self, actor: Flow, reference: Flow) -> Denoiser:
+        return Denoiser(actor, reference, self._steps, self.learned, self.min_std)
 
-    def _kernel(self, net: Network, obs: Float[Array, " o"], min_std: float, first: int) -> Kernel:
-        path, n = self.policy.path, self._steps
 
-        def kernel(x, k):
-            t, r = (first + k) / n, (first + k + 1) / n
-            x1, x0 = self.policy.ends(net, x, t, r, obs)
-            std = posterior_std(path, t, r)
-            mean = path.alpha(r) * x1 + jnp.sqrt(jnp.maximum(path.beta(r) ** 2 - std**2, 0.0)) * x0
-            return mean, jnp.full_like(x, jnp.maximum(std, min_std))
-
-        return kernel
+PRESETS = (
+    Preset(
+        "dppo",
+        DPPO(),
+        "Diffusion policy policy optimisation",
+        "2409.00588",
+        "PPO on the last denoising steps",
+        "rollout",
+    ),
+)

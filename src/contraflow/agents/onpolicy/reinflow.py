@@ -7,28 +7,35 @@ Differences to the released code: sampling and scoring share one grid; means are
 truncated at three deviations and log-densities not clamped, so that the ratio is exact; the anchor uses random x_0.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
-from contraflow.flow.kernel import chain_log_prob, run_chain
+from contraflow.flow.kernel import Kernel, log_prob, rollout
+from contraflow.flow.model import Flow, FlowSpec
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.mlp import MLP
-from contraflow.rl.flow_policy import CLOCK, FlowPolicy, Network
-from contraflow.rl.normalise import RunningMoments
-from contraflow.rl.ppo import PPOState, Samples, check_ppo, clipped, first_state, improve, ratio_metrics, weighted_mean
-
-
-class Noisy(eqx.Module):
-    velocity: Network
-    noise: MLP
-    reach: Float[Array, ""]  # largest log-variance now allowed, of which no gradient is taken
+from contraflow.policy.base import Cost, Policy
+from contraflow.policy.normalise import normalised
+from contraflow.rl.normalise import pretrained_mode
+from contraflow.rl.ppo import (
+    PPOSettings,
+    PPOState,
+    Samples,
+    clipped,
+    first_state,
+    improve,
+    ratio_metrics,
+    weighted_mean,
+)
 
 
 class Draw(eqx.Module):
@@ -38,14 +45,55 @@ class Draw(eqx.Module):
     log_prob: Float[Array, "*batch K a"]
 
 
+class NoisyFlow(eqx.Module):
+    """A flow with learned noise while exploring, log sigma^2 = low + (reach - low) (tanh(noise(s, t)) + 1) / 2."""
+
+    flow: Flow
+    noise: MLP
+    reach: Float[Array, ""]  # largest log-variance now allowed, of which no gradient is taken
+    low: float = eqx.field(static=True)
+    steps: int = eqx.field(static=True)
+
+    def kernel(self, obs: Float[Array, " o"]) -> Kernel:
+        """The chain under s."""
+
+        def kernel(x, k):
+            return self.flow.step(x, k / self.steps, (k + 1) / self.steps, obs), self.std(k, obs)
+
+        return kernel
+
+    def std(self, k: Int[Array, ""], obs: Float[Array, " o"]) -> Float[Array, " a"]:
+        """sigma of step k."""
+        spec = self.flow.spec
+        low, high = 2 * jnp.log(self.low), jax.lax.stop_gradient(self.reach)
+        out = self.noise(jnp.concatenate([obs, time_embedding(spec.clock * k / self.steps, spec.network.embedding)]))
+        return jnp.exp(0.5 * (low + (high - low) * (jnp.tanh(out) + 1) / 2))
+
+    def chain(self, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, "n a"]:
+        """x_0 ... x_K."""
+        k_x0, k_chain = jr.split(key)
+        return rollout(self.kernel(obs), self.flow.noise(k_x0), self.steps, k_chain)
+
+    def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+        """An action and the chain that led to it."""
+        chain = self.chain(obs, key)
+        return self.flow.action(chain[-1]), Draw(chain, log_prob(self.kernel(obs), chain, range(self.steps)))
+
+    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        end = self.flow.sample(self.flow.noise(key), obs, steps=self.steps) if greedy else self.chain(obs, key)[-1]
+        return self.flow.action(end)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.steps, 0)
+
+
 @dataclass(frozen=True)
 class ReinFlow:
     """Per action K evaluations of both networks; per row of a minibatch as many, with gradients."""
 
-    acting: ClassVar[tuple[str, ...]] = ("actor", "stats")
-
-    policy: FlowPolicy = FlowPolicy()
-    """The policy to improve: that of the pretrained artefact, where one is given."""
+    flow: FlowSpec = FlowSpec()
+    """The flow to improve: that of the pretrained policy, where one is given."""
     steps: int = 4
     """K, in training and deployment."""
     std: tuple[float, float] = (0.1, 0.24)
@@ -60,52 +108,35 @@ class ReinFlow:
     """Weight of mean_{k,j} .5 log(2 pi e sigma_{k,j}^2)."""
     anchor: float = 0.0
     """Weight of |x_1 - x_1'|^2 for the pretrained policy from the same noise, a bound of the Wasserstein distance."""
-    gamma: float = 0.99
-    lam: float = 0.95
     clip: float = 0.01
-    epochs: int = 5
-    minibatches: int = 8
-    target_kl: float | None = 1.0
-    normalise_obs: bool = False
-    """Whether statistics of observations go on moving from those of the pretrained policy."""
-    scale_reward: bool = True
-    width: int = 256
-    """Of the critic; the noise network has a quarter."""
-    depth: int = 3
-    actor_lr: float = 4.5e-5
-    critic_lr: float = 6.5e-4
-    decay_steps: int | None = None
-    max_grad_norm: float | None = 10.0
+    ppo: PPOSettings = PPOSettings(
+        target_kl=1.0, actor_optim=Optim(4.5e-5, max_grad_norm=10.0), critic_optim=Optim(6.5e-4, max_grad_norm=10.0)
+    )
+    """The noise network has a quarter of the critic's width."""
 
     def __post_init__(self):
-        check_ppo(self)
+        check_positive(self, "steps", "clip")
         if not 0 < self.std[0] <= self.std[1]:
             raise ValueError(f"std needs 0 < smallest <= largest, got {self.std}")
 
+    @property
+    def gamma(self) -> float:
+        return self.ppo.gamma
+
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks; `contraflow.train.pretrained` puts a trained velocity in."""
-        k_velocity, k_noise, k_critic = jr.split(key, 3)
-        velocity = self.policy.init(k_velocity, spec)
-        into, hidden = spec.obs_dim + self.policy.embedding, max(self.width // 4, 8)
+        """Fresh networks; `adopt` puts a trained flow in."""
+        k_flow, k_noise, k_critic = jr.split(key, 3)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
+        into, hidden = spec.obs_dim + self.flow.network.embedding, max(self.ppo.critic.width // 4, 8)
         noise = MLP(into, spec.action_dim, hidden, 2, activation="tanh", key=k_noise)
         noise = eqx.tree_at(lambda m: m.last.weight, noise, 0.01 * noise.last.weight)
-        actor = Noisy(velocity, noise, self._reach(jnp.zeros((), jnp.int32)))
-        reference = jax.tree.map(jnp.copy, velocity) if self.anchor else None
-        return first_state(self, actor, spec, k_critic, reference=reference)
+        actor = NoisyFlow(flow, noise, self._reach(jnp.zeros((), jnp.int32)), self.std[0], self.steps)
+        reference = jax.tree.map(jnp.copy, flow) if self.anchor else None
+        return first_state(self.ppo, actor, spec, k_critic, reference=reference)
 
-    def act(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey, explore: bool) -> Float[Array, " a"]:
-        """The end of a noisy chain, or of the ODE in evaluation, clipped."""
-        if explore:
-            return self.sample(state, obs, key)[0]
-        x0 = jr.normal(key, (state.actor.velocity.dim,))
-        return jnp.clip(self.policy(state.actor.velocity, x0, state.stats(obs), self.steps), -1.0, 1.0)
-
-    def sample(self, state: PPOState, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
-        """An action and the chain that led to it."""
-        k_x0, k_chain = jr.split(key)
-        kernel = self._kernel(state.actor, state.stats(obs))
-        chain = run_chain(kernel, jr.normal(k_x0, (state.actor.velocity.dim,)), self.steps, k_chain)
-        return jnp.clip(chain[-1], -1.0, 1.0), Draw(chain, chain_log_prob(kernel, chain, range(self.steps)))
+    def policy(self, state: PPOState) -> Policy:
+        """The end of a noisy chain, or of the ODE in evaluation."""
+        return normalised(state.stats, state.actor)
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
         """Passes over one rollout [T, N]."""
@@ -113,27 +144,35 @@ class ReinFlow:
         def surrogate(actor, batch, key):
             return self._surrogate(actor, batch, key, state.reference)
 
-        state, metrics = improve(self, state, rollout, key, surrogate)
+        state, metrics = improve(self.ppo, state, rollout, key, surrogate)
         reach = self._reach(state.step)
         return eqx.tree_at(lambda s: s.actor.reach, state, reach), metrics | {"largest_std": jnp.exp(0.5 * reach)}
 
-    def network(self, state: PPOState) -> Network:
-        """What others start from."""
-        return state.actor.velocity
+    def starting_from(self, policy: Policy) -> "ReinFlow":
+        """The settings with the flow of a pretrained policy."""
+        flow, stats = flow_of(policy, self)
+        mode = pretrained_mode(self.ppo.normalise_obs, stats)
+        return replace(self, flow=flow.spec, ppo=replace(self.ppo, normalise_obs=mode))
 
-    def adopt(self, state: PPOState, net: Network, stats: RunningMoments) -> PPOState:
-        """The state with a trained network in it, which is also the anchor."""
-        state = eqx.tree_at(lambda s: (s.actor.velocity, s.stats), state, (net, stats))
-        return eqx.tree_at(lambda s: s.reference, state, jax.tree.map(jnp.copy, net)) if self.anchor else state
+    def adopt(self, state: PPOState, policy: Policy) -> PPOState:
+        """The state with the networks of a pretrained policy, which is also the anchor."""
+        flow, stats = adopted(self.flow, policy, self)
+        reference = jax.tree.map(jnp.copy, flow) if self.anchor else None
+        return replace(
+            state,
+            actor=replace(state.actor, flow=flow),
+            reference=reference,
+            stats=state.stats if stats is None else stats,
+        )
 
     def _surrogate(
-        self, actor: Noisy, batch: Samples, key: PRNGKey, reference: Any
+        self, actor: NoisyFlow, batch: Samples, key: PRNGKey, reference: Any
     ) -> tuple[Float[Array, ""], Metrics]:
         def one(obs, draw):
-            log_prob = chain_log_prob(self._kernel(actor, obs), draw.chain, range(self.steps))
-            log_std = jnp.log(jax.vmap(lambda k: self._std(actor, k, obs))(jnp.arange(self.steps)))
+            new = log_prob(actor.kernel(obs), draw.chain, range(self.steps))
+            log_std = jnp.log(jax.vmap(lambda k: actor.std(k, obs))(jnp.arange(self.steps)))
             reduce = jnp.mean if self.ratio == "mean" else jnp.sum
-            return reduce(log_prob - draw.log_prob), log_std.mean()
+            return reduce(new - draw.log_prob), log_std.mean()
 
         log_ratio, log_std = jax.vmap(one)(batch.obs, batch.extras)
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
@@ -141,30 +180,17 @@ class ReinFlow:
         metrics = {"actor_loss": loss, "entropy": entropy, "std": jnp.exp(log_std.mean())}
         loss = loss - self.entropy * entropy
         if self.anchor:
-            gap = self._distance(actor.velocity, reference, batch.obs, key)
+            gap = self._distance(actor.flow, reference, batch.obs, key)
             loss, metrics = loss + self.anchor * gap, metrics | {"anchor": gap}
         return loss, metrics | ratio_metrics(log_ratio, self.clip)
 
-    def _distance(self, velocity: Network, reference: Network, obs: Float[Array, "B o"], key: PRNGKey):
-        x0 = jr.normal(key, (obs.shape[0], velocity.dim))
+    def _distance(self, flow: Flow, reference: Flow, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, ""]:
+        x0 = flow.noise(key, obs.shape[0])
         new, old = (
-            jax.vmap(lambda o, x, net=net: self.policy(net, x, o, self.steps))(obs, x0)
-            for net in (velocity, jax.lax.stop_gradient(reference))
+            jax.vmap(lambda o, x, f=f: f.sample(x, o, steps=self.steps))(obs, x0)
+            for f in (flow, jax.lax.stop_gradient(reference))
         )
         return jnp.mean((new - old) ** 2)
-
-    def _kernel(self, actor: Noisy, obs: Float[Array, " o"]):
-        def kernel(x, k):
-            mean = self.policy.move(actor.velocity, x, k / self.steps, (k + 1) / self.steps, obs)
-            return mean, self._std(actor, k, obs)
-
-        return kernel
-
-    def _std(self, actor: Noisy, k: Any, obs: Float[Array, " o"]) -> Float[Array, " a"]:
-        """log sigma^2 = low + (high - low) (tanh(net) + 1) / 2."""
-        low, high = 2 * jnp.log(self.std[0]), jax.lax.stop_gradient(actor.reach)
-        out = actor.noise(jnp.concatenate([obs, time_embedding(CLOCK * k / self.steps, self.policy.embedding)]))
-        return jnp.exp(0.5 * (low + (high - low) * (jnp.tanh(out) + 1) / 2))
 
     def _reach(self, rollouts: Any) -> Float[Array, ""]:
         low, high = self.std
@@ -173,3 +199,6 @@ class ReinFlow:
         progress = jnp.clip((rollouts / self.std_rollouts - 0.35) / 0.65, 0.0, 1.0)
         share = self.std_end + (1 - self.std_end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return 2 * jnp.log(low + share * (high - low))
+
+
+PRESETS = (Preset("reinflow", ReinFlow(), "ReinFlow", "2505.22094", "PPO on the chain of a noisy flow", "rollout"),)

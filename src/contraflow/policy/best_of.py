@@ -1,7 +1,9 @@
-"""Pick one of n candidate actions by score (Q / lambda)."""
+"""Best of n: candidate actions of a policy, of which one is taken by its value."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -9,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from contraflow.core.types import PRNGKey
 from contraflow.nets.critic import QEnsemble
+from contraflow.policy.base import Cost, Policy
+from contraflow.policy.uniform import BetaActions
 
 
 def _check(particles: int) -> None:
@@ -79,3 +83,41 @@ def pick(
         return jnp.zeros((), jnp.int32)
     assert critic is not None
     return selector(key, jax.vmap(lambda a: critic.value(obs, a))(actions) / lam)
+
+
+ONE, UNIFORM = "one particle", "uniform actions"
+
+
+class BestOf(eqx.Module):
+    """Of n particles of `policy` the one picked by Q(s, a) / temperature, by a rule for exploring or a greedy one."""
+
+    policy: Any
+    critic: QEnsemble
+    temperature: Float[Array, ""]
+    explore: Selector = eqx.field(static=True)
+    greedy: Selector = eqx.field(static=True)
+
+    def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        return self.select(obs, key, self.greedy if greedy else self.explore)
+
+    def select(self, obs: Any, key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
+        """The action that `selector` takes."""
+        k_draw, k_pick = jr.split(key)
+        actions = self.policy.particles(obs, k_draw, selector.particles)
+        return actions[pick(selector, k_pick, self.critic, obs, actions, self.temperature)]
+
+    def ablations(self) -> dict[str, Policy]:
+        """One particle; and as many uniform actions (32 for one particle) by the same critic, which then acts alone."""
+        if isinstance(self.policy, BetaActions):
+            return {}
+        n = self.greedy.particles
+        uniform = BetaActions(jnp.zeros(self.policy.flow.dim), 1.0)
+        return {
+            ONE: replace(self, greedy=First()),
+            UNIFORM: replace(self, policy=uniform, greedy=Argmax(n if n > 1 else 32)),
+        }
+
+    @property
+    def cost(self) -> Cost:
+        n = self.greedy.particles
+        return Cost(n, self.policy.cost.nfe, n if chooses(self.greedy) else 0)

@@ -1,0 +1,183 @@
+"""The one conditional flow: a network, the path it was trained on, what it predicts and how it is solved.
+
+From x_0 ~ N(0, source_scale^2 I) at t = 0 to x_1 at t = 1, which the support makes an action. Policies of imitation, of
+fine-tuning and of RL from scratch, and samplers of densities, are all this; so each can start from any other.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.core.optim import check_positive
+from contraflow.core.types import PRNGKey
+from contraflow.flow.fewstep import sample_average_velocity
+from contraflow.flow.path import Linear, Path, Scalar, Vector
+from contraflow.flow.solver import Euler, EulerMaruyama, Solver
+from contraflow.flow.support import Box, Support
+from contraflow.nets.layers import time_embedding
+from contraflow.nets.transformer import ChunkTransformer
+from contraflow.nets.velocity import ResidualMLP
+
+Condition = Float[Array, " c"]
+Network = Any
+"""A module with a `dim` that takes (x [d], t, cond [c]) to [d], and has `features` (its last hidden layer)."""
+Predict = Literal["velocity", "noise", "data"]
+"""What a network returns: dx/dt, E[x0 | x_t] or E[x1 | x_t]."""
+CLOCK = 5.0  # lengths of steps reach their embedding as [0, 5]: at [0, 100] the derivative of MeanFlow blows up
+EDGE = 1e-3  # some paths have no x1 at t = 0 or velocity at t = 1
+
+
+@dataclass(frozen=True)
+class Ddim:
+    """x_r = alpha_r x1 + beta_r x0 with the ends predicted at x_t (2010.02502), over the whole of [0, 1].
+
+    For a velocity on the linear path that is Euler's step.
+    """
+
+    steps: int = 10
+
+    def __post_init__(self):
+        check_positive(self, "steps")
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """Settings of a flow.
+
+    Raises ValueError for a margin outside [0, .5), a stochastic solver of another path, and an averaged velocity that
+    is not one on the linear path, or with a solver other than Ddim and Euler.
+    """
+
+    path: Path = Linear()
+    predict: Predict = "velocity"
+    support: Support = Box()
+    solver: Solver | Ddim = Ddim(10)
+    averaged: bool = False
+    """The network also takes the time at which a step ends, and returns the velocity of the whole step."""
+    clip: float | None = None
+    """Bound of the predicted x1 within a step; usual where noise is predicted."""
+    margin: float = 0.0
+    """Solvers other than Ddim run over [margin, 1 - margin], in which times of training are drawn."""
+    clock: float = 5.0
+    """The network sees clock * t."""
+    unit_input: bool = False
+    """The network sees x_t / sqrt(alpha_t^2 + beta_t^2)."""
+    network: ResidualMLP | ChunkTransformer = ResidualMLP()
+
+    def __post_init__(self):
+        if not 0 <= self.margin < 0.5:
+            raise ValueError(f"margin must lie in [0, 0.5), got {self.margin}")
+        check_positive(self, "clock")
+        if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
+            raise ValueError(f"the solver's path {self.solver.path} is not the flow's {self.path}")
+        if self.averaged:
+            if self.predict != "velocity" or not isinstance(self.path, Linear):
+                raise ValueError("an averaged velocity lives on the linear path: use predict='velocity' and Linear()")
+            if not isinstance(self.solver, Ddim | Euler):
+                raise ValueError(f"an averaged velocity makes its steps itself: use Ddim(n), not {self.solver}")
+
+    def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> "Flow":
+        """A fresh flow of vectors [dim], chunks of `horizon` actions, under conditions [cond]."""
+        cond += self.network.embedding * self.averaged
+        return Flow(self.network.init(key, dim, cond, horizon), self)
+
+
+class Flow(eqx.Module):
+    """A flow that one calls; shapes are those of one sample."""
+
+    net: Network
+    spec: FlowSpec = eqx.field(static=True)
+
+    @property
+    def dim(self) -> int:
+        return self.net.dim
+
+    def output(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> Vector:
+        """What the network returns at (x_t, t); of an averaged flow for a step to r, t itself where none is given."""
+        return self.net(*self._inputs(x, t, cond, r))
+
+    def features(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> Float[Array, " w"]:
+        """The last hidden layer of the network."""
+        return self.net.features(*self._inputs(x, t, cond, r))
+
+    def _inputs(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None) -> tuple[Vector, Scalar, Condition]:
+        spec = self.spec
+        if spec.averaged:
+            length = CLOCK * ((t if r is None else r) - t)
+            cond = jnp.concatenate([cond, time_embedding(length, spec.network.embedding)])
+        if spec.unit_input:
+            x = x / jnp.sqrt(spec.path.alpha(t) ** 2 + spec.path.beta(t) ** 2)
+        return x, spec.clock * t, cond
+
+    def average(self, x: Vector, t: Scalar, r: Scalar, cond: Condition) -> Vector:
+        """u(x_t, t, r) = (x_r - x_t) / (r - t) of an averaged flow."""
+        return self.output(x, t, cond, r)
+
+    def velocity(self, x: Vector, t: Scalar, cond: Condition) -> Vector:
+        """dx/dt at (x_t, t), whatever the network predicts."""
+        if self.spec.predict == "velocity" and self.spec.clip is None:
+            return self.output(x, t, cond)
+        return self.spec.path.velocity(self.ends(x, t, cond)[0], x, t)
+
+    def ends(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> tuple[Vector, Vector]:
+        """(x1, x0) predicted at x_t; of an averaged flow, those that its step to r implies."""
+        spec, out = self.spec, self.output(x, t, cond, r)
+        path, inner = spec.path, jnp.maximum(t, EDGE)
+        if spec.predict == "velocity":
+            t = (
+                t if isinstance(path, Linear) else jnp.where(path.wronskian(t) > 0, t, inner)
+            )  # 0 at t = 0 of Polynomial
+            x1, x0 = path.x1_from_velocity(out, x, t), path.x0_from_velocity(out, x, t)
+        elif spec.predict == "noise":
+            x1, x0 = path.x1_from_x0(out, x, inner), out
+        else:
+            x1, x0 = out, path.x0_from_x1(out, x, t)
+        if spec.clip is not None:
+            x1 = jnp.clip(x1, -spec.clip, spec.clip)
+            x0 = path.x0_from_x1(x1, x, t)
+        return x1, x0
+
+    def step(self, x: Vector, t: Scalar, r: Scalar, cond: Condition) -> Vector:
+        """x_r from x_t by Ddim, or by the averaged velocity."""
+        spec = self.spec
+        if spec.averaged or (spec.predict == "velocity" and spec.clip is None and isinstance(spec.path, Linear)):
+            return x + (r - t) * self.output(x, t, cond, r)
+        x1, x0 = self.ends(x, t, cond, r)
+        return spec.path.alpha(r) * x1 + spec.path.beta(r) * x0
+
+    def noise(self, key: PRNGKey, *shape: int) -> Float[Array, "*shape d"]:
+        """Draws of x_0 [*shape, d]."""
+        return self.spec.path.source_scale * jr.normal(key, (*shape, self.dim))
+
+    def sample(self, x0: Vector, cond: Condition, key: PRNGKey | None = None, steps: int | None = None) -> Vector:
+        """x_1 from x_0; `key` is for solvers that add noise, `steps` takes the place of those of `Ddim`."""
+        spec, solver = self.spec, self.spec.solver
+        if spec.averaged:
+            return sample_average_velocity(lambda x, t, r: self.average(x, t, r, cond), x0, steps or solver.nfe)
+        if isinstance(solver, Ddim) or steps is not None:
+            n = steps or solver.nfe
+
+            def step(x, k):
+                return self.step(x, k / n, (k + 1) / n, cond), None
+
+            return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
+        return solver(lambda x, t: self.velocity(x, t, cond), x0, spec.margin, 1 - spec.margin, key)
+
+    def particles(self, cond: Condition, key: PRNGKey, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+        """n noises x_0 [n, d] and their ends x_1 [n, d]."""
+        x0 = self.noise(key, n)
+        keys = jr.split(jr.fold_in(key, 1), n)  # for solvers that add noise
+        return x0, jax.vmap(lambda x, k: self.sample(x, cond, k))(x0, keys)
+
+    def action(self, x1: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+        """The action that an end stands for."""
+        return self.spec.support.action(x1)

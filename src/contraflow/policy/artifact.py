@@ -1,0 +1,154 @@
+"""A policy as files to share: safetensors for its arrays, JSON for everything else, no pickle.
+
+The JSON says what the policy is made of, module by module: `kind` is the class, arrays are named by their path, static
+fields are settings. So a policy is read without the agent that trained it.
+"""
+
+import importlib
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from contraflow.core.settings import SCHEMA, from_json, import_path, to_json
+from contraflow.core.types import EnvSpec, UserError
+
+ROOT = "contraflow."
+
+
+def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
+    """Write `folder`/model.safetensors and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    config = {"schema": SCHEMA, "env": env, "spec": to_json(spec), "policy": _describe(policy, "", arrays)}
+    temporary = folder / "model.tmp"
+    save_file(arrays, temporary)
+    temporary.rename(folder / "model.safetensors")
+    temporary = folder / "config.tmp"
+    temporary.write_text(json.dumps(config, indent=1))
+    temporary.rename(folder / "config.json")
+
+
+def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
+    """(policy, spec, env id) of a saved policy.
+
+    Raises UserError naming what is missing or does not fit; `trust` imports classes from outside the library.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no policy ({name} is missing); give the folder of a run or its policy/")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        arrays = load_file(folder / "model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"the policy in {folder} is damaged ({error}); save it again from its run") from None
+    check_schema(config, folder)
+    if not {"policy", "spec", "env"} <= set(config):
+        raise UserError(f"{folder} does not describe a policy; give the folder of a run or its policy/")
+    try:
+        policy = _build(config["policy"], arrays, trust)
+    except _Unfit as problem:
+        raise UserError(f"the policy in {folder} {problem}") from None
+    if arrays:
+        raise UserError(f"the policy in {folder} has the array {min(arrays)} that its config.json does not mention")
+    return jax.device_put(policy), from_json(config["spec"], EnvSpec, where="spec"), config["env"]
+
+
+def check_schema(config: Any, folder: Path) -> None:
+    """Refuse a file that is not ours, or written by another release."""
+    schema = config.get("schema") if isinstance(config, dict) else None
+    if not isinstance(schema, int):
+        raise UserError(f"{folder} was not written by contraflow (its config.json names no schema)")
+    if schema > SCHEMA:
+        raise UserError(f"{folder} uses schema {schema}, this release reads up to {SCHEMA}: upgrade contraflow")
+    if schema < SCHEMA:
+        raise UserError(
+            f"{folder} uses schema {schema} of contraflow 0.1, this release reads {SCHEMA}: train it again, or use 0.1"
+        )
+
+
+def policy_folder(path: Path) -> Path:
+    """The policy in a run folder, or the folder itself."""
+    return path / "policy" if (path / "policy").is_dir() else path
+
+
+class _Unfit(Exception):
+    """What does not fit, as the rest of a sentence."""
+
+
+def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
+    """JSON for a part of a policy; its arrays are put into `arrays`."""
+    if isinstance(value, eqx.Module):
+        out: dict[str, Any] = {"kind": _kind(type(value))}
+        for field in fields(value):
+            part = getattr(value, field.name)
+            if field.metadata.get("static"):
+                out[field.name] = {"settings": to_json(part)}
+            else:
+                out[field.name] = _describe(part, f"{path}/{field.name}".lstrip("/"), arrays)
+        return out
+    if isinstance(value, tuple | list):
+        return [_describe(part, f"{path}/{i}", arrays) for i, part in enumerate(value)]
+    if value is None:
+        return None
+    arrays[path] = np.array(value)
+    return {"array": path, "shape": list(np.shape(value))}
+
+
+def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
+    """What `_describe` wrote; the arrays that are used are taken out of `arrays`."""
+    if data is None:
+        return None
+    if isinstance(data, list):
+        return tuple(_build(part, arrays, trust) for part in data)
+    if not isinstance(data, dict):
+        raise _Unfit(f"is described by {data!r}, which is no part of a policy")
+    if "array" in data:
+        name, shape = data["array"], tuple(data.get("shape", ()))
+        if name not in arrays:
+            raise _Unfit(f"lacks the array {name}: it belongs to another version")
+        if arrays[name].shape != shape:
+            raise _Unfit(f"has {name} of shape {arrays[name].shape}, its settings need {shape}")
+        return jnp.asarray(arrays.pop(name))
+    cls = _class(data.get("kind"), trust)
+    known = {field.name: field for field in fields(cls)}
+    if different := sorted(set(known) ^ (set(data) - {"kind"})):
+        raise _Unfit(f"describes {cls.__name__} with other fields than this version has ({different[0]})")
+    built = object.__new__(cls)  # __init__ would draw fresh weights
+    for name, field in known.items():
+        if field.metadata.get("static"):
+            part = from_json(data[name]["settings"], _hints(cls)[name], trust, name)
+        else:
+            part = _build(data[name], arrays, trust)
+        object.__setattr__(built, name, part)
+    return built
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    import typing
+
+    return typing.get_type_hints(cls)
+
+
+def _kind(cls: type) -> str:
+    return f"{cls.__module__.removeprefix(ROOT)}:{cls.__qualname__}"
+
+
+def _class(kind: Any, trust: bool) -> type:
+    module, colon, name = kind.partition(":") if isinstance(kind, str) else ("", "", "")
+    if not colon:
+        raise _Unfit(f"names no class for a part ({kind!r})")
+    try:
+        found = getattr(importlib.import_module(ROOT + module), name)
+    except (ImportError, AttributeError):
+        found = import_path(kind, trust)
+    if not (isinstance(found, type) and issubclass(found, eqx.Module)):
+        raise _Unfit(f"names {kind}, which is no part of a policy")
+    return found

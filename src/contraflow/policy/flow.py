@@ -1,0 +1,46 @@
+"""A flow as a policy: an action is the end of the flow from random noise."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from contraflow.core.types import PRNGKey
+from contraflow.flow.model import Condition, Flow
+from contraflow.flow.path import Scalar, Vector
+from contraflow.nets.layers import time_embedding
+from contraflow.policy.base import Cost
+
+Obs = Float[Array, " o"]
+
+
+class FlowPolicy(eqx.Module):
+    """a = support(x_1), x_1 the end of the flow from x_0 ~ N(0, I), under s and, where given, the temperature."""
+
+    flow: Flow
+    temperature: Scalar | None = None
+
+    def condition(self, obs: Obs) -> Condition:
+        """What the flow is conditioned on."""
+        return condition(self.flow, obs, self.temperature)
+
+    def from_noise(self, obs: Obs, x0: Vector, key: PRNGKey | None = None) -> Float[Array, " a"]:
+        """The action of x_0 [a]; `key` is for solvers that add noise."""
+        return self.flow.action(self.flow.sample(x0, self.condition(obs), key))
+
+    def particles(self, obs: Obs, key: PRNGKey, n: int) -> Float[Array, "n a"]:
+        """n independent actions."""
+        return self.flow.action(self.flow.particles(self.condition(obs), key, n)[1])
+
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        return self.from_noise(obs, self.flow.noise(key), key)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.flow.spec.solver.nfe, 0)
+
+
+def condition(flow: Flow, obs: Obs, temperature: Scalar | None) -> Condition:
+    """The observation, with features of the temperature behind it where one is given."""
+    if temperature is None:
+        return obs
+    return jnp.concatenate([obs, time_embedding(temperature, flow.spec.network.embedding)])
