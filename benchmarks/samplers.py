@@ -22,7 +22,8 @@ from sampling import keys_of, read, rounded
 from tables import append
 
 from contraflow.flow.solver import Euler
-from contraflow.sampling import DISTANCES, floor, judge
+from contraflow.sampling.compare import floor, judge
+from contraflow.sampling.distances import DISTANCES
 from contraflow.sampling.distances import modes_found, sliced_wasserstein
 from contraflow.sampling.fab import Buffer
 from contraflow.sampling.methods import METHODS

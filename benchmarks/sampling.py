@@ -24,7 +24,8 @@ from tables import append
 
 from contraflow.flow.path import Linear
 from contraflow.flow.solver import Euler
-from contraflow.sampling import DISTANCES, floor, interval, judge
+from contraflow.sampling.compare import floor, interval, judge
+from contraflow.sampling.distances import DISTANCES
 from contraflow.sampling.distances import sliced_wasserstein
 from contraflow.sampling.methods import METHODS
 from contraflow.sampling.targets import Target, find_target

@@ -8,8 +8,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+from contraflow.cli.sample import sample_command as main
 from contraflow.core.types import UserError
-from contraflow.sampling import Settings, main
+from contraflow.sampling.compare import Settings
 from contraflow.sampling.targets import find_target, from_function
 
 TINY = ["--steps", "4", "--batch", "4", "--samples", "4", "--width", "8", "--points", "50", "--no-progress"]

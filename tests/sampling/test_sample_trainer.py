@@ -15,11 +15,11 @@ from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler
 from contraflow.flow.targets import Gaussian, eight_gaussians, forty_gaussians, two_moons
 from contraflow.nets.velocity import Velocity
-from contraflow.sampling import equal_calls, floor, interval, judge
+from contraflow.sampling.compare import equal_calls, floor, interval, judge
 from contraflow.sampling.fab import Fab
 from contraflow.sampling.methods import METHODS
 from contraflow.sampling.targets import find_target, mixture_log_density
-from contraflow.sampling.trainer import Estimated, FlowState, Trainer, draw, flow_field, start, train
+from contraflow.sampling.trainer import Estimated, FlowState, Trainer, draw, field, start, train
 
 GAUSSIAN = Gaussian(jnp.array([0.8, -0.5]), 0.7)
 
@@ -155,7 +155,7 @@ def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
     still = Velocity(2, 0, 8, 1, key=jr.key(0))
     still = jax.tree.map(jnp.zeros_like, still)
     exact = eqx.tree_at(lambda net: net.last.bias, still, path.x0_from_x1(mean, x, t))
-    np.testing.assert_allclose(flow_field(method, exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
+    np.testing.assert_allclose(field(method, exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
     if isinstance(path, VE):  # zero noise: nothing moves
         assert draw(method, still, Euler(3), jr.key(0), 4000).std() == pytest.approx(4.0, rel=0.05)
 

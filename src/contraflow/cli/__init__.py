@@ -90,9 +90,9 @@ def _dispatch(args: list[str]) -> int:
 
         return list_command(rest)
     elif command == "sample":
-        from contraflow import sampling as sample
+        from contraflow.cli.sample import sample_command
 
-        sample.main(rest)
+        return sample_command(rest)
     else:
         raise UserError(f"there is no command {command}; {suggest(command, COMMANDS)}")
     return 0
