@@ -42,7 +42,7 @@ def fresh(trainer: Trainer) -> FlowState:
 
 
 def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
-    net = jax.tree.map(lambda leaf: leaf[0], state.net)
+    net = jax.tree.map(lambda leaf: leaf[0], state.flow)
     return np.asarray(jax.jit(lambda k: draw(trainer, net, Euler(400), k, n))(jr.key(9)))
 
 
@@ -163,8 +163,8 @@ def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
 def test_a_diverged_flow_still_gives_queries_in_the_box():
     trainer = change(METHODS["qne"].with_samples(4), steps=2, width=8, endpoints=16, learning_rate=1e-9)
     state = fresh(trainer)
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.net)
-    for net in (broken, state.net):
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.flow)
+    for net in (broken, state.flow):
         pool = trainer.method.draw(trainer, net, jr.key(2))
         assert bool(jnp.all(jnp.abs(pool) <= trainer.box)) and pool.std() > 0.1
 
