@@ -42,7 +42,7 @@ class Agent(Protocol):
         ...
 
     def update(self, state: Any, batch: Any, key: PRNGKey, /) -> tuple[Any, Metrics]:
-        """Learn from a `Batch`, one gradient step, or from a `Rollout`, all that it is good for; metrics are scalars."""
+        """One gradient step on a `Batch`, or all that a `Rollout` is good for; metrics are scalars."""
         ...
 
 

@@ -146,7 +146,5 @@ into_box.defvjp(_forward, _backward)
 
 
 PRESETS = (
-    Preset(
-        "dacer", DACER(), "Diffusion actor-critic with entropy regulator", "2405.15177", "moved up Q through the sampler"
-    ),
-)  # fmt: skip
+    Preset("dacer", DACER(), "Diffusion actor-critic with entropy regulator", "2405.15177", "climbs Q by its sampler"),
+)
