@@ -15,7 +15,7 @@ from contraflow.agents.onpolicy.fpo import FPO, MatchedFlow
 from contraflow.agents.onpolicy.ppo import PPO
 from contraflow.agents.onpolicy.reinflow import ReinFlow
 from contraflow.core.optim import Optim
-from contraflow.core.types import EnvSpec, Rollout
+from contraflow.core.types import EnvSpec, Rollout, UserError
 from contraflow.flow.kernel import log_prob
 from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.nets.mlp import MLPSpec
@@ -368,3 +368,11 @@ def test_fpo_survives_an_outlier():
     (loss, metrics), grad = surrogate(state.actor, fallen, jr.key(2))
     assert metrics["clip_share"] > 0.9
     assert np.isfinite(loss) and all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+
+
+def test_more_minibatches_than_rows_are_refused():
+    """They would hold nothing, and their mean would be NaN."""
+    agent = replace(AGENTS["ppo"], ppo=replace(AGENTS["ppo"].ppo, minibatches=25))
+    state = start(AGENTS["ppo"], jr.key(0))
+    with pytest.raises(UserError, match="rollout of 24 rows cannot be cut into 25 minibatches"):
+        jax.eval_shape(lambda s, r: agent.update(s, r, jr.key(0)), state, acted(agent, state, jr.key(1)))

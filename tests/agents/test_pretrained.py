@@ -20,10 +20,12 @@ from contraflow.agents.onpolicy.dppo import DPPO
 from contraflow.agents.onpolicy.fpo import FPO
 from contraflow.agents.onpolicy.reinflow import ReinFlow
 from contraflow.core.types import UserError
+from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.kernel import posterior_std
-from contraflow.flow.model import Ddim, FlowSpec
+from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.policy.best_of import First, Softmax
+from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.normalise import RunningMoments
 from contraflow.policy.uniform import uniform_policy
 
@@ -160,3 +162,18 @@ def test_what_is_no_flow_is_refused():
         with pytest.raises(UserError, match="contraflow train bc"):
             agent.starting_from(uniform_policy(2))
     assert not hasattr(SAC(), "starting_from")
+
+
+def test_a_flow_with_other_inputs_is_refused(cloned):
+    """Of a network that is told nothing of steps or of a temperature; RFM stops telling what is not heard."""
+    with pytest.raises(UserError, match="give PMD the objective Matching"):
+        PMD(objective=MeanFlow()).starting_from(cloned)
+    averages = FlowPolicy(Flow(cloned.policy.flow.net, replace(FLOW, averaged=True)))
+    assert BC(objective=MeanFlow()).starting_from(averages).flow.averaged
+    with pytest.raises(ValueError, match="choose an objective that ties steps"):
+        RFM().starting_from(averages)
+    assert not RFM(condition_on_temperature=True).starting_from(cloned).condition_on_temperature
+    told = FlowPolicy(cloned.policy.flow, jnp.ones(()))
+    assert RFM().starting_from(told).condition_on_temperature
+    with pytest.raises(UserError, match="conditioned on the temperature, PMD has none"):
+        PMD().starting_from(told)

@@ -19,10 +19,11 @@ from contraflow.flow.matching import consistency_error, square
 from contraflow.flow.model import Ddim
 from contraflow.flow.path import VE, VP
 from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, TruncatedNoise
 from contraflow.flow.solver import Euler, EulerMaruyama, Midpoint
-from contraflow.flow.support import Box
+from contraflow.flow.support import Box, Tanh
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.best_of import Argmax, First, Softmax
@@ -353,3 +354,17 @@ def test_one_particle_is_the_flow():
     one = jax.jit(agent.policy(state))(OBS, jr.key(2))
     flow = FlowPolicy(state.actor).particles(OBS, jr.split(jr.key(2))[0], 1)[0]
     np.testing.assert_allclose(one, flow, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"endpoint": "buffer"}, {"query": Softmax(32)}, {"query": Argmax(4)}])
+def test_chains_start_at_the_policys_own_endpoint(bad):
+    """From another start the steps of `Gibbs` would no longer leave the posterior invariant."""
+    with pytest.raises(ValueError, match="First"):
+        PosteriorTarget(Gibbs(), **bad)
+    assert PosteriorTarget(Gibbs(), query=First(4)).query.particles == 4
+
+
+@pytest.mark.parametrize(("estimator", "support"), [(Gibbs(), Box()), (Gibbs(bound=1.0), Tanh())])
+def test_an_estimator_suits_the_support(estimator, support):
+    with pytest.raises(ValueError, match="does not suit"):
+        RFM(flow=replace(SMALL, support=support), target=PosteriorTarget(estimator))

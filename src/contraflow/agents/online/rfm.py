@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.agents.base import Preset, adopted, flow_of, takes_temperature
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.flow.fewstep import Matching, MeanFlow, Objective
@@ -260,7 +260,13 @@ class RFM:
         target = self.target
         if isinstance(spec.support, Box) and isinstance(target.estimator, Gibbs):
             target = replace(target, estimator=replace(target.estimator, bound=1.0))
-        return replace(self, flow=spec, target=target, normalise_obs=pretrained_mode(self.normalise_obs, stats))
+        return replace(
+            self,
+            flow=spec,
+            target=target,
+            condition_on_temperature=takes_temperature(policy),
+            normalise_obs=pretrained_mode(self.normalise_obs, stats),
+        )
 
     def adopt(self, state: RFMState, policy: Policy) -> RFMState:
         """The state with the networks of a pretrained policy."""
