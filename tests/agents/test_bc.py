@@ -59,7 +59,7 @@ def test_the_loss_by_hand(predict: str):
     """x_t is on the path of the action, the target belongs to it, and masked numbers do not count."""
     path = VP() if predict == "noise" else Linear()
     agent = BC(replace(SMALL, path=path, predict=predict, network=Recorded(16, 1, 8)))
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     data = batch(jr.key(1))
     ASKED.clear()
     _, metrics = jax.jit(agent.update)(state, data, jr.key(2))
@@ -84,7 +84,7 @@ def test_the_loss_by_hand(predict: str):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_one_update(objective):
     agent = BC(SMALL, objective=objective, coupling=Weighted(), dispersion=0.1)
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     new, metrics = jax.jit(agent.update)(state, batch(jr.key(1)), jr.key(2))
     assert new.step == 1 and all(np.isfinite(float(x)) for x in metrics.values())
     assert ("tie_loss" in metrics) == objective.averaged
@@ -98,7 +98,7 @@ def test_one_update(objective):
 @pytest.mark.slow
 def test_a_transformer_learns_too():
     agent = BC(replace(SMALL, network=ChunkTransformer(16, 1, 8)))
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     update, losses = jax.jit(agent.update), []
     for i in range(60):
         state, metrics = update(state, batch(jr.key(1)), jr.key(i))

@@ -35,12 +35,16 @@ class Parabola(QEnsemble):
         return -jnp.sum((action - 0.4) ** 2) * jnp.ones((self.num, 1))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def train(agent, updates):
     state = agent.init(jr.key(0), SPEC)
     critic, target = (Parabola(2, 1, 1, 1, 1, key=jr.key(i)) for i in (1, 2))
     state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, target))
-    return jax.lax.scan(lambda s, k: agent.update(s, bandit(32), k), state, jr.split(jr.key(3), updates))
+    return run(agent, state, jr.split(jr.key(3), updates))
+
+
+@partial(jax.jit, static_argnums=0)
+def run(agent, state, keys):
+    return jax.lax.scan(lambda s, k: agent.update(s, bandit(32), k), state, keys)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def end_of(actor, key):
 
 
 def test_one_step_without_noise_is_the_deterministic_policy_gradient():
-    actor = jax.jit(lambda k: ONE_STEP.init(k, SPEC))(jr.key(0)).actor
+    actor = ONE_STEP.init(jr.key(0), SPEC).actor
 
     def value(actor):
         return -jnp.sum((end_of(actor, jr.key(5))[0] - 0.4) ** 2)
@@ -87,7 +91,7 @@ def test_one_step_without_noise_is_the_deterministic_policy_gradient():
 def test_the_update_climbs_that_gradient():
     """Adam's first step has the size of the rate and the sign of the gradient, here that of Q at the ends."""
     state, _ = train(ONE_STEP, 1)
-    first = jax.jit(lambda k: ONE_STEP.init(k, SPEC))(jr.key(0)).actor
+    first = ONE_STEP.init(jr.key(0), SPEC).actor
     keys = jr.split(jr.split(jr.split(jr.key(3), 1)[0], 4)[2], 32)  # as `update` splits it
 
     def value(actor):
@@ -105,7 +109,7 @@ def test_only_what_can_be_is_accepted():
 
 def test_an_end_beyond_the_box_comes_back_and_goes_no_further():
     """The gradient reaches the actor where it leads back to the maximum, and does not where it leads out."""
-    actor = jax.jit(lambda k: ONE_STEP.init(k, SPEC))(jr.key(0)).actor
+    actor = ONE_STEP.init(jr.key(0), SPEC).actor
     actor = eqx.tree_at(lambda a: a.net.last.bias, actor, jnp.full(1, 50.0))
 
     def loss(actor, best):

@@ -44,22 +44,26 @@ class Flat(QEnsemble):
         return jnp.ones((self.num, 1))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def train(agent, kind, updates):
     """Before and after, with the critic `kind`; the mean of the last half of the actors."""
     state = agent.init(jr.key(0), SPEC)
     critic, target = (kind(2, 1, 1, 1, 1, key=jr.key(i)) for i in (1, 2))
     first = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, target))
+    weights = 1.0 / jnp.maximum(1.0, jnp.arange(updates) - updates // 2)
+    last, average, metrics = run(agent, first, jr.split(jr.key(3), updates), weights)
+    return first, eqx.tree_at(lambda s: s.actor, last, average), metrics
 
+
+@partial(jax.jit, static_argnums=0)
+def run(agent, first, keys, weights):
     def step(carry, inputs):
         state, average = carry
         key, weight = inputs
         state, metrics = agent.update(state, bandit(64), key)
         return (state, jax.tree.map(lambda a, b: a + weight * (b - a), average, state.actor)), metrics
 
-    weights = 1.0 / jnp.maximum(1.0, jnp.arange(updates) - updates // 2)
-    (last, average), metrics = jax.lax.scan(step, (first, first.actor), (jr.split(jr.key(3), updates), weights))
-    return first, eqx.tree_at(lambda s: s.actor, last, average), metrics
+    (last, average), metrics = jax.lax.scan(step, (first, first.actor), (keys, weights))
+    return last, average, metrics
 
 
 def draws(actor, n=4000):
@@ -113,7 +117,7 @@ class Opposite(QEnsemble):
 def test_the_backup_chooses_by_the_target(rule):
     """Of 64 actions of the slow copy the one that the target values most; the online critic would take the least."""
     agent = replace(AGENT, choose=Selection(backup=rule), temperature=Constant(0.01))
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     online, target = Opposite(2, 1, 1, 1, 1, key=jr.key(1)), Rising(2, 1, 1, 1, 1, key=jr.key(2))
     state = eqx.tree_at(lambda s: (s.critic, s.target), state, (online, target))
     _, metrics = jax.jit(agent.update)(state, bandit(16, discount=0.5), jr.key(3))

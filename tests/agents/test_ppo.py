@@ -41,7 +41,6 @@ AGENTS = {
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "reinflow-sum" else ()) for name in AGENTS]
 
 
-@partial(jax.jit, static_argnums=0)
 def start(agent, key):
     return agent.init(key, SPEC)
 

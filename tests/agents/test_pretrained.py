@@ -63,14 +63,14 @@ DENOISER = DPPO(learned=2, ppo=PASSES)
 def cloned():
     """A cloned policy with weights of its own and normalised observations."""
     agent = BC(FLOW)
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(8))
+    state = agent.init(jr.key(8), SPEC)
     return agent.policy(replace(state, stats=STATS))
 
 
 def started(agent, policy):
     """(settings, state) of an agent that begins where `policy` is."""
     agent = agent.starting_from(policy)
-    return agent, agent.adopt(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(1)), policy)
+    return agent, agent.adopt(agent.init(jr.key(1), SPEC), policy)
 
 
 def leaves_of(tree):

@@ -52,7 +52,7 @@ def batch(seed=0):
 
 def start(agent, seed=0):
     """A first state whose target is not the critic, so that it matters which of the two is asked."""
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(seed))
+    state = agent.init(jr.key(seed), SPEC)
     other = jax.jit(lambda k: QEnsemble(2, 3, 2, 8, 1, key=k))(jr.key(seed + 50))
     return eqx.tree_at(lambda s: s.target, state, other)
 

@@ -35,7 +35,7 @@ class Parabola(QEnsemble):
 
 def gaussian_state(mean, std):
     """A state whose actor is tanh N(mean, std^2) everywhere."""
-    state = jax.jit(lambda k: AGENT.init(k, SPEC))(jr.key(0))
+    state = AGENT.init(jr.key(0), SPEC)
     head = (jnp.zeros_like(state.actor.last.weight), jnp.array([mean, np.log(std)], jnp.float32))
     return eqx.tree_at(lambda s: (s.actor.last.weight, s.actor.last.bias), state, head)
 
@@ -71,7 +71,6 @@ def test_acting():
     np.testing.assert_allclose(np.arctanh(many).std(), 0.3, rtol=0.1)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def train(agent, updates):
     """The state after training on the parabola, and the metrics of every update."""
     state = agent.init(jr.key(0), SPEC)
@@ -79,7 +78,11 @@ def train(agent, updates):
     critic, target = q(jr.key(1)), q(jr.key(2))
     opt = jax.vmap(agent.critic.optim.tx.init)(critic.members)
     state = eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (critic, target, opt))
-    keys = jr.split(jr.key(3), updates)
+    return run(agent, state, jr.split(jr.key(3), updates))
+
+
+@partial(jax.jit, static_argnums=0)
+def run(agent, state, keys):
     return jax.lax.scan(lambda s, k: agent.update(s, bandit(64), k), state, keys)
 
 
@@ -134,7 +137,7 @@ def test_entropy_hits_its_target():
 def test_default_target_entropy_is_minus_the_action_dimension():
     agent = replace(PLAIN, alpha_optim=Optim(0.1))
     spec = EnvSpec(1, 2, 1, 1, True)
-    state = jax.jit(lambda k: agent.init(k, spec))(jr.key(0))
+    state = agent.init(jr.key(0), spec)
     for std, rises in ((0.05, True), (1.0, False)):  # entropy 2 log(std sqrt(2 pi e)) = -3.2 and about 2 - log det
         bias = jnp.concatenate([jnp.zeros(2), jnp.full(2, np.log(std))])
         head = (jnp.zeros_like(state.actor.last.weight), bias)

@@ -36,7 +36,7 @@ def q(a):
 
 
 def state_of(agent, kind=Waves):
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     critic, target = (kind(2, 1, 1, 1, 1, key=jr.key(i)) for i in (1, 2))
     opt = jax.vmap(agent.critic.optim.tx.init)(critic.members)
     return eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (critic, target, opt))

@@ -32,7 +32,7 @@ class Parabola(QEnsemble):
 
 
 def start(agent):
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     critic, target = (Parabola(2, 1, 1, 8, 1, key=jr.key(i)) for i in (1, 2))
     opt = jax.vmap(agent.critic.optim.tx.init)(critic.members)
     return eqx.tree_at(lambda s: (s.critic, s.target, s.critic_opt), state, (critic, target, opt))

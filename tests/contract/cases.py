@@ -123,9 +123,9 @@ class Case:
     def traces(self) -> dict[str, int]:
         return {"act": 0, "update": 0}
 
-    @cached_property
-    def init(self):
-        return jax.jit(lambda key: self.agent.init(key, SPEC))
+    def init(self, key: jax.Array) -> Any:
+        """Not compiled as a whole: the layers of all agents are."""
+        return self.agent.init(key, SPEC)
 
     @cached_property
     def update(self):

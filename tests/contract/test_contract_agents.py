@@ -244,7 +244,7 @@ def test_noise_is_drawn_for_every_sample_of_a_batch(name):
         agent = replace(agent, choose=replace(agent.choose, explore=First(), backup=First()))
     if name == "sir":
         agent = replace(agent, explore=First(), backup=First())
-    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+    state = agent.init(jr.key(0), SPEC)
     rows = jax.tree.map(lambda x: jnp.repeat(x, 64, axis=0), batch(jr.key(1), 1, jnp.zeros(1)))
     rows = eqx.tree_at(lambda r: r.discount, rows, jnp.full(64, 0.99))
     metrics = jax.jit(jax.vmap(lambda state, data, key: agent.update(state, data, key)[1], (None, None, 0)))

@@ -252,7 +252,7 @@ def stepping(steps: int = 1) -> Flow:
 @pytest.fixture(scope="module")
 def wrong() -> Flow:
     """A network that is no flow of anything."""
-    flow = jax.jit(lambda k: AVERAGED.init(k, 2, 3))(jr.key(5))
+    flow = AVERAGED.init(jr.key(5), 2, 3)
     last = flow.net.last.weight
     return eqx.tree_at(lambda f: f.net.last.weight, flow, 0.3 * jr.normal(jr.key(6), last.shape))
 

@@ -53,7 +53,7 @@ class Sum(QEnsemble):
 
 @pytest.fixture(scope="module")
 def flow():
-    return jax.jit(lambda k: FlowSpec(solver=Ddim(3), network=ResidualMLP(8, 1, 4)).init(k, 2, 3))(jr.key(0))
+    return FlowSpec(solver=Ddim(3), network=ResidualMLP(8, 1, 4)).init(jr.key(0), 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_exploring_and_greedy_follow_their_own_rules(flow, critic):
 
 def test_the_temperature_reaches_a_flow_that_is_told():
     spec = FlowSpec(solver=Ddim(2), network=ResidualMLP(8, 1, 4))
-    flow = jax.jit(lambda k: spec.init(k, 2, 3 + 4))(jr.key(0))
+    flow = spec.init(jr.key(0), 2, 3 + 4)
     act = jax.jit(lambda lam: FlowPolicy(flow, lam)(OBS, jr.key(1)))
     assert FlowPolicy(flow, jnp.asarray(0.1)).condition(OBS).shape == (7,)
     assert np.abs(act(jnp.asarray(0.1)) - act(jnp.asarray(5.0))).max() > 1e-4
@@ -137,7 +137,7 @@ def test_the_temperature_reaches_a_flow_that_is_told():
 def test_a_solver_that_adds_noise_has_a_key_of_its_own():
     """Used for the start too, it would add what it started from."""
     still = FlowSpec(solver=EulerMaruyama(1, path=Linear()), network=ResidualMLP(8, 1, 4))
-    flow = jax.jit(lambda k: still.init(k, 2, 3))(jr.key(0))
+    flow = still.init(jr.key(0), 2, 3)
 
     def ends(key):
         end = flow.sample(flow.noise(jr.clone(key)), OBS, jr.fold_in(key, 1))

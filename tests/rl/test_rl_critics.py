@@ -24,7 +24,7 @@ def batch(key=0, discount=0.99):
 
 
 def made(settings, key=2):
-    return jax.jit(lambda k: settings.init(k, SPEC))(jr.key(key))
+    return settings.init(jr.key(key), SPEC)
 
 
 def numbers(critic, data, actions):
