@@ -1,11 +1,10 @@
-"""An agent of one's own: a frozen dataclass of settings with `init`, `act` and `update`, and nothing to register.
+"""An agent of one's own: a frozen dataclass of settings with `init`, `policy` and `update`, and nothing to register.
 
 The cross-entropy method without a critic: move a Gaussian towards the best tenth of the actions in each batch.
 From the command line, in this folder: contraflow train custom_agent:CrossEntropy --trust --env bandit:two-peak
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,17 +14,19 @@ from jaxtyping import Array, Float
 from contraflow import Run, train
 
 
-class State(eqx.Module):
-    """What is learned. Every leaf is an array, no key among them."""
+class Gaussian(eqx.Module):
+    """The policy, and all that is learned: every leaf is an array, no key among them."""
 
     mean: Float[Array, " a"]
     log_std: Float[Array, " a"]
 
+    def __call__(self, obs, key, greedy=True):
+        noise = 0.0 if greedy else jr.normal(key, self.mean.shape)
+        return jnp.clip(self.mean + jnp.exp(self.log_std) * noise, -1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    acting: ClassVar[tuple[str, ...]] = ("mean", "log_std")  # what `act` reads: the saved policy
-
     elite: float = 0.1
     rate: float = 0.05
 
@@ -34,18 +35,17 @@ class CrossEntropy:
             raise ValueError(f"elite is a share in (0, 1], got {self.elite}")
 
     def init(self, key, spec):
-        return State(jnp.zeros(spec.action_dim), jnp.full(spec.action_dim, -0.5))
+        return Gaussian(jnp.zeros(spec.action_dim), jnp.full(spec.action_dim, -0.5, float))
 
-    def act(self, state, obs, key, explore):
-        noise = jr.normal(key, state.mean.shape) if explore else 0.0
-        return jnp.clip(state.mean + jnp.exp(state.log_std) * noise, -1.0, 1.0)
+    def policy(self, state):
+        return state
 
     def update(self, state, batch, key):
         threshold = jnp.quantile(batch.reward, 1 - self.elite)
         weight = (batch.reward >= threshold) / jnp.sum(batch.reward >= threshold)
         mean = weight @ batch.action
         std = jnp.sqrt(weight @ (batch.action - mean[None]) ** 2 + 1e-4)
-        state = State(
+        state = Gaussian(
             state.mean + self.rate * (mean - state.mean), state.log_std + self.rate * (jnp.log(std) - state.log_std)
         )
         return state, {"threshold": threshold, "std": jnp.mean(std)}

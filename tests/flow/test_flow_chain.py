@@ -6,7 +6,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.flow.kernel import chain_log_prob, posterior_std, run_chain
+from contraflow.flow.kernel import log_prob, posterior_std, rollout
 from contraflow.flow.path import VP, Cosine, Linear
 
 STEPS, A, C, STD = 4, 0.7, 0.2, 0.3
@@ -22,7 +22,7 @@ def shifted(x, k):
 
 
 def draw(kernel, n):
-    return jax.vmap(lambda k: run_chain(kernel, jr.normal(jr.fold_in(k, 0), (2,)), STEPS, jr.fold_in(k, 1)))(
+    return jax.vmap(lambda k: rollout(kernel, jr.normal(jr.fold_in(k, 0), (2,)), STEPS, jr.fold_in(k, 1)))(
         jr.split(jr.key(0), n)
     )
 
@@ -41,7 +41,7 @@ def test_the_density_of_another_chain_is_normalised():
     """E_new[old / new] = 1, over all steps and over a window."""
     xs = draw(linear, 20_000)
     for learned in (range(STEPS), range(2, STEPS)):
-        new, old = (jax.vmap(lambda x, k=k, l=learned: chain_log_prob(k, x, l))(xs) for k in (linear, shifted))
+        new, old = (jax.vmap(lambda x, k=k, l=learned: log_prob(k, x, l))(xs) for k in (linear, shifted))
         assert new.shape == (20_000, len(learned), 2)
         ratio = jnp.exp(jnp.sum(old - new, (1, 2)))
         np.testing.assert_allclose(ratio.mean(), 1.0, atol=4 * float(ratio.std()) / 141)
@@ -50,7 +50,7 @@ def test_the_density_of_another_chain_is_normalised():
 
 def test_log_density_by_hand():
     xs = jnp.array([[0.0], [0.5], [0.1]])
-    got = chain_log_prob(linear, xs, [1])
+    got = log_prob(linear, xs, [1])
     gap = (0.1 - (A * 0.5 + C)) / STD
     np.testing.assert_allclose(got, [[-0.5 * gap**2 - np.log(STD) - 0.5 * np.log(2 * np.pi)]], rtol=1e-5)
 

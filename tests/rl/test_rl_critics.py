@@ -7,25 +7,24 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.core.optim import clipped_adam, gradient_step
-from contraflow.core.types import EnvSpec, Transition
+from contraflow.core.optim import Optim, gradient_step
+from contraflow.core.types import Batch, EnvSpec
 from contraflow.nets.critic import Mean, Min, SubsetMin
+from contraflow.nets.heads import Categorical
 from contraflow.rl.critics import Critics, polyak
 
 B, SPEC = 6, EnvSpec(3, 2, 1, 1, True)
 
 
-def batch(key=0, terminated=None, truncated=None, span=1):
-    k = jr.split(jr.key(key), 4)
-    none = jnp.zeros(B, bool)
-    return Transition(
-        jr.normal(k[0], (B, 3)), jr.uniform(k[1], (B, 2), minval=-1.0), jr.normal(k[2], (B,)), jr.normal(k[3], (B, 3)),
-        none if terminated is None else terminated, none if truncated is None else truncated, jnp.full(B, span),
-    )  # fmt: skip
+def batch(key=0, discount=0.99):
+    rng = np.random.default_rng(key)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    discount = jnp.broadcast_to(jnp.asarray(discount, jnp.float32), (B,))
+    return Batch(normal(B, 3), jnp.tanh(normal(B, 2)), normal(B), discount, normal(B, 3), jnp.ones((B, 2)))
 
 
 def made(settings, key=2):
-    return jax.jit(lambda k: settings.init(k, SPEC))(jr.key(key))
+    return settings.init(jr.key(key), SPEC)
 
 
 def numbers(critic, data, actions):
@@ -33,23 +32,21 @@ def numbers(critic, data, actions):
     return np.asarray(jax.jit(jax.vmap(critic))(data.next_obs, actions), float)
 
 
-TERMINATED = jnp.array([True, False, True, False, False, True])
-TRUNCATED = jnp.array([False, True, True, False, True, False])
-
-
-@pytest.mark.parametrize("span", [1, 3])
-def test_the_target_is_masked_by_termination_only(span):
-    settings = Critics(width=4, depth=1, gamma=0.9)
-    data, (critic, _, _) = batch(0, TERMINATED, TRUNCATED, span), made(settings)
+def test_the_target_is_discounted_by_the_row():
+    """y = r + discount (Q + bonus), the discount being that of the row: 0 at an end, gamma^span elsewhere."""
+    settings = Critics(width=4, depth=1)
+    discount = np.array([0.0, 0.9, 0.0, 0.9**3, 0.5, 0.0])
+    data, (critic, _, _) = batch(0, discount), made(settings)
     action, bonus = jnp.tanh(jr.normal(jr.key(1), (B, 2))), jnp.linspace(-1.0, 1.0, B)
-    goals, y = jax.jit(settings.goals)(critic, data, action, jr.key(0), bonus)
+    targets, y = jax.jit(settings.td_targets)(critic, data, action, jr.key(0), bonus)
     follows = numbers(critic, data, action).min(1) + np.asarray(bonus)
-    want = np.asarray(data.reward) + 0.9**span * np.where(TERMINATED, 0.0, follows)
+    want = np.asarray(data.reward) + discount * follows
     np.testing.assert_allclose(y, want, rtol=1e-5)
-    np.testing.assert_allclose(goals[:, 0], want, rtol=1e-5)
+    np.testing.assert_allclose(targets[:, 0], want, rtol=1e-5)
     # The value of what follows the end may be anything, even infinite: it must not count.
-    endless = eqx.tree_at(lambda d: d.next_obs, data, jnp.where(TERMINATED[:, None], jnp.inf, data.next_obs))
-    np.testing.assert_allclose(jax.jit(settings.goals)(critic, endless, action, jr.key(0), bonus)[1], want, rtol=1e-5)
+    endless = eqx.tree_at(lambda d: d.next_obs, data, jnp.where(data.discount[:, None] == 0, jnp.inf, data.next_obs))
+    y = jax.jit(settings.td_targets)(critic, endless, action, jr.key(0), bonus)[1]
+    np.testing.assert_allclose(y, want, rtol=1e-5)
 
 
 def test_what_several_critics_are_worth():
@@ -71,8 +68,8 @@ def leaves(tree):
 
 def test_every_member_takes_its_own_clipped_step():
     """Adam's first step hides the scale of a gradient, so its second moment is looked at: (1 - .999) of the square."""
-    settings = Critics(width=4, depth=1, max_grad_norm=1.0, tau=0.25, gamma=0.0)
-    data, (critic, target, opt) = batch(1), made(settings)
+    settings = Critics(width=4, depth=1, tau=0.25, optim=Optim(1e-3, max_grad_norm=1.0))
+    data, (critic, target, opt) = batch(1, 0.0), made(settings)
     # Member 1 is made a thousand times larger: under one joint norm its gradient would silence member 0.
     scale = jnp.array([1.0, 1000.0])[:, None, None]
     critic = eqx.tree_at(lambda q: q.members.last.weight, critic, critic.members.last.weight * scale)
@@ -99,9 +96,12 @@ def test_every_member_takes_its_own_clipped_step():
 
 
 def test_only_what_can_be_is_accepted():
-    for bad in ({"gamma": 1.7}, {"gamma": -0.1}, {"tau": 0.0}, {"width": 0}, {"lr": -1e-3}, {"members": 0}):
+    for bad in ({"gamma": 1.7}, {"gamma": -0.1}, {"tau": 0.0}, {"width": 0}, {"depth": 0}, {"members": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Critics(**bad)
+    for bad in ({"lr": -1e-3}, {"decay_steps": 0}, {"max_grad_norm": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Optim(**bad)
     with pytest.raises(ValueError, match="raise `members`"):
         Critics(backup=SubsetMin(3))
 
@@ -112,9 +112,9 @@ def test_polyak():
 
 
 @pytest.mark.parametrize("max_norm", [0.5, None])
-def test_descend_is_adam(max_norm):
+def test_a_gradient_step_is_adam(max_norm):
     """Two steps on a quadratic against Adam as in its paper, epsilon included."""
-    tx, x = clipped_adam(0.1, max_norm), {"x": jnp.array([3.0, -4.0])}
+    tx, x = Optim(0.1, max_grad_norm=max_norm).tx, {"x": jnp.array([3.0, -4.0])}
     state = tx.init(x)
     y, m, v = np.array([3.0, -4.0]), np.zeros(2), np.zeros(2)
     for i in (1, 2):
@@ -125,3 +125,23 @@ def test_descend_is_adam(max_norm):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         y = y - 0.1 * (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.999**i)) + 1e-8)
         np.testing.assert_allclose(x["x"], y, rtol=1e-5)
+
+
+def test_the_rate_falls_along_a_cosine():
+    """From lr to a tenth of it over `decay_steps`, and no further: Adam's steps on a constant slope have its size."""
+    tx, x = Optim(0.1, decay_steps=10).tx, {"x": jnp.zeros(())}
+    state, seen = tx.init(x), []
+    for _ in range(13):
+        old = x["x"]
+        x, state, *_ = gradient_step(tx, lambda x: x["x"], x, state)
+        seen.append(float(old - x["x"]))
+    n = np.minimum(np.arange(13), 10)
+    np.testing.assert_allclose(seen, 0.1 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * n / 10))), rtol=1e-4)
+
+
+def test_targets_out_of_range_are_counted():
+    """A head with a range says which share of the targets it had to clip."""
+    settings = Critics(width=4, depth=1, head=Categorical(5, -1.0, 1.0))
+    data = eqx.tree_at(lambda d: d.reward, batch(1, 0.0), jnp.array([-2.0, -1.0, 0.0, 0.5, 1.5, 9.0]))
+    *_, metrics = jax.jit(settings.learn)(*made(settings), data, data.action, jr.key(0))
+    assert metrics["targets_out_of_range"] == 0.5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contraflow.rl.energy import boltzmann
+from contraflow.rl.energy import boltzmann, boltzmann_in_box
 
 LAM = 0.3
 
@@ -47,3 +47,13 @@ def test_gradient_and_extremes():
     np.testing.assert_allclose(
         grad(jnp.asarray(u)[:, None])[:, 0], 3 * (1 - a**2) / LAM - 1.4 * a, rtol=1e-4, atol=1e-5
     )
+
+
+def test_in_a_box_values_beyond_are_those_of_the_nearest_action():
+    """Value and gradient; the density inside is exp(Q / lam) itself."""
+    log_pi = boltzmann_in_box(q, jnp.asarray(LAM))
+    inside, beyond = jnp.array([0.3, -0.8]), jnp.array([1.7, -0.8])
+    np.testing.assert_allclose(log_pi(inside), q(inside) / LAM, rtol=1e-6)
+    edge = jnp.array([1.0, -0.8])
+    np.testing.assert_allclose(log_pi(beyond), q(edge) / LAM, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(log_pi)(beyond), jax.grad(q)(edge) / LAM, rtol=1e-6)

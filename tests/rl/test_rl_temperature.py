@@ -1,5 +1,7 @@
 """The tuned temperature: its estimate of an entropy, and the way it turns."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,18 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents import PMD, RFM
-from contraflow.core.types import EnvSpec, Transition
-from contraflow.flow.posterior.importance import Fixed, Local, Reverse
+from contraflow.agents.online.pmd import PMD
+from contraflow.agents.online.rfm import RFM, SMALL, Choice, PosteriorTarget
+from contraflow.core.optim import Optim
+from contraflow.core.types import Batch, EnvSpec
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.proposal import TruncatedNoise
 from contraflow.flow.solver import Euler
-from contraflow.policy.select import First
+from contraflow.flow.support import Box
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.best_of import First
 from contraflow.rl.critics import Critics
 from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy, nearest_entropy
 
@@ -46,46 +54,49 @@ def test_entropy_told_by_neighbours(n: int):
 
 def test_too_much_entropy_cools():
     tuned = Tuned(entropy=-0.5, start=0.1, rate=0.01, low=0.05, high=0.2)
-    log_lam = tuned.first()
-    np.testing.assert_allclose(jnp.exp(log_lam), 0.1, rtol=1e-6)
-    np.testing.assert_allclose(tuned.move(log_lam, jnp.asarray(0.5)) - log_lam, -0.01, rtol=1e-4)
-    assert tuned.move(log_lam, jnp.asarray(-1.0)) > log_lam
+    lam, after = tuned.first(), lambda entropy: tuned.following(tuned.first(), jnp.asarray(3), jnp.asarray(entropy))
+    np.testing.assert_allclose(lam, 0.1, rtol=1e-6)
+    np.testing.assert_allclose(after(0.5), 0.1 * np.exp(-0.01), rtol=1e-6)
+    assert after(-1.0) > lam
     for entropy, limit in ((100.0, 0.05), (-200.0, 0.2)):
-        np.testing.assert_allclose(jnp.exp(tuned.move(log_lam, jnp.asarray(entropy))), limit, rtol=1e-5)
+        np.testing.assert_allclose(after(entropy), limit, rtol=1e-6)
 
 
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="low <= start"):
         Tuned(start=20.0)
     with pytest.raises(ValueError, match="at least 4 particles"):
-        RFM(backup=First())
+        RFM(choose=Choice(backup=First()))
     with pytest.raises(ValueError, match="entropy of weights is positive"):
         Tuned(-0.5, of="weights")
     with pytest.raises(ValueError, match="Local has no weights"):
-        RFM(temperature=Tuned(1.0, of="weights"), estimator=Local())
+        RFM(temperature=Tuned(1.0, of="weights"), target=PosteriorTarget(Local()))
     with pytest.raises(ValueError, match="of='weights'"):
         PMD(temperature=Tuned())
     assert RFM().temperature == Tuned(entropy=-0.5)
-    assert RFM(temperature=Constant(0.02), backup=First()).backup.particles == 1
+    assert RFM(temperature=Constant(0.02), choose=Choice(backup=First())).choose.backup.particles == 1
 
 
 @pytest.mark.parametrize("size", [3.0, 10.0])
 def test_it_settles_at_the_effective_size_asked_for(size: float):
     """Sixteen candidates, whose weights are Q / lambda alone in the box, under a critic that stands still."""
     estimator = Reverse(16, TruncatedNoise(), Fixed(0.0))
-    small = {"width": 4, "depth": 1, "embedding": 4, "actor_lr": 1e-30, "critic": Critics(width=4, depth=1, lr=1e-30)}
-    ended = jnp.ones(64, bool)
+    still = Optim(1e-30)
     rows = jr.normal(jr.key(1), (64, 3))
-    batch = Transition(rows, jnp.zeros((64, 2)), rows[:, 0], rows, ended, ~ended, jnp.ones(64, int))
+    batch = Batch(rows, jnp.zeros((64, 2)), rows[:, 0], jnp.zeros(64), rows, jnp.ones((64, 2)))
     tuned = Tuned(float(np.log(size)), of="weights", rate=0.2)
-    agent = RFM(bounds="box", estimator=estimator, solver=Euler(1), backup=First(), temperature=tuned, **small)
+    agent = RFM(
+        flow=replace(SMALL, support=Box(), solver=Euler(1), network=ResidualMLP(4, 1, 4)),
+        target=PosteriorTarget(estimator), choose=Choice(backup=First()), temperature=tuned, optim=still,
+        critic=Critics(width=4, depth=1, optim=still),
+    )  # fmt: skip
 
-    def run(log_lam, key):
+    def run(lam, key):
         state = agent.init(jr.clone(key), EnvSpec(3, 2, 1, 10, True))
-        state = eqx.tree_at(lambda s: s.log_lam, state, log_lam)
+        state = eqx.tree_at(lambda s: s.temperature, state, lam)
         return jax.lax.scan(lambda s, k: agent.update(s, batch, k), state, jr.split(key, 300))[1]
 
-    metrics = jax.jit(jax.vmap(run, (0, None)))(jnp.log(jnp.array([1e-3, 1.0])), jr.key(2))
+    metrics = jax.jit(jax.vmap(run, (0, None)))(jnp.array([1e-3, 1.0]), jr.key(2))
     last = {name: x[:, -50:].mean(1) for name, x in metrics.items()}
     np.testing.assert_allclose(last["entropy"], np.log(size), atol=0.05)
     np.testing.assert_allclose(last["temperature"][0], last["temperature"][1], rtol=0.05)

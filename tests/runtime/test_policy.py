@@ -4,50 +4,79 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
+import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.cli_helpers import Guess
 
 import contraflow
-from contraflow import RFM, SIR, EnvSpec, UserError
-from contraflow.agents import AGENTS
+from contraflow.agents.online.rfm import RFM, SMALL
+from contraflow.agents.online.sir import SIR
 from contraflow.core.settings import SCHEMA
-from contraflow.policy.select import First
+from contraflow.core.types import EnvSpec, UserError
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.artifact import load_policy, save_policy
+from contraflow.policy.base import act_batch
+from contraflow.policy.best_of import First
+from contraflow.policy.uniform import BetaActions
 from contraflow.rl.critics import Critics
-from contraflow.train.artifact import load_policy, save_policy
-from contraflow.train.evaluate import act_batch
 
 SPEC = EnvSpec(3, 2, 4, 100, True)
 CRITIC = Critics(width=8, depth=1)
-FLOW = RFM(width=8, depth=1, critic=CRITIC)
+AGENT = RFM(flow=replace(SMALL, network=ResidualMLP(8, 1, 4)), critic=CRITIC)
+ONE = replace(AGENT, choose=replace(AGENT.choose, greedy=First()))
 
 
-def saved(folder: Path, agent=FLOW, seed: int = 0):
-    state = agent.init(jr.key(seed), SPEC)
-    save_policy(folder / "policy", agent, SPEC, "probe:action", state)
-    return state
+def saved(folder: Path, agent=AGENT, seed: int = 0, spec: EnvSpec = SPEC):
+    """The policy of a fresh state, saved in the folder of a run."""
+    policy = agent.policy(agent.init(jr.key(seed), spec))
+    save_policy(folder / "policy", policy, spec, "probe:action")
+    return policy
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_the_saved_policy_acts_as_the_trained_one(name: str, tmp_path: Path):
-    small = {"width": 8, "depth": 1, "critic": CRITIC}
-    agent = AGENTS[name](**{k: v for k, v in small.items() if k in AGENTS[name].__dataclass_fields__})
-    state = saved(tmp_path, agent, seed=3)
+class Guess(eqx.Module):
+    """A policy of the user's own."""
+
+    bias: jnp.ndarray
+
+    def __call__(self, obs, key, greedy=True):
+        return jnp.tanh(self.bias)
+
+
+def test_the_saved_policy_acts_as_the_trained_one(tmp_path: Path):
+    network = saved(tmp_path, seed=3)
     obs = jr.normal(jr.key(1), (5, 3))
     policy = contraflow.load(tmp_path, seed=7)
-    wanted = act_batch(agent, state, obs, jr.key(7), 0)
+    wanted = act_batch(network, obs, jr.key(7), 0)
     assert np.array_equal(policy(obs), wanted)
     assert np.array_equal(contraflow.load(tmp_path / "policy", seed=7)(obs), wanted)
-    assert policy.env == "probe:action" and policy.spec == SPEC and policy.agent == agent
-    names = set(load_file(tmp_path / "policy/model.safetensors"))
-    assert {name.split("/")[0] for name in names} <= set(agent.acting)
+    assert policy.env == "probe:action" and policy.spec == SPEC
+    assert repr(policy) == "Policy(FlowPolicy for probe:action: 3 observations, 2 actions)"
+
+
+def test_arrays_are_named_by_what_they_are(tmp_path: Path):
+    """Not by their place: another order of fields would not swap the critic and the flow."""
+    network = saved(tmp_path)
+    arrays = load_file(tmp_path / "policy/model.safetensors")
+    assert {name.split("/")[0] for name in arrays} == {"policy", "critic", "temperature"}
+    first = network.policy.flow.net.first
+    assert np.array_equal(arrays["policy/flow/net/first/weights/0"], first.weights[0])
+    assert np.array_equal(arrays["critic/members/first/bias"], network.critic.members.first.bias)
+    config = json.loads((tmp_path / "policy/config.json").read_text())["policy"]
+    shuffled = dict(sorted(config.items(), reverse=True))
+    edit(tmp_path, policy=shuffled)
+    assert np.array_equal(contraflow.load(tmp_path)(np.zeros(3)), contraflow.load(saved_again(tmp_path))(np.zeros(3)))
+
+
+def saved_again(folder: Path) -> Path:
+    saved(folder / "again")
+    return folder / "again"
 
 
 def test_one_observation_or_many(tmp_path: Path):
-    state = saved(tmp_path, replace(FLOW, greedy=First()))
+    network = saved(tmp_path, ONE)
     policy = contraflow.load(tmp_path, seed=0)
     one = policy(np.zeros(3))
     assert one.shape == (2,) and (abs(one) <= 1).all()
@@ -57,20 +86,28 @@ def test_one_observation_or_many(tmp_path: Path):
     assert not np.array_equal(contraflow.load(tmp_path, seed=1)(np.zeros(3)), one)
     together, alone = contraflow.load(tmp_path, seed=0), contraflow.load(tmp_path, seed=0)
     actions = np.concatenate([together(np.zeros((3, 3))), together(np.zeros((2, 3)))])
-    np.testing.assert_allclose(actions, [alone(np.zeros(3)) for _ in range(5)], atol=1e-5)
+    # Batches of another size are another program: float32 rounds otherwise.
+    np.testing.assert_allclose(actions, [alone(np.zeros(3)) for _ in range(5)], rtol=1e-4, atol=1e-5)
     exploring = contraflow.load(tmp_path)(np.zeros((4, 3)), explore=True)
-    wanted = act_batch(policy.agent, state, jax.numpy.zeros((4, 3)), jr.key(0), 0, True)
-    assert np.array_equal(exploring, wanted)
+    assert np.array_equal(exploring, act_batch(network, jnp.zeros((4, 3)), jr.key(0), 0, False))
+
+
+def test_a_chunk_has_a_row_for_each_action(tmp_path: Path):
+    spec = EnvSpec(3, 4, 1, None, False, horizon=2, execute=1)
+    saved(tmp_path, ONE, spec=spec)
+    policy = contraflow.load(tmp_path)
+    assert policy(np.zeros(3)).shape == (2, 2) and policy(np.zeros((5, 3))).shape == (5, 2, 2)
+    assert "2 actions, chunks of 2 of which 1 are executed" in repr(policy)
 
 
 def test_actions_in_the_range_of_the_robot(tmp_path: Path):
     """The range is saved with the policy, and one of a chunk is that of each of its actions."""
     spec = EnvSpec(3, 4, 1, None, False, horizon=2, execute=1, low=(-2.0, 0.1), high=(2.0, 0.7))
-    save_policy(tmp_path / "policy", FLOW, spec, "", FLOW.init(jr.key(0), spec))
+    saved(tmp_path, spec=spec)
     policy = contraflow.load(tmp_path)
     assert policy.spec == spec
-    unit = np.array([[-1.0, -1.0, 1.0, 1.0], [0.0, 0.5, 0.5, -0.5]], np.float32)
-    np.testing.assert_allclose(policy.raw(unit), [[-2, 0.1, 2, 0.7], [0, 0.55, 1, 0.25]], rtol=1e-6)
+    unit = np.array([[-1.0, -1.0], [1.0, 1.0], [0.0, 0.5], [0.5, -0.5]], np.float32)
+    np.testing.assert_allclose(policy.raw(unit), [[-2, 0.1], [2, 0.7], [0, 0.55], [1, 0.25]], rtol=1e-6)
     assert np.array_equal(policy.raw(unit[1]), policy.raw(unit)[1])
     saved(tmp_path / "unit")
     assert np.array_equal(contraflow.load(tmp_path / "unit").raw(unit), unit)
@@ -84,7 +121,7 @@ def test_an_observation_of_another_size_is_refused(shape: tuple[int, ...], tmp_p
 
 
 def test_a_policy_of_foreign_code_takes_trust(tmp_path: Path):
-    saved(tmp_path, Guess())
+    save_policy(tmp_path / "policy", Guess(jnp.ones(2)), SPEC, "probe:action")
     with pytest.raises(UserError, match="--trust"):
         contraflow.load(tmp_path)
     assert contraflow.load(tmp_path, trust=True)(np.zeros(3)).shape == (2,)
@@ -120,13 +157,17 @@ def reshape(folder: Path):
         (lambda f: edit(f, schema=SCHEMA + 1), "upgrade contraflow"),
         (lambda f: edit(f, schema=None), "names no schema"),
         (lambda f: saved(f, SIR(critic=CRITIC)), None),
+        (lambda f: edit(f, policy="all of it"), "no part of a policy"),
+        (lambda f: edit(f, policy={"kind": "policy.flow:Missing"}), "--trust"),
+        (lambda f: edit(f, policy={"kind": "policy.flow:FlowPolicy", "flow": None}), "other fields"),
+        (lambda f: edit(f, policy=[]), "does not mention"),
     ],
 )
 def test_damage_is_named(damage, message: str | None, tmp_path: Path):
     saved(tmp_path)
     damage(tmp_path)
     if message is None:  # a whole policy of another agent over the old one is no damage
-        assert contraflow.load(tmp_path).agent == SIR(critic=CRITIC)
+        assert isinstance(contraflow.load(tmp_path).network.policy, BetaActions)
     else:
         with pytest.raises(UserError, match=message):
             contraflow.load(tmp_path)
@@ -137,7 +178,7 @@ def test_arrays_of_another_agent_are_named(tmp_path: Path):
     config = (tmp_path / "policy/config.json").read_text()
     saved(tmp_path, SIR(critic=CRITIC))
     (tmp_path / "policy/config.json").write_text(config)
-    with pytest.raises(UserError, match="lacks the array actor"):
+    with pytest.raises(UserError, match="lacks the array policy/flow"):
         load_policy(tmp_path / "policy")
 
 

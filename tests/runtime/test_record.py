@@ -1,8 +1,7 @@
 """Rolling out and keeping it: what is recorded is what the environment saw, and a file gives it back."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import equinox as eqx
 import gymnasium
@@ -18,10 +17,10 @@ from contraflow.data.datasets.readers import load
 from contraflow.data.datasets.write import write
 from contraflow.envs import make
 from contraflow.envs.gymnasium import Gymnasium
+from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
 from contraflow.runtime import collect as module
 from contraflow.runtime.collect import Behaviour, record
-from contraflow.train.artifact import save_policy
 
 
 class Logged(gymnasium.Env):
@@ -50,34 +49,21 @@ class Logged(gymnasium.Env):
         return self.observe(), reward, terminated, over and not terminated, {}
 
 
-class State(eqx.Module):
-    step: Any
-
-
-@dataclass(frozen=True)
-class Ramp:
+class Ramp(eqx.Module):
     """Chunks of `horizon` actions that begin at `start` and rise by .1; exploring, they fall."""
 
-    acting: ClassVar[tuple[str, ...]] = ("step",)
-    horizon: int = 1
-    dim: int = 2
-    start: float = 0.0
+    horizon: int = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+    start: float = eqx.field(static=True)
 
-    def init(self, key, spec):
-        return State(jnp.zeros((), jnp.int32))
-
-    def update(self, state, batch, key):
-        return state, {}
-
-    def act(self, state, obs, key, explore):
-        steps = self.start + 0.1 * jnp.arange(self.horizon) * (-1 if explore else 1)
+    def __call__(self, obs, key, greedy=True):
+        steps = self.start + 0.1 * jnp.arange(self.horizon) * (1 if greedy else -1)
         return jnp.repeat(steps, self.dim)
 
 
 def ramp(horizon: int = 1, execute: int = 1, dim: int = 2, env: str = "logged", start: float = 0.0) -> Policy:
-    agent = Ramp(horizon, dim, start)
     spec = EnvSpec(1, dim * horizon, 2, None, False, horizon, execute)
-    return Policy(agent, spec, env, agent.init(None, spec))
+    return Policy(Ramp(horizon, dim, start), spec, env)
 
 
 @pytest.fixture
@@ -156,7 +142,7 @@ def test_an_environment_that_does_not_fit(logged: list[Logged]):
 
 def saved(folder: Path, env: str = "jax:pendulum") -> None:
     agent, spec = SIR(critic=Critics(width=8, depth=1)), make(env).spec
-    save_policy(folder, agent, spec, env, agent.init(jr.key(0), spec))
+    save_policy(folder, agent.policy(agent.init(jr.key(0), spec)), spec, env)
 
 
 def test_a_compiled_environment_moves_by_its_own_law(tmp_path: Path):

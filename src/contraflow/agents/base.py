@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, UserError
 from contraflow.flow.model import Flow, FlowSpec
-from contraflow.policy.base import Policy, inner
+from contraflow.policy.base import Policy, inner, innermost
 from contraflow.policy.normalise import RunningMoments
 
 Needs = Literal["replay", "rollout", "dataset"]
@@ -42,7 +42,7 @@ class Agent(Protocol):
         ...
 
     def update(self, state: Any, batch: Any, key: PRNGKey, /) -> tuple[Any, Metrics]:
-        """Learn from a `Batch`, one gradient step, or from a `Rollout`, all that it is good for; metrics are scalars."""
+        """One gradient step on a `Batch`, or all that a `Rollout` is good for; metrics are scalars."""
         ...
 
 
@@ -62,14 +62,28 @@ class Preset:
 
 
 def flow_of(policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
-    """The flow of a pretrained policy, and its normalisation of observations. Raises UserError if it has none."""
-    flow = inner(policy, "flow")
+    """The flow of a pretrained policy, and its normalisation of observations.
+
+    Raises UserError if it has none, or one whose network takes other inputs than those of the agent.
+    """
+    flow, name = inner(policy, "flow"), type(agent).__name__
     if flow is None:
         raise UserError(
-            f"{type(agent).__name__} starts from a flow, and {type(policy).__name__} is none: train one with "
-            "`contraflow train bc`"
+            f"{name} starts from a flow, and {type(policy).__name__} is none: train one with `contraflow train bc`"
+        )
+    if takes_temperature(policy) and not hasattr(agent, "condition_on_temperature"):
+        raise UserError(f"this flow is conditioned on the temperature, {name} has none to tell it: train another one")
+    if (objective := getattr(agent, "objective", None)) and objective.averaged and not flow.spec.averaged:
+        raise UserError(
+            f"{type(objective).__name__} needs a flow of average velocities: train it with that objective too, or give "
+            f"{name} the objective Matching"
         )
     return flow, inner(policy, "stats")
+
+
+def takes_temperature(policy: Policy) -> bool:
+    """Whether the network of a flow is told the temperature."""
+    return getattr(innermost(policy), "temperature", None) is not None
 
 
 def adopted(spec: FlowSpec, policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:

@@ -53,8 +53,8 @@ class Step(eqx.Module):
 class Batch(eqx.Module):
     """Rows that an off-policy or offline agent learns from; leading axis B.
 
-    `discount` is gamma^span (1 - terminated), what the value of `next_obs` counts for: no agent needs to know of ends and
-    spans. `reward` is discounted and summed over the span. An action may be a chunk, d = horizon * a numbers;
+    `discount` is gamma^span (1 - terminated), what the value of `next_obs` counts for: no agent needs to know of ends
+    and spans. `reward` is discounted and summed over the span. An action may be a chunk, d = horizon * a numbers;
     `mask` is 0 for those that lie beyond the end of its trajectory, 1 for the others.
     """
 

@@ -109,7 +109,9 @@ class Flow(eqx.Module):
         """The last hidden layer of the network."""
         return self.net.features(*self._inputs(x, t, cond, r))
 
-    def _inputs(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None) -> tuple[Vector, Scalar, Condition]:
+    def _inputs(
+        self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None
+    ) -> tuple[Vector, Scalar, Float[Array, " told"]]:
         spec = self.spec
         if spec.averaged:
             length = CLOCK * ((t if r is None else r) - t)

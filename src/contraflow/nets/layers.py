@@ -1,6 +1,7 @@
 """Layers. Every leaf of a module is an array; a layer takes one sample, batches come from `vmap`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import equinox as eqx
@@ -18,6 +19,7 @@ def activation_function(name: Activation) -> Callable[[Float[Array, "*s"]], Floa
     return {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}[name]
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _orthogonal(key: PRNGKey, into: int, out: int) -> Float[Array, "into out"]:
     """sqrt 2 times a uniformly distributed matrix with orthonormal columns (rows, if there are fewer).
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.core.types import PRNGKey
@@ -32,7 +33,7 @@ class FlowPolicy(eqx.Module):
         return self.flow.action(self.flow.particles(self.condition(obs), key, n)[1])
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
-        return self.from_noise(obs, self.flow.noise(key), key)
+        return self.from_noise(obs, self.flow.noise(key), jr.fold_in(key, 1))
 
     @property
     def cost(self) -> Cost:

@@ -18,8 +18,8 @@ from contraflow.nets.heads import Head, Point
 class Critics:
     """Settings of the critics: networks, what they say, how several make one value, how they learn.
 
-    y = r + discount (Z'(s', a') + bonus), discount = gamma^span (1 - terminated), Z' the distribution that `backup` makes
-    of the target networks, which follow at the rate tau. A truncated episode is bootstrapped like any other step.
+    y = r + discount (Z'(s', a') + bonus), discount = gamma^span (1 - terminated), Z' the distribution that `backup`
+    makes of the target networks, which follow at the rate tau. A truncated episode is bootstrapped like any other step.
     """
 
     members: int = 2

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.core.optim import Optim, check_positive, gradient_step
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout, UserError
 from contraflow.nets.mlp import MLP, MLPSpec
 from contraflow.policy.normalise import RunningMoments
 from contraflow.rl.advantage import gae, normalise
@@ -151,10 +151,15 @@ def passes(
     """`count` passes over the rows [B] of `data`, each in a new order and in equal minibatches (a rest is left out).
 
     `step(nets, minibatch, key)` is one gradient step. Once the `kl` of one exceeds `target_kl`, nothing moves any more.
-    Metrics are means over the steps taken; `updates` is their number.
+    Metrics are means over the steps taken; `updates` is their number. Raises UserError for fewer rows than minibatches.
     """
     rows = jax.tree.leaves(data)[0].shape[0]
     size = rows // minibatches
+    if not size:
+        raise UserError(
+            f"a rollout of {rows} rows cannot be cut into {minibatches} minibatches: lower --agent.ppo.minibatches, or "
+            "raise --unroll or --num-envs"
+        )
     names = jax.eval_shape(step, nets, jax.tree.map(lambda x: x[:size], data), key)[1]
 
     def one(carry, inputs):

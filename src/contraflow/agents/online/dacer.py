@@ -89,7 +89,7 @@ class DACER:
         # 2. Actor: maximise Q(s, a(s, x_0)) through all steps of the sampler.
         def actor_loss(actor):
             def one(obs, key):
-                end = actor.sample(actor.noise(key), obs)
+                end = actor.sample(actor.noise(key), obs, jr.fold_in(key, 1))
                 return -critic.value(obs, into_box(end) if isinstance(self.flow.support, Box) else actor.action(end))
 
             return jnp.mean(jax.vmap(one)(batch.obs, jr.split(k_now, n)))
@@ -146,7 +146,5 @@ into_box.defvjp(_forward, _backward)
 
 
 PRESETS = (
-    Preset(
-        "dacer", DACER(), "Diffusion actor-critic with entropy regulator", "2405.15177", "moved up Q through the sampler"
-    ),
-)  # fmt: skip
+    Preset("dacer", DACER(), "Diffusion actor-critic with entropy regulator", "2405.15177", "climbs Q by its sampler"),
+)

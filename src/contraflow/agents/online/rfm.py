@@ -2,8 +2,8 @@
 
 The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, a(u)) / lambda)
 |da/du|, which an estimator finds without samples of pi. `RFM()` is our default, with `Gibbs`. The paper's importance
-sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)` as
-control it is a noise- or gradient-expectation method, of which many have a file of their own beside this one.
+sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)`
+as control it is a noise- or gradient-expectation method, of which many have a file of their own beside this one.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
-from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.agents.base import Preset, adopted, flow_of, takes_temperature
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.flow.fewstep import Matching, MeanFlow, Objective
@@ -68,9 +68,9 @@ class PosteriorTarget:
 
     def __post_init__(self):
         if self.estimator.invariant_start and (self.endpoint == "buffer" or chooses(self.query)):
+            name = type(self.estimator).__name__
             raise ValueError(
-                f"{type(self.estimator).__name__} starts its chains at the policy's own endpoint: use endpoint='policy' "
-                "and query=First()"
+                f"{name} starts its chains at the policy's own endpoint: use endpoint='policy' and query=First()"
             )
 
 
@@ -260,7 +260,13 @@ class RFM:
         target = self.target
         if isinstance(spec.support, Box) and isinstance(target.estimator, Gibbs):
             target = replace(target, estimator=replace(target.estimator, bound=1.0))
-        return replace(self, flow=spec, target=target, normalise_obs=pretrained_mode(self.normalise_obs, stats))
+        return replace(
+            self,
+            flow=spec,
+            target=target,
+            condition_on_temperature=takes_temperature(policy),
+            normalise_obs=pretrained_mode(self.normalise_obs, stats),
+        )
 
     def adopt(self, state: RFMState, policy: Policy) -> RFMState:
         """The state with the networks of a pretrained policy."""

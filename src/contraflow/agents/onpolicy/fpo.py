@@ -75,7 +75,7 @@ class MatchedFlow(eqx.Module):
     def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
         """An action, and pairs with their losses."""
         k_solve, k_t, k_noise = jr.split(key, 3)
-        end = self.flow.sample(self.flow.noise(k_solve), obs)
+        end = self.flow.sample(self.flow.noise(k_solve), obs, jr.fold_in(k_solve, 1))
         t = jr.uniform(k_t, (self.pairs,), minval=EDGE, maxval=1.0 - EDGE)
         noise = self.flow.noise(k_noise, self.pairs)
         return self.flow.action(end), Draw(end, t, noise, self.losses(obs, end, t, noise))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from contraflow.policy.select import Argmax, First, Softmax
+from contraflow.policy.best_of import Argmax, First, Softmax
 from contraflow.rl.temperature import Anneal, Constant
 
 SCORE = jnp.array([0.3, -1.0, 1.2, 0.0])
@@ -38,9 +38,11 @@ def test_a_selector_needs_a_particle(kind):
 
 
 def test_temperatures():
-    steps = jnp.arange(0, 401, 100)
-    np.testing.assert_allclose(jax.vmap(Constant(0.3))(steps), np.full(5, 0.3), rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(Anneal(0.1, 0.001, 200))(steps), [0.1, 0.01, 0.001, 0.001, 0.001], rtol=1e-5)
+    steps, lam, entropy = jnp.arange(0, 401, 100), jnp.asarray(7.0), jnp.zeros(())
+    assert Constant(0.3).following(lam, steps[1], entropy) == 7.0 and Constant(0.3).first() == jnp.float32(0.3)
+    got = jax.vmap(lambda n: Anneal(0.1, 0.001, 200).following(lam, n, entropy))(steps)
+    np.testing.assert_allclose(got, [0.1, 0.01, 0.001, 0.001, 0.001], rtol=1e-5)
+    assert Anneal(0.1, 0.001, 200).first() == got[0]
 
 
 @pytest.mark.parametrize("make", [lambda: Constant(0.0), lambda: Anneal(0.1, 0.0), lambda: Anneal(steps=0)])
