@@ -126,6 +126,8 @@ def test_one_bound_that_is_stated_counts():
     assert (data.low[0], data.high[0]) == (-5, 4) and not data.stated
     with pytest.raises(UserError, match=r"column 0 of action is -2 in row 0, outside \[-1, 4\]"):
         analytic(low=-1, high=())
+    with pytest.raises(UserError, match=r"column 0 of action is -2 in row 0, outside \[-4, -3\]"):
+        analytic(high=-3, low=None)
 
 
 def test_actions_outside_the_bounds():

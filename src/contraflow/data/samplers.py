@@ -110,6 +110,21 @@ def _follow(
 ) -> tuple[Int[Array, "n k"], Bool[Array, "n k"], Int[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
     """(places, inside, last, reward, discount): the k = `steps` rows from each row on, where those not `inside`, beyond
     its trajectory, repeat the one before; the last that its value counts, what they are worth, and the discount."""
+    places, inside = _chain(rows, first, steps)
+    ends = jnp.cumsum(rows.terminated[places], axis=1)
+    counted = inside & (jnp.pad(ends[:, :-1], ((0, 0), (1, 0))) == 0)  # nothing counts after a terminated step
+    powers = jnp.asarray(gamma ** np.arange(steps), jnp.float32)
+    reward = jnp.sum(jnp.where(counted, powers[None] * rows.reward[places], 0.0), axis=1)
+    span = jnp.sum(counted, axis=1)
+    last = jnp.take_along_axis(places, span[:, None] - 1, axis=1)[:, 0]
+    return places, inside, last, reward, jnp.where(rows.terminated[last], 0.0, gamma**span)
+
+
+def _chain(rows: Rows, first: Int[Array, " n"], steps: int) -> tuple[Int[Array, "n k"], Bool[Array, "n k"]]:
+    """`places` and `inside` of `_follow`."""
+    if rows.last is not None:  # the same without links, which take three times as long for 50 steps
+        ahead, last = first[:, None] + jnp.arange(steps)[None], rows.last[first][:, None]
+        return jnp.minimum(ahead, last), ahead <= last
     at, inside = first, jnp.ones(first.shape, bool)
     chain = [(at, inside)]
     for _ in range(1, steps):
@@ -118,13 +133,7 @@ def _follow(
         at = jnp.where(inside, following, at)
         chain.append((at, inside))
     places, inside = (jnp.stack(column, axis=1) for column in zip(*chain, strict=True))
-    ends = jnp.cumsum(rows.terminated[places], axis=1)
-    counted = inside & (jnp.pad(ends[:, :-1], ((0, 0), (1, 0))) == 0)  # nothing counts after a terminated step
-    powers = jnp.asarray(gamma ** np.arange(steps), jnp.float32)
-    reward = jnp.sum(jnp.where(counted, powers[None] * rows.reward[places], 0.0), axis=1)
-    span = jnp.sum(counted, axis=1)
-    last = jnp.take_along_axis(places, span[:, None] - 1, axis=1)[:, 0]
-    return places, inside, last, reward, jnp.where(rows.terminated[last], 0.0, gamma**span)
+    return places, inside
 
 
 def _batch(

@@ -332,8 +332,11 @@ def _bounds(name: str, action: np.ndarray, low: Any, high: Any) -> tuple[Bounds,
         )
     no_low, no_high = ~(abs(low) < UNBOUNDED), ~(abs(high) < UNBOUNDED)
     low, high = np.where(no_low, action.min(0), low), np.where(no_high, action.max(0), high)
-    constant = (no_low | no_high) & (abs(high - low) <= 1e-6 * np.maximum(1.0, abs(low)))
-    low, high = np.where(constant & no_low, low - 1, low), np.where(constant & no_high, high + 1, high)
+    narrow, (least, most) = (
+        high - low <= 1e-6 * np.maximum(1.0, abs(low)),
+        (np.minimum(low, high), np.maximum(low, high)),
+    )
+    low, high = np.where(narrow & no_low, least - 1, low), np.where(narrow & no_high, most + 1, high)
     if not (low < high).all():
         raise UserError(f"dataset {name}: a lower action bound is not below the upper one; give the true ones")
     return (low, high), not (no_low | no_high).any()
