@@ -26,11 +26,11 @@ def analytic(**options) -> Dataset:
 
 
 def assert_same(data: Dataset, wanted: Dataset, *, rounding: float = 0.0):
-    for key in ("obs", "reward", "next_obs", "terminated", "end", "last"):
+    for key in ("obs", "reward", "next_obs", "terminated", "end", "known"):
         np.testing.assert_array_equal(getattr(data, key), getattr(wanted, key), key)
     for key in ("action", "low", "high"):
         np.testing.assert_allclose(getattr(data, key), getattr(wanted, key), rtol=0, atol=rounding, err_msg=key)
-    assert data.env == wanted.env
+    assert (data.env, data.stated) == (wanted.env, wanted.stated)
 
 
 def flat(*without: str, **change) -> dict:

@@ -11,9 +11,12 @@ import pytest
 from tests.data.data_helpers import LENGTHS, analytic, assert_same, lerobot, trajectories
 
 from contraflow import UserError
+from contraflow.core.flatten import ordered_leaves
 from contraflow.data.datasets import minari as storage
+from contraflow.data.datasets.dataset import GUESSED, join
 from contraflow.data.datasets.readers import load
 from contraflow.data.datasets.write import write
+from contraflow.envs.base import flatten
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +69,15 @@ def dictionaries(kind: str):
         obs = part["obs"].astype(np.float32)
         buffers.append(
             EpisodeBuffer(
-                observations={"z": 3 * obs, "a": (obs, 2 * obs)}, actions=part["action"].astype(np.float32),
+                observations={"z": 3 * obs, "a": (obs, 2 * obs), "2": 5 * obs, "10": 4 * obs},
+                actions=part["action"].astype(np.float32),
                 rewards=part["reward"], terminations=part["terminated"], truncations=0 * part["terminated"],
             )
         )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         minari.create_dataset_from_buffers(
-            "theirs/known-v3", buffers, observation_space=Dict(z=box, a=Tuple([box, box])),
+            "theirs/known-v3", buffers, observation_space=Dict({"z": box, "a": Tuple([box, box]), "2": box, "10": box}),
             action_space=Box(-2, 4, (1,), np.float32), data_format=kind,
         )  # fmt: skip
 
@@ -83,12 +87,34 @@ def test_nested_observations_of_a_local_minari_set(kind: str):
     dictionaries(kind)
     data = load("theirs/known-v3")
     plain = analytic()
-    np.testing.assert_array_equal(data.obs, np.concatenate([plain.obs, 2 * plain.obs, 3 * plain.obs], 1))
-    np.testing.assert_array_equal(data.next_obs[:, 4:], 3 * plain.next_obs)
+    seen = {"2": 5 * plain.obs, "10": 4 * plain.obs, "z": 3 * plain.obs, "a": (plain.obs, 2 * plain.obs)}
+    np.testing.assert_array_equal(data.obs, flatten(seen, 8), "in the order of the environments")
+    np.testing.assert_array_equal(data.obs[:, ::2], plain.obs[:, :1] * [4, 5, 1, 2, 3])
+    np.testing.assert_array_equal(data.next_obs[:, 8:], 3 * plain.next_obs)
     np.testing.assert_allclose(data.action, plain.action, atol=1e-6)
     np.testing.assert_array_equal(data.terminated, plain.terminated)
     assert data.env is None and data.name == "theirs/known-v3"
     assert data.notes == ("2 trajectories are marked neither terminated nor truncated: they count as truncated",)
+
+
+def test_a_tuple_of_eleven_and_keys_that_are_numbers():
+    obs = {"b": tuple(np.full((1, 1), i) for i in range(11)), "2": [np.full((1, 1), 21)], "10": np.full((1, 1), 20)}
+    assert [int(leaf[0, 0]) for leaf in ordered_leaves(obs)] == [20, 21, *range(11)]
+    assert ordered_leaves({2: "b", 10: "a"}) == ["a", "b"], "as a file has them, whose keys are strings"
+
+
+def test_what_is_not_known_is_not_written(tmp_path: Path):
+    """Bounds that were the range of the data are not stated by the copy; a missing successor is not invented."""
+    for target in ("set", "bounds.npz"):
+        again = load(write(analytic(low=None, high=None), tmp_path / target))
+        assert not again.stated and again.notes == (GUESSED,)
+    short = join([part | {"obs": part["obs"][:-1]} for part in trajectories()], name="short", low=-2, high=4)
+    again = load(write(short, tmp_path / "short.npz"))
+    assert_same(again, short, rounding=1e-6)
+    assert again.notes == short.notes
+    with pytest.raises(UserError, match="short lacks the successor of 2 steps, which Minari's formats need: write"):
+        write(short, tmp_path / "other")
+    assert_same(load(write(short.with_successor(), tmp_path / "other")), short.with_successor(), rounding=1e-6)
 
 
 def minari_metadata(**change):
@@ -148,11 +174,11 @@ def test_a_download_that_arrives(library: Path, monkeypatch: pytest.MonkeyPatch)
     import minari
 
     monkeypatch.setattr(minari, "download_dataset", lambda id: dictionaries("hdf5"))
-    assert load("theirs/known-v3").obs.shape == (8, 6)
+    assert load("theirs/known-v3").obs.shape == (8, 10)
     assert sorted(path.name for path in library.iterdir()) == ["theirs"]
     monkeypatch.undo()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(library))
-    assert load("theirs/known-v3", download=False).obs.shape == (8, 6), "it stays"
+    assert load("theirs/known-v3", download=False).obs.shape == (8, 10), "it stays"
 
 
 @pytest.mark.parametrize("target", ["mine/known-v0", "folder", "known.npz"])

@@ -21,9 +21,27 @@ def test_names_of_other_libraries():
     for named in ({"terminations": ends, "truncations": cut}, {"terminals": ends, "timeouts": cut}):
         assert_same(from_arrays(other | named, low=-2, high=4), analytic(), rounding=1e-6)
     short = from_arrays(flat("next_obs"))
-    assert len(short) == 6 and short.end.sum() == 3 and "2 trajectories" in short.notes[0]
+    assert len(short) == 8 and short.end.sum() == 3 and short.known.sum() == 6 and "2 steps" in short.notes[0]
     cutoff = {key: value[:6] if key not in ("low", "high") else value for key, value in flat().items()}
     assert from_arrays(cutoff).end[-1] and "cut off" in from_arrays(cutoff).notes[0]
+
+
+@pytest.mark.parametrize("without", [(), ("next_obs",)])
+def test_numbers_in_a_column_of_their_own(without):
+    """[n, 1], as D4RL, brax and torchrl have them, and vectors of one number as [n]."""
+    wanted = from_arrays(flat(*without))
+    arrays = flat(*without, "end") | {"truncated": analytic().end & ~analytic().terminated}
+    tall = {key: arrays[key][:, None] for key in ("reward", "terminated", "truncated")}
+    assert_same(from_arrays(arrays | tall, name="tall"), wanted)
+    assert_same(from_arrays(arrays | {"action": arrays["action"][:, 0]}), wanted)
+    d4rl = flat(*without, "end", "terminated") | {"terminals": tall["terminated"], "timeouts": tall["truncated"]}
+    assert_same(from_arrays(d4rl), wanted)
+
+
+def test_flags_of_ogbench_in_a_column_of_their_own():
+    arrays = ogbench()
+    tall = {key: arrays[key][:, None] for key in ("terminals", "rewards", "masks")}
+    assert_same(from_arrays(arrays | tall), from_arrays(arrays))
 
 
 # OGBench
@@ -92,9 +110,18 @@ def test_a_lerobot_folder(tmp_path: Path):
     assert data.name == "robot" and plain.notes == data.notes
     keypoints = [np.array([i, 0.0, 0.0]) for i in range(8)]
     data = load(lerobot(tmp_path / "more", "next.reward", "next.done", **{"observation.environment_state": keypoints}))
-    np.testing.assert_array_equal(data.obs[:, 2], [0, 1, 4, 5, 6])
+    np.testing.assert_array_equal(data.obs[:, 2], range(8))
+    np.testing.assert_array_equal(np.flatnonzero(~data.known), [2, 3, 7])
     assert not data.terminated.any() and not data.reward.any()
     assert {note.partition(" is")[0] for note in data.notes} >= {"no next.done"} and len(data.notes) == 4
+
+
+def test_lerobot_columns_of_lone_numbers(tmp_path: Path):
+    """A state, an action, a reward may each be a number or a list of one."""
+    wanted = load(lerobot(tmp_path / "lists", **{"observation.state": [[float(i)] for i in range(8)]}))
+    numbers = {"observation.state": np.arange(8.0), "action": analytic().raw_action[:, 0]}
+    listed = {"next.reward": list(analytic().reward[:, None]), "next.done": list(analytic().terminated[:, None])}
+    assert_same(load(lerobot(tmp_path / "numbers", **numbers, **listed)), wanted)
 
 
 # mistakes
@@ -111,7 +138,12 @@ def test_a_lerobot_folder(tmp_path: Path):
         (changed(obs=np.zeros((9, 2))), "obs has 9 rows, action has 8"),
         (changed(next_obs=np.zeros((8, 3))), "obs has 2 columns and next_obs 3"),
         (changed(obs=np.zeros((8, 4, 4, 3), np.uint8)), "obs has shape [8, 4, 4, 3]; it must be rows of"),
-        (changed(action=np.zeros(8)), "action has shape [8]"),
+        (changed(action=np.zeros((8, 2, 2))), "action has shape [8, 2, 2]"),
+        (changed(action=3.0), "action has shape []; it must be rows of numbers"),
+        (changed(reward=np.zeros((8, 2))), "reward has shape [8, 2]; it must be one number for each step"),
+        (changed(terminated=np.eye(8)), "terminated has shape [8, 8]; it must be one number for each step"),
+        (changed(terminated=np.full(8, np.nan)), "terminated is NaN in row 0"),
+        (changed(obs=np.full((8, 2), 1e39)), "column 0 of obs is infinite in row 0"),
         (changed(reward=np.array(["a"] * 8)), "reward holds <U1, not numbers"),
         (changed(low=[0, 0]), "the bounds have 2 and 1 numbers, actions 1"),
         (changed(low=[9]), "a lower action bound is not below the upper one"),
@@ -140,6 +172,8 @@ def test_arrays_that_do_not_fit(arrays: dict, words: str, tmp_path: Path):
         (lambda p: lerobot(p, "observation.state"), "has no column observation.state (it has action, episode_index"),
         (lambda p: lerobot(p, frames=10), "holds 8 of the 10 frames that it states"),
         (lambda p: lerobot(p, action=[None, *[[0.0]] * 7]), "has empty entries in action"),
+        (lambda p: lerobot(p, action=[[0.0], [0.0] * 3] * 4), "has lists of different lengths in action"),
+        (lambda p: lerobot(p, action=[[None], *[[0.0]] * 7]), "has empty entries in action"),
         (lambda p: next((lerobot(p) / "data").rglob("*.parquet")).write_bytes(b"PAR1"), "is incomplete or damaged"),
         (lambda p: p.mkdir(), "is no dataset that is known"),
         (lambda p: p.write_text("obs,action"), "is no dataset that is known"),

@@ -159,7 +159,7 @@ def test_a_compiled_environment_moves_by_its_own_law(tmp_path: Path):
     assert len(np.unique(data.obs[data.starts], axis=0)) == 3
     for target in ("set", "arrays.npz"):
         again = load(write(data, tmp_path / target))
-        for key in ("obs", "action", "reward", "next_obs", "terminated", "end", "last"):
+        for key in ("obs", "action", "reward", "next_obs", "terminated", "end", "known"):
             np.testing.assert_array_equal(getattr(again, key), getattr(data, key))
         assert again.env == "jax:pendulum"
 

@@ -84,7 +84,7 @@ def test_counters_returns_and_buffer():
     assert metrics == {"episodes": 6.0, "return": 1.0}  # 2 episodes for each of 3 copies, and one step into the third
     np.testing.assert_array_equal(learner.returns, np.zeros(3))
     assert int(learner.agent.step) == 0
-    rows = jax.tree.map(lambda x: np.asarray(x[:15]), learner.buffer.data)
+    rows = jax.tree.map(lambda x: np.asarray(x[:15]), learner.buffer.rows)
     np.testing.assert_array_equal(rows.obs[:, 0], np.repeat([0, 1, 0, 1, 0], 3))
     np.testing.assert_array_equal(rows.next_obs[:, 0], np.repeat([1, 2, 1, 2, 1], 3))  # never the one after a reset
     np.testing.assert_array_equal(rows.reward, rows.obs[:, 0])
@@ -93,7 +93,7 @@ def test_counters_returns_and_buffer():
     carry, metrics, _ = epoch(LEARN, QUICK, env, carry, jr.key(1), 4)
     assert int(carry.learner.agent.step) == 8 and int(carry.learner.iteration) == 9
     assert metrics["critic_loss"] > 0 and metrics["return"] == 1.0
-    rows = np.asarray(carry.learner.buffer.data.action[15:27, 0])
+    rows = np.asarray(carry.learner.buffer.rows.action[15:27, 0])
     assert len(np.unique(rows)) == 12  # every copy and every step has noise of its own
 
 

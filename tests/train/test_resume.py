@@ -96,8 +96,8 @@ def test_the_comparison_sees_a_difference(undisturbed: Path, tmp_path: Path):
     carry = final_carry(undisturbed, TINY)
     buffer = carry.learner.buffer
     assert int(buffer.size) == TINY.steps
-    reward = buffer.data.reward.at[3].add(1e-7)
-    assert not same(carry, jax.tree.map(lambda x: reward if x is buffer.data.reward else x, carry))
+    reward = buffer.rows.reward.at[3].add(1e-7)
+    assert not same(carry, jax.tree.map(lambda x: reward if x is buffer.rows.reward else x, carry))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     assert not result.interrupted and result.steps == 40
     whole_learner = driver.first_carry(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 40).learner
     assert int(whole_learner.buffer.size) == 40
-    assert np.all(whole_learner.buffer.next[:26] < 26), "n-step rows would join two episodes"
-    assert np.array_equal(whole_learner.buffer.data.reward[:26], half.buffer.data.reward[:26])
+    assert np.all(whole_learner.buffer.rows.next[:26] < 26), "n-step rows would join two episodes"
+    assert np.array_equal(whole_learner.buffer.rows.reward[:26], half.buffer.rows.reward[:26])
     assert (folder / "policy/model.safetensors").read_bytes() != policy
     steps_seen = [(row["step"], "critic_loss" in row) for row in rows(folder)[0]]
     assert len(set(steps_seen)) == len(steps_seen) and sorted(steps_seen, key=lambda s: s[0]) == steps_seen

@@ -57,6 +57,10 @@ class Data:
     """For OGBench: reward a step for the state it starts from, or leads to."""
     task: str | None = None
     """For OGBench: single-task id that rewards a file without rewards."""
+    low: tuple[float, ...] = ()
+    """Lower bounds of the actions, one for all or one for each, in place of those that the data state."""
+    high: tuple[float, ...] = ()
+    """Upper bounds of the actions."""
 
 
 def record_command(args: list[str]) -> int:
@@ -76,7 +80,8 @@ def record_command(args: list[str]) -> int:
 def data_command(args: list[str]) -> int:
     """`contraflow data info DATASET`: the exit code."""
     options = tyro.cli(Data, prog="contraflow data", args=args)
-    data = load_dataset(options.dataset, success=options.success, task=options.task, clip=True)
+    reading = {key: getattr(options, key) for key in ("success", "task", "low", "high")}
+    data = load_dataset(options.dataset, **reading, clip=True)  # what lies outside is a problem that is printed
     _print(data)
     for problem in problems(data):
         print(f"{'problem':13}{problem}")

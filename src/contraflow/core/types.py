@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
@@ -58,11 +58,11 @@ class Batch(eqx.Module):
     `mask` is 0 for those that lie beyond the end of its trajectory, 1 for the others.
     """
 
-    obs: PyTree[Float[Array, "B ..."]]
+    obs: PyTree[Shaped[Array, "B ..."]]
     action: Float[Array, "B d"]
     reward: Float[Array, " B"]
     discount: Float[Array, " B"]
-    next_obs: PyTree[Float[Array, "B ..."]]
+    next_obs: PyTree[Shaped[Array, "B ..."]]
     mask: Float[Array, "B d"]
 
 

@@ -8,15 +8,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from contraflow.agents.base import Agent
 from contraflow.agents.offline.bc import BC
-from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey, UserError
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.datasets.readers import load
+from contraflow.data.rows import Rows
+from contraflow.data.samplers import Chunk
 from contraflow.envs import make
-from contraflow.envs.base import Env, with_bounds
+from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
 from contraflow.policy.normalise import RunningMoments
 from contraflow.train.log import TrackerName
@@ -27,37 +29,22 @@ from contraflow.train.pretrained import settle
 TOGETHER = 50  # gradient steps in one compiled program
 
 
-class Rows(eqx.Module):
-    """A dataset on the device, from which chunks are drawn; it stands where other loops have an environment."""
+class Recorded(eqx.Module):
+    """A dataset on the device; it stands where other loops have an environment."""
 
-    obs: Float[Array, "n o"]
-    action: Float[Array, "n a"]
-    last: Int[Array, " n"]
+    rows: Rows
     mean: Float[Array, " o"]
     std: Float[Array, " o"]
     spec: EnvSpec = eqx.field(static=True)
 
     @classmethod
-    def of(cls, data: Dataset, horizon: int, execute: int) -> "Rows":
-        data.chunk_index(horizon)  # refuses data without a chunk of this length
-        dims = data.obs.shape[1], data.action.shape[1] * horizon
-        spec = EnvSpec(*dims, num_envs=1, episode_length=None, jittable=False, horizon=horizon, execute=execute)
-        spec = with_bounds(spec, data.low, data.high)
+    def of(cls, data: Dataset, horizon: int, execute: int) -> "Recorded":
         mean, std = map(jnp.asarray, data.moments())
-        return cls(jnp.asarray(data.obs), jnp.asarray(data.action), jnp.asarray(data.last), mean, std, spec)
+        return cls(Rows.of(data, successor=False), mean, std, data.spec(horizon, execute))
 
     def reset(self, key: PRNGKey) -> tuple[None, Float[Array, "64 o"]]:
         """No state; observations to look at a policy with."""
-        return None, self.obs[jr.randint(key, (64,), 0, self.obs.shape[0])]
-
-    def sample(self, key: PRNGKey, n: int) -> Batch:
-        """n chunks, uniform over rows with replacement; beyond the end of a trajectory its last action is repeated."""
-        rows = jr.randint(key, (n, 1), 0, self.obs.shape[0])
-        places = rows + jnp.arange(self.spec.horizon)[None]
-        at = jnp.minimum(places, self.last[rows])
-        valid = jnp.repeat(places <= self.last[rows], self.action.shape[1], axis=1).astype(jnp.float32)
-        zero, obs = jnp.zeros(n), self.obs[rows[:, 0]]
-        return Batch(obs, self.action[at].reshape(n, -1), zero, zero, obs, valid)
+        return None, self.rows.obs[self.rows.draw(key, 64)]
 
 
 @dataclass(frozen=True)
@@ -71,18 +58,18 @@ class Offline:
     def learns(self) -> bool:
         return True
 
-    def iterate(self, agent: Any, env: Rows, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
+    def iterate(self, agent: Any, env: Recorded, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
         learner, metrics = learn(self, agent, env, carry.learner, key)
         return Carry(learner, None, carry.obs), metrics
 
 
 @partial(jax.jit, static_argnames=("phase", "agent"), donate_argnames=("learner",))
-def learn(phase: Offline, agent: Any, rows: Rows, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
+def learn(phase: Offline, agent: Any, rows: Recorded, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
     """The gradient steps of one iteration; a step counts as one."""
 
     def update(state, i):
         k_sample, k_update = jr.split(jr.fold_in(key, i))
-        return agent.update(state, rows.sample(k_sample, phase.batch_size), k_update)
+        return agent.update(state, Chunk(rows.spec.horizon, 1.0)(rows.rows, k_sample, phase.batch_size), k_update)
 
     state, info = jax.lax.scan(update, learner.agent, learner.steps + jnp.arange(phase.updates))
     metrics = {"episodes": jnp.zeros(()), "episode_return_sum": jnp.zeros(())} | jax.tree.map(jnp.mean, info)
@@ -122,22 +109,23 @@ class OfflineRun:
         run = settle(self, trust)
         return run if run.env or not run.data else replace(run, env=load(run.data).env or "")
 
-    def environments(self, trust: bool) -> tuple[Rows, Env | None]:
+    def environments(self, trust: bool) -> tuple[Recorded, Env | None]:
         """The data, and the environment of evaluations if there is one. Raises UserError if they do not fit."""
         if not self.data:
             raise UserError("a dataset is missing: give --data (`contraflow record` writes one)")
         data = load(self.data)
-        rows = Rows.of(data, self.horizon, self.execute)
-        if not self.env:
-            return rows, None
-        env = chunked(make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust), self.horizon, self.execute)
-        data.check(env.spec, self.env)
-        return rows, env
+        env = None
+        if self.env:
+            data.spec(self.horizon)  # a horizon that no trajectory has is refused before the environment is made
+            env = make(self.env, self.eval_episodes, self.seed + 10_000, trust=trust)
+            env = chunked(env, self.horizon, self.execute)
+            data = data.check(env.spec, self.env)
+        return Recorded.of(data, self.horizon, self.execute), env
 
-    def learner(self, env: Rows, key: PRNGKey) -> Learner:
+    def learner(self, env: Recorded, key: PRNGKey) -> Learner:
         """A fresh one, that knows the moments of the observations."""
         learner = first_learner(self.agent, env.spec, key)
-        stats = RunningMoments(env.mean, env.std**2, jnp.asarray(float(env.obs.shape[0])))
+        stats = RunningMoments(env.mean, env.std**2, jnp.asarray(float(env.rows.reward.shape[0])))
         return eqx.tree_at(lambda x: x.agent.stats, learner, stats)
 
     def next_phase(self, taken: int) -> tuple[Offline, int]:

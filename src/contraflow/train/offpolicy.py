@@ -10,8 +10,9 @@ import jax.random as jr
 
 from contraflow.agents.base import Agent
 from contraflow.agents.online.rfm import RFM
-from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey, Step, Transition
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
 from contraflow.data.replay import Buffer
+from contraflow.data.samplers import NStep
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.train.log import TrackerName
@@ -66,9 +67,7 @@ def learn(
     phase: OffPolicy, agent: Agent, learner: Learner, obs: Any, action: Any, step: Step, key: PRNGKey
 ) -> tuple[Learner, Metrics]:
     """Store one step of all environments and take `phase.updates` gradient steps."""
-    one = jnp.ones_like(step.valid, jnp.int32)
-    rows = Transition(obs, action, step.reward, step.next_obs, step.terminated, step.truncated, one)
-    buffer = learner.buffer.add(rows, step.valid)
+    buffer = learner.buffer.add(obs, action, step)
     returns = learner.returns + step.reward
     done = (step.terminated | step.truncated) & step.valid
     metrics: Metrics = {"episodes": jnp.sum(done), "episode_return_sum": jnp.sum(jnp.where(done, returns, 0.0))}
@@ -78,19 +77,13 @@ def learn(
 
         def update(state, key):
             k_sample, k_update = jr.split(key)
-            rows = buffer.sample(k_sample, phase.batch_size, phase.n_step, agent.gamma)
-            return agent.update(state, as_batch(rows, agent.gamma), k_update)
+            batch = NStep(phase.n_step, agent.gamma)(buffer.rows, k_sample, phase.batch_size)
+            return agent.update(state, batch, k_update)
 
         state, info = jax.lax.scan(update, state, keys)
         metrics |= jax.tree.map(jnp.mean, info)
     steps = learner.steps + jnp.sum(step.valid * step.steps, dtype=jnp.int32)
     return Learner(state, buffer, jnp.where(done, 0.0, returns), steps, learner.iteration + 1), metrics
-
-
-def as_batch(rows: Transition, gamma: float) -> Batch:
-    """Rows of replay as agents learn from them."""
-    discount = jnp.where(rows.terminated, 0.0, gamma**rows.span)
-    return Batch(rows.obs, rows.action, rows.reward, discount, rows.next_obs, jnp.ones_like(rows.action))
 
 
 @dataclass(frozen=True)
@@ -153,4 +146,5 @@ class Run:
 
     def typical_obs(self, carry: Carry, key: PRNGKey) -> Any:
         """Observations [B, o] of late, to look at the agent with."""
-        return carry.learner.buffer.sample(key, self.batch_size).obs
+        rows = carry.learner.buffer.rows
+        return rows.obs[rows.draw(key, self.batch_size)]

@@ -5,25 +5,33 @@ trajectory: what follows in the arrays is another one. Mostly the first implies 
 on after a success; and a trajectory that was cut off ends without `terminated`.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from contraflow.core.bounds import ROUNDING, Bounds, action_range, range_text, same_range
 from contraflow.core.types import EnvSpec, UserError
 
-ROUNDING = 1e-4  # of half the action range: by so much an action may miss its bounds and is clipped without a word
+VECTORS, REQUIRED = ("obs", "action", "next_obs"), ("obs", "action", "reward", "terminated")
+NUMBERS = ("reward", "terminated", "truncated", "end", "known", "terminals", "timeouts", "masks")
+COLUMNS = ("obs", "action", "reward", "next_obs", "terminated", "end", "known")
+GUESSED = "no action bounds are stated: the range of the data became [-1, 1]"
+UNBOUNDED = 1e30  # a bound beyond it, such as the largest float32, is none
+LOST = 0.01  # of a column's standard deviation: where rounding to float32 moves it by more, that is said
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """n rows. `action` is in [-1, 1]^a, rescaled from [`low`, `high`]; `next_obs` is the true successor of `obs`, but
-    at a `terminated` row of a source that does not record it, where it repeats `obs` and nothing may read it.
+    """n rows. `action` is in [-1, 1]^a, rescaled from [`low`, `high`], which are the range of the data where they are
+    not `stated`. `next_obs` is the true successor of `obs`, where it was recorded.
 
-    `last` is the place of the last row of each row's trajectory. `env` is an id of `contraflow.envs`, where it is
-    known; `notes` say what had to be assumed. Built by `build`, `join` and `contraflow.data.datasets.readers.load`.
+    Where it was not, `next_obs` repeats `obs`, and `known` is False unless the step terminated: nothing may read it.
+    `env` is an id of `contraflow.envs`, where it is known; `notes` say what had to be assumed. Built by `build`, `join`
+    and `contraflow.data.datasets.readers.load`.
     """
 
     name: str
@@ -33,9 +41,10 @@ class Dataset:
     next_obs: Float32[np.ndarray, "n o"]
     terminated: Bool[np.ndarray, " n"]
     end: Bool[np.ndarray, " n"]
-    last: Int[np.ndarray, " n"]
+    known: Bool[np.ndarray, " n"]
     low: Float32[np.ndarray, " a"]
     high: Float32[np.ndarray, " a"]
+    stated: bool = True
     env: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -59,9 +68,7 @@ class Dataset:
     @property
     def raw_action(self) -> Float32[np.ndarray, "n a"]:
         """Actions in [low, high], as the environment proper takes them."""
-        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
-        raw = (low + high) / 2 + self.action * ((high - low) / 2)
-        return np.clip(raw.astype(np.float32), self.low, self.high)
+        return np.clip(self._raw().astype(np.float32), self.low, self.high)
 
     def moments(self) -> tuple[Float32[np.ndarray, " o"], Float32[np.ndarray, " o"]]:
         """Mean and standard deviation of `obs`; the deviation of a column that does not vary is 1."""
@@ -69,9 +76,17 @@ class Dataset:
         constant = std <= 1e-6 * np.maximum(1.0, abs(mean))
         return mean.astype(np.float32), np.where(constant, 1.0, std).astype(np.float32)
 
-    def chunk_index(self, horizon: int) -> tuple[Int[np.ndarray, "n h"], Bool[np.ndarray, "n h"]]:
-        """(rows, valid): the `horizon` rows from each row on. What lies beyond the end of the trajectory repeats its
-        last row and is not valid; a row may be valid that follows a `terminated` one.
+    def digest(self) -> str:
+        """SHA-256 of the arrays: another one where anything in them differs."""
+        total = hashlib.sha256()
+        for key in (*COLUMNS, "low", "high"):
+            array = np.ascontiguousarray(getattr(self, key))
+            total.update(f"{key} {array.dtype} {array.shape}".encode())
+            total.update(array.data)
+        return total.hexdigest()
+
+    def spec(self, horizon: int = 1, execute: int = 1) -> EnvSpec:
+        """Sizes and range of actions, in chunks of `horizon`, for a policy that learns from these rows.
 
         Raises UserError when no trajectory is that long.
         """
@@ -81,17 +96,61 @@ class Dataset:
                 f"no trajectory of {self.name} has {horizon} steps, the longest has {longest}: choose a horizon from 1 "
                 f"to {longest}, or longer trajectories"
             )
-        rows = np.arange(len(self), dtype=np.int32)[:, None] + np.arange(horizon, dtype=np.int32)
-        return np.minimum(rows, self.last[:, None]), rows <= self.last[:, None]
+        sizes, bounds = (self.obs.shape[1], self.action.shape[1] * horizon), (self.low, self.high)
+        low, high = (tuple(bound.tolist()) for bound in bounds)
+        return EnvSpec(*sizes, 1, None, False, horizon=horizon, execute=execute, low=low, high=high)
 
-    def check(self, spec: EnvSpec, env: str = "the environment") -> None:
-        """Raise UserError unless the sizes are those of an environment; of a chunk, one action counts."""
+    def with_successor(self) -> "Dataset":
+        """Without the rows whose successor is unknown; those before them end their trajectories.
+
+        Raises UserError when none is left.
+        """
+        if self.known.all():
+            return self
+        if not self.known.any():
+            raise UserError(
+                f"dataset {self.name} records no successor of any step: imitate it, or record longer trajectories"
+            )
+        end = self.end | ~np.append(self.known[1:], True)
+        return replace(self, **{key: (end if key == "end" else getattr(self, key))[self.known] for key in COLUMNS})
+
+    def with_bounds(self, low: Any, high: Any, *, clip: bool = False, where: str = "these bounds") -> "Dataset":
+        """The same raw actions as shares of another range, [-1, 1] of [low, high], which is then the stated one.
+
+        Raises UserError for raw actions outside it, by more than rounding, without `clip`.
+        """
+        raw, notes = self._raw(), [note for note in self.notes if note != GUESSED]
+        bounds, stated = _bounds(self.name, raw, low, high)
+        remedy = f"choose the environment that it was recorded in{_named(self.env)}, or clip the actions (--clip)"
+        action = _unit(self.name, raw, bounds, clip, notes, f"the range of {where}: {remedy}")
+        low, high = (bound.astype(np.float32) for bound in bounds)
+        return replace(self, action=action, low=low, high=high, stated=stated, notes=tuple(notes))
+
+    def check(self, spec: EnvSpec, env: str = "the environment", *, clip: bool = False) -> "Dataset":
+        """The dataset with actions in the range of an environment (or of a policy), the raw ones being the same; itself
+        where the range is the same to rounding.
+
+        Raises UserError for other sizes, of a chunk one action counting, and for raw actions outside the range by more
+        than rounding without `clip`.
+        """
         have, want = (self.obs.shape[1], self.action.shape[1]), (spec.obs_dim, spec.action_dim // spec.horizon)
         if have != want:
             raise UserError(
                 f"dataset {self.name} has {have[0]} observations and {have[1]} actions, {env} has {want[0]} and "
-                f"{want[1]}: choose the environment that it was recorded in{f' ({self.env})' if self.env else ''}"
+                f"{want[1]}: choose the environment that it was recorded in{_named(self.env)}"
             )
+        new, own = action_range(spec), (self.low.astype(np.float64), self.high.astype(np.float64))
+        if self.stated and same_range(own, new):
+            return self
+        was = f"are stated in {range_text(*own)}" if self.stated else "have no stated bounds"
+        note = f"actions {was}: the range of {env} is taken, {range_text(*new)}"
+        data = self.with_bounds(*new, clip=clip, where=env)
+        return replace(data, notes=(*data.notes, note))
+
+    def _raw(self) -> np.ndarray:
+        """Raw actions [n, a] in double precision."""
+        low, high = self.low.astype(np.float64), self.high.astype(np.float64)
+        return (low + high) / 2 + self.action * ((high - low) / 2)
 
 
 def build(
@@ -104,59 +163,56 @@ def build(
     notes: Iterable[str] = (),
     clip: bool = False,
 ) -> Dataset:
-    """A dataset from flat arrays obs [n, o], action [n, a] in [low, high], reward [n], next_obs, terminated and end.
+    """A dataset from flat arrays obs [n, o], action [n, a] in [low, high], reward [n], next_obs, terminated, end, and
+    `known` where not all is.
 
-    Bounds that are not stated become the range of the data. `clip` takes actions outside the bounds for what most
-    environments take them for. Raises UserError for arrays that do not fit together, are empty or not finite, mark no
-    end, or for actions outside the bounds without `clip`.
+    Bounds that are not stated, or are none, become the range of the data. `clip` takes actions outside the bounds for
+    what most environments take them for. Raises UserError for arrays that do not fit together, are empty or not finite,
+    mark no end, or for actions outside the bounds without `clip`.
     """
     said = list(notes)
-    rows = _checked(name, arrays)
+    rows = columns(name, arrays, (*REQUIRED, "next_obs", "end"))
+    same_length(name, rows)
+    rows.setdefault("known", np.ones(len(rows["action"]), bool))
+    rows = {key: _converted(name, key, rows[key], said) for key in COLUMNS}
+    if rows["obs"].shape != rows["next_obs"].shape:
+        width = [rows[key].shape[1] for key in ("obs", "next_obs")]
+        raise UserError(f"dataset {name}: obs has {width[0]} columns and next_obs {width[1]}; record both alike")
     if not rows["end"].any():
         raise UserError(f"dataset {name} marks no end of a trajectory in {len(rows['end'])} rows: add them")
     if not rows["end"][-1]:
         said.append("the last trajectory is cut off: its end counts as truncation")
-        rows["end"] = np.concatenate([rows["end"][:-1], [True]])
-    low, high = _bounds(name, rows["action"], low, high, said)
-    unit = (rows["action"] - (low + high) / 2) / ((high - low) / 2)
-    outside = (abs(unit) > 1 + ROUNDING).any(1)
-    if outside.any():
-        at, share = int(outside.argmax()), float(outside.mean())
-        column = int(abs(unit[at]).argmax())
-        where = f"column {column} of action is {rows['action'][at, column]:g} in row {at}"
-        if not clip:
-            raise UserError(
-                f"dataset {name}: {where}, outside [{low[column]:g}, {high[column]:g}]: state the true low and high, "
-                "or clip the actions"
-            )
-        said.append(f"{share:.1%} of the actions lay outside their bounds and were clipped ({where})")
-    ends = np.flatnonzero(rows["end"])
-    rows["last"] = ends[np.searchsorted(ends, np.arange(len(unit)))].astype(np.int32)
-    rows["action"] = np.clip(unit, -1, 1).astype(np.float32)
-    bounds = {"low": low.astype(np.float32), "high": high.astype(np.float32)}
-    return Dataset(name=name, **rows, **bounds, env=env, notes=tuple(said))
+        rows["end"] = np.append(rows["end"][:-1], True)
+    if unknown := int((~rows["known"]).sum()):
+        said.append(f"{unknown} steps have no recorded successor: imitation uses them, what learns values does not")
+    bounds, stated = _bounds(name, rows["action"], low, high)
+    if not stated:
+        said.append(GUESSED)
+    outside = "their bounds: state the true ones (--low, --high), or clip the actions (--clip)"
+    rows["action"] = _unit(name, rows["action"], bounds, clip, said, outside)
+    low, high = (bound.astype(np.float32) for bound in bounds)
+    notes = tuple(dict.fromkeys(said))  # what was said when it was recorded is not said again
+    return Dataset(name=name, **rows, low=low, high=high, stated=stated, env=env, notes=notes)
 
 
 def join(trajectories: Sequence[Mapping[str, Any]], *, name: str, **options: Any) -> Dataset:
     """`build` from single trajectories of T steps: action [T, a], reward [T], terminated [T], and obs [T+1, o], or
     obs and next_obs [T, o], or obs [T, o] alone, of which `unrecorded` makes the best; `options` as for `build`."""
-    parts, lost = [], 0
+    parts = []
     for i, trajectory in enumerate(trajectories):
-        part = {key: np.asarray(value) for key, value in trajectory.items()}
+        part = columns(f"{name}, trajectory {i}", trajectory, REQUIRED)
         steps = len(part["action"])
         if len(part["obs"]) not in (steps, steps + 1):
             raise UserError(
                 f"dataset {name}: trajectory {i} has {len(part['obs'])} observations and {steps} actions; it needs one "
                 "observation more than actions, or as many"
             )
-        part["end"] = np.arange(steps) == steps - 1
+        part = {"known": np.ones(steps, bool), **part, "end": np.arange(steps) == steps - 1}
         if len(part["obs"]) == steps + 1:
             part["obs"], part["next_obs"] = part["obs"][:-1], part["obs"][1:]
-        elif "next_obs" not in part:
-            part = unrecorded(part)
-            lost += steps - len(part["action"])
-        parts.append(part)
-    parts = [part for part in parts if len(part["action"])]
+        same_length(f"{name}, trajectory {i}", part, empty=True)
+        if steps:
+            parts.append(part if "next_obs" in part else unrecorded(part))
     if not parts:
         raise UserError(f"dataset {name} is empty: record at least one trajectory of two steps")
     keys = {key for part in parts for key in part}
@@ -167,73 +223,124 @@ def join(trajectories: Sequence[Mapping[str, Any]], *, name: str, **options: Any
         flat = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     except ValueError as error:
         raise UserError(f"dataset {name} has trajectories of different shapes ({error}); split it") from None
-    notes = [*options.pop("notes", ()), *([dropped(lost)] if lost else [])]
-    return build(flat, name=name, notes=notes, **options)
+    return build(flat, name=name, **options)
 
 
 def unrecorded(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows with `next_obs` by shift, where the source has no observation after the last step of a trajectory.
+    """Rows with `next_obs` by shift, where the source has no observation after the last step of a trajectory: there it
+    repeats obs, and is not `known` unless the step terminated, as nothing reads it then."""
+    end, obs = np.append(rows["end"][:-1].astype(bool), True), rows["obs"]
+    following = np.where(end[:, None], obs, np.roll(obs, -1, axis=0))
+    return {**rows, "next_obs": following, "known": ~end | rows["terminated"].astype(bool)}
 
-    Such a step is kept where it terminated, as nothing reads its successor then; otherwise it is left out, and the one
-    before it ends the trajectory.
+
+def columns(name: str, arrays: Mapping[str, Any], required: Iterable[str] = ()) -> dict[str, Any]:
+    """The arrays, those that a dataset is made of being numbers of the right rank: [n, k] for obs, action and next_obs,
+    [n] for the others. A lone number for each step may come as [n] or [n, 1].
+
+    Raises UserError for what is missing, not numeric, of another rank or not finite.
     """
-    end, terminated = np.asarray(rows["end"], bool), np.asarray(rows["terminated"], bool)
-    obs = rows["obs"]
-    following = np.concatenate([obs[1:], obs[-1:]])
-    following = np.where(end[:, None], obs, following)
-    keep = ~end | terminated
-    ends = end | np.concatenate([end[1:] & ~keep[1:], [False]])
-    return {key: value[keep] for key, value in {**rows, "next_obs": following, "end": ends}.items()}
-
-
-def dropped(count: int) -> str:
-    """The note on rows that `unrecorded` left out."""
-    return f"the last step of {count} trajectories has no recorded successor and was left out"
-
-
-def _checked(name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The six arrays in their types. Raises UserError for what does not fit together or is not finite."""
-    kinds = {"obs": 2, "action": 2, "reward": 1, "next_obs": 2, "terminated": 1, "end": 1}
-    rows, n = {}, len(arrays["action"])
-    if n == 0:
-        raise UserError(f"dataset {name} is empty: record at least one trajectory of two steps")
-    for key, ndim in kinds.items():
-        array = np.asarray(arrays[key])
+    for key in required:
+        if key not in arrays:
+            raise UserError(f"dataset {name} has no {key}: record it for each step")
+    rows = dict(arrays)
+    for key in (*VECTORS, *NUMBERS):
+        if key not in rows:
+            continue
+        try:
+            array = np.asarray(rows[key])
+        except ValueError:
+            raise UserError(f"dataset {name}: {key} has rows of different lengths; record all alike") from None
         if array.dtype.kind not in "biuf":
             raise UserError(f"dataset {name}: {key} holds {array.dtype}, not numbers; convert it")
-        if array.ndim != ndim:
-            shape = "one number for each step" if ndim == 1 else "rows of numbers; images are not read"
-            raise UserError(f"dataset {name}: {key} has shape {list(array.shape)}; it must be {shape}")
-        if len(array) != n:
-            raise UserError(f"dataset {name}: {key} has {len(array)} rows, action has {n}; each step needs one of both")
-        rows[key] = array.astype(bool if key in ("terminated", "end") else np.float32, copy=False)
-        bad = ~np.isfinite(rows[key])
-        if bad.any():
-            row, *column = (int(i) for i in np.argwhere(bad)[0])
-            where = f"column {column[0]} of {key}" if column else key
-            value = "NaN" if np.isnan(rows[key][row, *column]) else "infinite"
-            raise UserError(f"dataset {name}: {where} is {value} in row {row}: repair or leave out its trajectory")
-    if rows["obs"].shape != rows["next_obs"].shape:
-        width = [rows[key].shape[1] for key in ("obs", "next_obs")]
-        raise UserError(f"dataset {name}: obs has {width[0]} columns and next_obs {width[1]}; record both alike")
+        shape, vectors = array.shape, key in VECTORS
+        if vectors and array.ndim == 1:
+            array = array[:, None]
+        elif not vectors and shape[1:] == (1,):
+            array = array[:, 0]
+        if array.ndim != 1 + vectors:
+            wanted = "rows of numbers; images are not read" if vectors else "one number for each step"
+            raise UserError(f"dataset {name}: {key} has shape {list(shape)}; it must be {wanted}")
+        rows[key] = array
+        _check_finite(name, key, array)
     return rows
 
 
-def _bounds(name: str, action: np.ndarray, low: Any, high: Any, said: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Action bounds [a]; where none are stated, the range of the data, never narrower than rounding."""
-    dim = action.shape[1]
-    if low is not None and high is not None:
-        low, high = (np.asarray(bound, np.float64).ravel() for bound in (low, high))
-        low, high = (np.broadcast_to(bound, dim) if bound.size == 1 else bound for bound in (low, high))
-        if low.shape != (dim,) or high.shape != (dim,):
-            raise UserError(
-                f"dataset {name}: the bounds have {low.size} and {high.size} numbers, actions {dim}; give one for each"
-            )
-        if np.isfinite(low).all() and np.isfinite(high).all():
-            if not (low < high).all():
-                raise UserError(f"dataset {name}: a lower action bound is not below the upper one; give the true ones")
-            return low, high
-    low, high = action.min(0).astype(np.float64), action.max(0).astype(np.float64)
-    said.append("no action bounds are stated: the range of the data became [-1, 1]")
-    constant = high - low <= 1e-6 * np.maximum(1.0, abs(low))
-    return np.where(constant, low - 1, low), np.where(constant, high + 1, high)
+def same_length(name: str, rows: Mapping[str, Any], empty: bool = False) -> None:
+    """Raise UserError for the first of the `columns` that is not as long as the actions, or unless `empty` is allowed
+    where there is no action."""
+    n = len(rows["action"])
+    if n == 0 and not empty:
+        raise UserError(f"dataset {name} is empty: record at least one trajectory of two steps")
+    for key in (*VECTORS, *NUMBERS):
+        if key in rows and len(rows[key]) != n:
+            have = len(rows[key])
+            raise UserError(f"dataset {name}: {key} has {have} rows, action has {n}; each step needs one of both")
+
+
+def _converted(name: str, key: str, array: np.ndarray, said: list[str]) -> np.ndarray:
+    """A column as bool or float32, in which it must be finite; a note where that loses what varies in it."""
+    if key in ("terminated", "end", "known"):
+        return array.astype(bool)
+    with np.errstate(over="ignore"):
+        small = array.astype(np.float32, copy=False)
+    _check_finite(name, key, small)
+    if array.itemsize > 2 and array.dtype != np.float32 and key != "next_obs":
+        lost = abs(small.astype(np.float64) - array).max(0) > LOST * array.std(0, dtype=np.float64)
+        bad = np.flatnonzero(np.atleast_1d(lost & (np.ptp(array, axis=0) > 0)))
+        if bad.size:
+            where = f"{key}, column {', '.join(map(str, bad[:8]))}" if array.ndim > 1 else key
+            said.append(f"float32 rounds {where} by more than {LOST:.0%} of what it varies: subtract a mean")
+    return small
+
+
+def _check_finite(name: str, key: str, array: np.ndarray) -> None:
+    bad = ~np.isfinite(array)
+    if bad.any():
+        row, *column = (int(i) for i in np.argwhere(bad)[0])
+        where = f"column {column[0]} of {key}" if column else key
+        value = "NaN" if np.isnan(array[row, *column]) else "infinite"
+        raise UserError(f"dataset {name}: {where} is {value} in row {row}: repair or leave out its trajectory")
+
+
+def _unit(name: str, raw: np.ndarray, bounds: Bounds, clip: bool, said: list[str], outside: str) -> np.ndarray:
+    """Raw actions as shares of their bounds, in [-1, 1]. Raises UserError for one outside them, unless it is clipped;
+    `outside` says outside of what, and the remedy."""
+    low, high = bounds
+    unit = (raw - (low + high) / 2) / ((high - low) / 2)
+    beyond = (abs(unit) > 1 + ROUNDING).any(1)
+    if beyond.any():
+        at, share = int(beyond.argmax()), float(beyond.mean())
+        column = int(abs(unit[at]).argmax())
+        where = f"column {column} of action is {raw[at, column]:g} in row {at}"
+        if not clip:
+            raise UserError(f"dataset {name}: {where}, outside [{low[column]:g}, {high[column]:g}], {outside}")
+        said.append(f"{share:.1%} of the actions lay outside their bounds and were clipped ({where})")
+    return np.clip(unit, -1, 1).astype(np.float32)
+
+
+def _bounds(name: str, action: np.ndarray, low: Any, high: Any) -> tuple[Bounds, bool]:
+    """Action bounds, and whether all are stated; for the others the range of the data, never narrower than rounding."""
+    dim, given = action.shape[1], []
+    for bound, none in ((low, -np.inf), (high, np.inf)):
+        array = np.asarray(none if bound is None or np.size(bound) == 0 else bound, np.float64).ravel()
+        given.append(np.broadcast_to(array, dim) if array.size == 1 else array)
+    low, high = given
+    if low.shape != (dim,) or high.shape != (dim,):
+        raise UserError(
+            f"dataset {name}: the bounds have {low.size} and {high.size} numbers, actions {dim}; give one for each"
+        )
+    no_low, no_high = ~(abs(low) < UNBOUNDED), ~(abs(high) < UNBOUNDED)
+    low, high = np.where(no_low, action.min(0), low), np.where(no_high, action.max(0), high)
+    narrow, (least, most) = (
+        high - low <= 1e-6 * np.maximum(1.0, abs(low)),
+        (np.minimum(low, high), np.maximum(low, high)),
+    )
+    low, high = np.where(narrow & no_low, least - 1, low), np.where(narrow & no_high, most + 1, high)
+    if not (low < high).all():
+        raise UserError(f"dataset {name}: a lower action bound is not below the upper one; give the true ones")
+    return (low, high), not (no_low | no_high).any()
+
+
+def _named(env: str | None) -> str:
+    return f" ({env})" if env else ""

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from contraflow.data.datasets.dataset import ROUNDING, Dataset
+from contraflow.core.bounds import ROUNDING, range_text
+from contraflow.data.datasets.dataset import Dataset
 
-SATURATED, SHOWN = 0.1, 8  # share of actions at a bound that is worth a word; columns whose ranges are printed
+SATURATED, SHOWN = 0.1, 8  # share of actions at a bound that is worth a word; columns that are named
 
 
 def summary(data: Dataset) -> list[tuple[str, str]]:
@@ -24,7 +25,7 @@ def summary(data: Dataset) -> list[tuple[str, str]]:
         ("rewards", f"{reward.min():.4g} to {reward.max():.4g}, mean {reward.mean():.4g}"),
         ("observations", f"{data.obs.shape[1]}: {_ranges(data.obs)}"),
         ("actions", f"{data.action.shape[1]}: {_ranges(data.raw_action)}"),
-        ("bounds", _ranges(np.stack([data.low, data.high]))),
+        ("bounds", range_text(data.low, data.high) + ("" if data.stated else " (not stated: the range of the data)")),
     ]
 
 
@@ -42,7 +43,7 @@ def problems(data: Dataset) -> list[str]:
         found.append("nothing terminates: right only where no episode ends but by its time limit")
     if data.reward.min() == data.reward.max():
         found.append(f"every reward is {data.reward[0]:g}")
-    within = np.flatnonzero(~data.end)
+    within = np.flatnonzero(~data.end & data.known)
     scale = data.moments()[1]
     jumps = (abs(data.next_obs[within] - data.obs[within + 1]) > 1e-3 * scale).any(1)
     if jumps.any():
@@ -54,13 +55,7 @@ def problems(data: Dataset) -> list[str]:
 
 
 def _ranges(rows: np.ndarray) -> str:
-    low, high = rows.min(0), rows.max(0)
-    each = [f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True)]
-    if len(set(each)) == 1:
-        return each[0]
-    if len(each) <= SHOWN:
-        return " ".join(each)
-    return f"{' '.join(each[:SHOWN])} ..., all within [{low.min():.3g}, {high.max():.3g}]"
+    return range_text(rows.min(0), rows.max(0))
 
 
 def _more(columns: np.ndarray) -> str:

@@ -5,13 +5,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from contraflow.core.flatten import ordered_leaves
 from contraflow.core.types import UserError
 
 ENV, NOTES = "contraflow_env", "contraflow_notes"
@@ -47,36 +49,35 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The episodes of the dataset in `folder`, and the options of `join` that its metadata state."""
     meta = json.loads((folder / "metadata.json").read_text())
     name = meta.get("dataset_id") or folder.parent.name
-    spaces = {key: json.loads(meta.get(f"{key}_space") or "null") for key in ("observation", "action")}
-    _check_spaces(name, **spaces)
     if meta["data_format"] not in FORMATS:
         raise UserError(f"dataset {name} has the format {meta['data_format']}; only {', '.join(FORMATS)} are read")
     try:
-        episodes = _read_hdf5(folder) if meta["data_format"] == FORMATS[0] else _read_arrow(folder, meta["data_format"])
+        observation, action = (json.loads(meta.get(f"{key}_space") or "null") for key in ("observation", "action"))
+        _check_spaces(name, observation, action)
+        reader = _read_hdf5 if meta["data_format"] == FORMATS[0] else partial(_read_arrow, kind=meta["data_format"])
+        parts, open_ends = [], 0
+        for i, episode in enumerate(reader(folder)):
+            missing = {"observations", "actions", "rewards", "terminations", "truncations"} - episode.keys()
+            if missing:
+                raise UserError(f"dataset {name}: episode {i} has no {min(missing)}; record it with all of them")
+            part = {"reward": episode["rewards"], "terminated": episode["terminations"]}
+            part |= {"obs": _flat(episode["observations"], observation), "action": _flat(episode["actions"], action)}
+            parts.append(part)
+            open_ends += not (np.any(episode["terminations"]) or np.any(episode["truncations"]))
     except ImportError as error:
         raise UserError(f'dataset {name} cannot be read ({error}): pip install "contraflow[offline]"') from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"dataset {name} is damaged or of another schema ({error}); create it again") from None
-    found = sum(len(episode["rewards"]) for episode in episodes if "rewards" in episode)
-    if len(episodes) != meta.get("total_episodes", len(episodes)) or found != meta.get("total_steps", found):
+    found = sum(len(part["action"]) for part in parts)
+    if len(parts) != meta.get("total_episodes", len(parts)) or found != meta.get("total_steps", found):
         raise UserError(
-            f"dataset {name} holds {found} steps in {len(episodes)} episodes, its metadata state {meta['total_steps']} "
+            f"dataset {name} holds {found} steps in {len(parts)} episodes, its metadata state {meta['total_steps']} "
             f"in {meta['total_episodes']}: download or record it again"
         )
-    parts, open_ends = [], 0
-    for i, episode in enumerate(episodes):
-        missing = {"observations", "actions", "rewards", "terminations", "truncations"} - episode.keys()
-        if missing:
-            raise UserError(f"dataset {name}: episode {i} has no {min(missing)}; record it with all of them")
-        keys = (("action", "actions"), ("reward", "rewards"), ("terminated", "terminations"))
-        part = {new: _flat(episode[old]) if new == "action" else episode[old] for new, old in keys}
-        parts.append(part | {"obs": _flat(episode["observations"])})
-        open_ends += not (np.any(episode["terminations"]) or np.any(episode["truncations"]))
     notes = list(meta.get(NOTES, ()))
     if open_ends:
         notes.append(f"{open_ends} trajectories are marked neither terminated nor truncated: they count as truncated")
-    space = spaces["action"] or {}
-    bounds = {key: np.ravel(space[key]) for key in ("low", "high") if key in space}
+    bounds = {key: np.ravel(action[key]) for key in ("low", "high") if action and key in action}
     return parts, {"name": name, "env": meta.get(ENV) or _env(meta), "notes": notes, **bounds}
 
 
@@ -101,16 +102,23 @@ def _check_spaces(name: str, observation: Any, action: Any) -> None:
             raise UserError(f"dataset {name} has images, which are not read; use the one with states")
 
 
-def _flat(tree: Any) -> np.ndarray:
-    """[T, d]: entries of a dict in sorted order, those of a tuple in their own, as `contraflow.envs` flattens them."""
+def _flat(tree: Any, space: Any) -> np.ndarray:
+    """[T, d]: the parts in the order of the environments."""
+    leaves = [np.asarray(leaf) for leaf in ordered_leaves(_observed(tree, space or {}))]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def _observed(tree: Any, space: Mapping[str, Any]) -> Any:
+    """What a file holds as a value of its space: entries of a tuple lie in a dict, as _index_0 (HDF5) or 0 (Arrow)."""
     if not isinstance(tree, dict):
-        return np.asarray(tree).reshape(len(tree), -1)
-
-    def place(key: Any) -> tuple[int, str]:
-        number = key.removeprefix("_index_")
-        return (int(number), "") if number.isdecimal() else (0, key)
-
-    return np.concatenate([_flat(tree[key]) for key in sorted(tree, key=place)], axis=1)
+        return tree
+    parts = space.get("subspaces")
+    if parts is None:  # no space is stated
+        parts = [{}] * len(tree) if all(key.startswith("_index_") for key in tree) else {key: {} for key in tree}
+    if isinstance(parts, list):
+        order = sorted(tree, key=lambda key: int(key.removeprefix("_index_")))
+        return tuple(_observed(tree[key], part) for key, part in zip(order, parts, strict=True))
+    return {key: _observed(tree[key], part) for key, part in parts.items()}
 
 
 def _read_hdf5(folder: Path) -> list[dict[str, Any]]:

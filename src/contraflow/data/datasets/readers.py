@@ -15,7 +15,7 @@ import numpy as np
 
 from contraflow.core.types import UserError
 from contraflow.data.datasets import minari
-from contraflow.data.datasets.dataset import Dataset, build, dropped, join, unrecorded
+from contraflow.data.datasets.dataset import Dataset, build, columns, join, same_length, unrecorded
 
 Timing = Literal["pre", "post"]
 ALIASES = {
@@ -44,11 +44,13 @@ def load(
     - `task`: single-task id of OGBench, such as cube-single-singletask-task2-v0, that rewards a file without rewards.
     - `success`, for OGBench files without next_observations: whether a step is rewarded for the state it starts from
       (`pre`, OGBench since 1.2) or leads to (`post`).
-    - `low`, `high`: action bounds in place of those that the source states; `clip`: clip actions to the bounds.
+    - `low`, `high`: action bounds in place of those that the source states, where they are not empty; `clip`: clip
+      actions to the bounds.
 
     Raises UserError for a source that is not there, not known, incomplete, or does not make a dataset.
     """
-    path, bounds = Path(source), {"low": low, "high": high, "clip": clip}
+    path, given = Path(source), {"low": low, "high": high}
+    bounds = {key: bound for key, bound in given.items() if bound is not None and np.size(bound)} | {"clip": clip}
     npz = path.suffix == ".npz"
     if (success != "pre" or task) and not npz:
         raise UserError(f"{source} is no OGBench file: success timing and task are for .npz files of OGBench")
@@ -61,8 +63,7 @@ def load(
         folder = minari.download(str(source))
     if folder is not None:
         parts, options = minari.read(folder)
-        stated = {key: value for key, value in bounds.items() if value is not None}
-        return join(parts, **{**options, **stated})
+        return join(parts, **{**options, **bounds})
     if path.exists():
         raise UserError(f"{source} is no dataset that is known: give {KNOWN}")
     raise UserError(f"there is no dataset {source}: give {KNOWN}")
@@ -82,15 +83,17 @@ def from_arrays(
     """The dataset in flat arrays, trajectory after trajectory; the names may be those of Minari, OGBench or D4RL.
 
     Ends are `end`, or `terminated` and `truncated`, or D4RL's `terminals` and `timeouts`, or OGBench's `terminals`
-    (ends of trajectories) and `masks` (0 where the value ends). Without next_obs, it is the following row of obs; what
-    then has no successor is left out, unless it terminated. Arguments and errors as for `load`.
+    (ends of trajectories) and `masks` (0 where the value ends). Without next_obs, it is the following row of obs, where
+    there is one. Arguments and errors as for `load`.
     """
-    rows = {ALIASES.get(key, key): np.asarray(value) for key, value in arrays.items()}
+    rows: dict[str, Any] = {ALIASES.get(key, key): value for key, value in arrays.items()}
     for key in ("obs", "action"):
         if key not in rows:
             raise UserError(
                 f"dataset {name} has {', '.join(sorted(arrays)) or 'no arrays'}, but no {key}: give {KNOWN}"
             )
+    rows = columns(name, rows)
+    same_length(name, rows)
     low, high = (rows.get(key) if bound is None else bound for key, bound in (("low", low), ("high", high)))
     env = str(rows["env"]) if env is None and "env" in rows else env
     notes = [str(note) for note in rows.get("notes", ())]
@@ -113,16 +116,10 @@ def _plain(rows: dict[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
         raise UserError(
             f"dataset {name} does not say where trajectories end: add `terminated`, and `truncated` or `end`"
         )
-    _same_length(rows, name, ("obs", "action", "terminated", "end" if "end" in rows else "truncated"))
     terminated = rows["terminated"].astype(bool)
     end = rows["end"].astype(bool) if "end" in rows else terminated | rows["truncated"].astype(bool)
     rows = _rewarded(rows, notes) | {"terminated": terminated, "end": end}
-    if "next_obs" in rows:
-        return rows
-    rows = unrecorded({key: rows[key] for key in ("obs", "action", "reward", "terminated", "end")})
-    if lost := len(end) - len(rows["end"]):
-        notes.append(dropped(lost))
-    return rows
+    return rows if "next_obs" in rows else unrecorded(rows)
 
 
 def _ogbench(rows: dict[str, Any], name: str, success: Timing, notes: list[str]) -> dict[str, Any]:
@@ -132,7 +129,6 @@ def _ogbench(rows: dict[str, Any], name: str, success: Timing, notes: list[str])
             f"dataset {name}: `terminals` may end a trajectory or the value; add OGBench's `masks` or D4RL's `timeouts`"
         )
     rows = _rewarded(rows, notes)
-    _same_length(rows, name, ("obs", "action", "terminals", "reward", "masks"))
     end = rows["terminals"].astype(bool)
     over = rows["masks"] == 0 if "masks" in rows else np.zeros(len(end), bool)
     if "masks" not in rows:
@@ -160,15 +156,6 @@ def _rewarded(rows: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         return rows
     notes.append("no rewards are recorded: all are 0")
     return rows | {"reward": np.zeros(len(rows["action"]), np.float32)}
-
-
-def _same_length(rows: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> None:
-    """Raise UserError for the first array that is not as long as the actions."""
-    n = len(rows["action"]) if rows["action"].ndim else 0
-    for key in keys:
-        if key in rows and (rows[key].ndim == 0 or len(rows[key]) != n):
-            found = len(rows[key]) if rows[key].ndim else 0
-            raise UserError(f"dataset {name}: {key} has {found} rows, action has {n}; each step needs one of both")
 
 
 def _relabelled(rows: dict[str, Any], task: str) -> dict[str, Any]:
@@ -211,6 +198,7 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
     """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f'{path} needs pyarrow: pip install "contraflow[offline]"') from None
@@ -233,9 +221,16 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
     table = table.sort_by([("episode_index", "ascending"), (order, "ascending")])
 
     def column(name: str) -> np.ndarray:
-        if table[name].null_count:
+        """[n, k]; k = 1 for a number in each row, or a list of one."""
+        values, missing = table[name].combine_chunks(), table[name].null_count
+        while hasattr(values, "flatten") and hasattr(values.type, "value_type") and not missing:
+            if len(pyarrow.compute.list_value_length(values).unique()) > 1:
+                raise UserError(f"{path} has lists of different lengths in {name}; repair or leave out their episodes")
+            values = values.flatten()
+            missing = values.null_count
+        if missing:
             raise UserError(f"{path} has empty entries in {name}; repair or leave out their episodes")
-        return _numbers(table[name])
+        return values.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
 
     notes: list[str] = []
     states = ["observation.state", "observation.environment_state"]
@@ -243,22 +238,12 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
     rows["obs"] = np.concatenate([column(name) for name in states if name in table.column_names], axis=1)
     for key, name in (("reward", "next.reward"), ("terminated", "next.done")):
         if name in table.column_names:
-            rows[key] = column(name).reshape(-1)
+            rows[key] = column(name)
     rows = _rewarded(rows, notes)
     if "terminated" not in rows:
         notes.append("no next.done is recorded: nothing terminates")
         rows["terminated"] = np.zeros(table.num_rows, bool)
-    breaks = np.flatnonzero(np.diff(column("episode_index"))) + 1
+    breaks = np.flatnonzero(np.diff(column("episode_index")[:, 0])) + 1
     split = {key: np.split(value, breaks) for key, value in rows.items()}
     parts = [{key: split[key][i] for key in split} for i in range(len(breaks) + 1)]
     return join(parts, name=path.name, notes=notes, **bounds)
-
-
-def _numbers(column: Any) -> np.ndarray:
-    """A column of numbers [n], or of equally long lists [n, k]."""
-    array = column.combine_chunks()
-    rows = len(array)
-    while hasattr(array, "flatten") and hasattr(array.type, "value_type"):
-        array = array.flatten()
-    flat = array.to_numpy(zero_copy_only=False)
-    return flat if len(flat) == rows and not hasattr(column.type, "value_type") else flat.reshape(rows, -1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from contraflow.core.types import UserError
 from contraflow.data.datasets import minari
-from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.datasets.dataset import COLUMNS, Dataset
 
 
 def check_target(target: str | Path) -> Path:
@@ -27,13 +27,18 @@ def write(data: Dataset, target: str | Path, kind: str = "hdf5", algorithm: str 
     """Write a dataset whole or not at all; returns where: a Minari id in Minari's folder, or the path.
 
     `kind` is Minari's data format; a path that ends in .npz takes plain arrays instead, and no package. Minari keeps
-    one observation more than steps, so the successor within a trajectory must be the next row.
+    one observation more than steps: the successor within a trajectory must be the next row, and the last be known.
+    Bounds that are not stated are not written.
     """
     place = check_target(target)
-    try:
-        return (
-            _write_npz(data, place) if place.suffix == ".npz" else _write_minari(data, target, place, kind, algorithm)
+    npz = place.suffix == ".npz"
+    if not npz and not data.known.all():
+        raise UserError(
+            f"dataset {data.name} lacks the successor of {int((~data.known).sum())} steps, which Minari's formats "
+            "need: write it as .npz"
         )
+    try:
+        return _write_npz(data, place) if npz else _write_minari(data, target, place, kind, algorithm)
     except OSError as error:
         raise UserError(f"{place} cannot be written ({error}); choose another place") from None
 
@@ -43,13 +48,14 @@ def _write_minari(data: Dataset, target: str | Path, place: Path, kind: str, alg
     with minari.staging(minari.root() if minari.is_id(target) else place.parent) as (stage, package):
         from gymnasium.spaces import Box
 
+        low, high = (data.low, data.high) if data.stated else (0 * data.low - np.inf, 0 * data.high + np.inf)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it misses an author and a permalink
             package.create_dataset_from_buffers(
                 id,
                 _episodes(data),
                 observation_space=Box(-np.inf, np.inf, (data.obs.shape[1],), np.float32),
-                action_space=Box(data.low, data.high, dtype=np.float32),
+                action_space=Box(low, high, dtype=np.float32),
                 algorithm_name=algorithm,
                 data_format=kind,
                 jpeg_encoding=False,
@@ -80,7 +86,7 @@ def _episodes(data: Dataset) -> list[Any]:
 
 
 def _write_npz(data: Dataset, place: Path) -> Path:
-    keys = ("obs", "reward", "next_obs", "terminated", "end", "low", "high")
+    keys = (*COLUMNS, "low", "high") if data.stated else COLUMNS
     arrays: dict[str, Any] = {key: getattr(data, key) for key in keys}
     arrays |= {"action": data.raw_action, "notes": np.array(data.notes, str)}
     if data.env:

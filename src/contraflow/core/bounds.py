@@ -1,0 +1,46 @@
+"""Ranges of actions: data, a policy and an environment must mean the same by an action in [-1, 1]."""
+
+import numpy as np
+from jaxtyping import Float64
+
+from contraflow.core.types import EnvSpec, UserError
+
+ROUNDING = 1e-4  # of half the range: by so much an action or a bound may be off without a word
+SHOWN = 8  # columns whose ranges are printed
+Bounds = tuple[Float64[np.ndarray, " a"], Float64[np.ndarray, " a"]]
+
+
+def action_range(spec: EnvSpec) -> Bounds:
+    """Lower and upper bounds of one action of the environment proper."""
+    ones = np.ones(spec.action_dim // spec.horizon)
+    low, high = spec.low or -ones, spec.high or ones
+    return np.asarray(low, np.float64), np.asarray(high, np.float64)
+
+
+def same_range(one: Bounds, other: Bounds) -> bool:
+    """Whether both agree to rounding."""
+    slack = ROUNDING * (other[1] - other[0]) / 2
+    return all(bool((abs(a - b) <= slack).all()) for a, b in zip(one, other, strict=True))
+
+
+def check_same_range(policy: EnvSpec, env: EnvSpec, name: str, where: str) -> None:
+    """Raise UserError unless the policy called `name` and the environment `where` agree on the range of actions.
+
+    Sizes are those of both already.
+    """
+    have, want = action_range(policy), action_range(env)
+    if not same_range(have, want):
+        raise UserError(
+            f"{name} was trained for actions in {range_text(*have)}, {where} takes {range_text(*want)}: choose an "
+            "environment with the range that it was trained for"
+        )
+
+
+def range_text(low: np.ndarray, high: np.ndarray) -> str:
+    """[-1, 1], or one such pair for each number where they differ, of many only the first."""
+    each = [f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True)]
+    if len(set(each)) == 1:
+        return each[0]
+    if len(each) <= SHOWN:
+        return " ".join(each)
+    return f"{' '.join(each[:SHOWN])} ..., all within [{low.min():.3g}, {high.max():.3g}]"
