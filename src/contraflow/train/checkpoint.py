@@ -1,15 +1,14 @@
-"""Checkpoints of a run: everything training changes, written whole or not at all (Orbax).
+"""Checkpoints of a run: everything training changes, by name, written whole or not at all (Orbax).
 
 `OUT/checkpoints/<step>/` holds the learner (networks, optimisers, replay, counters) and, for jittable environments, the
-environment. Orbax writes to a temporary folder and renames it, so a killed process leaves the previous checkpoint.
-Digests written after that show later damage.
+environment. Each array is stored under the path of its leaf, `learner/agent/critic/layers/0/weight`, so that a state
+whose fields change places is still read right, and one whose fields have other names is refused. Orbax writes to a
+temporary folder and renames it; `contents.json` comes last and makes the checkpoint complete: names and shapes, the
+digests that show later damage (Orbax returns other numbers for a flipped bit without a word), the settings.
 """
 
-import errno
 import hashlib
-import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PyTree
 
-from contraflow.core.types import UserError
+from contraflow.core.errors import UserError
+from contraflow.core.files import full_disk, read_json, write_json
+from contraflow.core.settings import SCHEMA, first_difference
 
 KEEP = 2
-SEAL = "seal.json"  # digests of the files and shapes of the arrays of a checkpoint
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CONTENTS = "contents.json"
+RENAMED: dict[str, str] = {}
+"""Names of arrays in checkpoints of older releases, and what they are called now."""
 
 
 @contextmanager
@@ -44,73 +46,134 @@ def _manager(folder: Path) -> Iterator[Any]:
         logger.setLevel(level)
 
 
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, `learner/agent/...`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have one name"
+    return named
+
+
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_saved(tree: PyTree) -> list[Any]:
-    """Leaves in order, keys (of simulators that carry one) as their raw data, without the empty arrays of simulators,
-    which Orbax refuses."""
-    return [jr.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-
-
-def save(folder: Path, step: int, tree: PyTree) -> None:
-    """Write `tree` as the checkpoint of environment step `step`, if that is not there yet."""
-    import orbax.checkpoint as ocp
-
-    saved = _to_saved(tree)
-    with _manager(folder) as manager:
-        if step in manager.all_steps():
-            return
-        _check_room(folder, saved)
-        manager.save(step, args=ocp.args.StandardSave(saved), force=True)
-    at = _place(folder, step)
-    seal = {"arrays": [_signature(x) for x in saved], "files": _digests(at)}
-    (at / SEAL).write_text(json.dumps(seal, indent=1))
-
-
-def _place(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / str(step)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _signature(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
+def save(folder: Path, step: int, tree: PyTree, about: dict[str, Any]) -> None:
+    """Write `tree` as the checkpoint of environment step `step`, if that is not there yet, with `about` (JSON)."""
+    import orbax.checkpoint as ocp
+
+    if step in steps(folder):
+        return
+    # Keys (of simulators that carry one) as their raw data, and no empty arrays, which Orbax refuses.
+    arrays = {n: jr.key_data(x) if _is_key(x) else x for n, x in named_leaves(tree).items() if x.size}
+    at = _place(folder, step)
+    shutil.rmtree(at, ignore_errors=True)  # a process died before it was complete
+    with _manager(folder) as manager:
+        _check_room(folder, list(arrays.values()))
+        manager.save(step, args=ocp.args.StandardSave(arrays), force=True)
+    signatures = {name: _signature(x) for name, x in arrays.items()}
+    write_json(at / CONTENTS, {"schema": SCHEMA, "arrays": signatures, "files": _digests(at)} | about)
+
+
+def load(folder: Path, step: int, like: PyTree, about: dict[str, Any]) -> PyTree:
+    """The checkpoint of `step` in the structure of `like` (arrays or shapes). Raises UserError if it is damaged or does
+    not fit; `about` tells in which setting it differs."""
+    contents = _contents(folder, step)
+    wanted = {n: jax.eval_shape(jr.key_data, x) if _is_key(x) else x for n, x in named_leaves(like).items() if x.size}
+    stored = {RENAMED.get(name, name): name for name in contents["arrays"]}
+    _check_fit(folder, step, contents, wanted, stored, about)
+    digests = _digests(_place(folder, step))
+    for name, digest in contents["files"].items():
+        if digests.get(name) != digest:
+            raise _unreadable(folder, step, f"{name} is {'damaged' if name in digests else 'missing'}")
+    import orbax.checkpoint as ocp
+
+    shapes = {stored[name]: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
+    try:
+        with _manager(folder) as manager:
+            saved = manager.restore(step, args=ocp.args.StandardRestore(shapes))
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise _unreadable(folder, step, reason) from None
+
+    def restored(name: str, leaf: Any) -> Any:
+        if not leaf.size:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jr.wrap_key_data(saved[stored[name]]) if _is_key(leaf) else saved[stored[name]]
+
+    return jax.tree.unflatten(jax.tree.structure(like), [restored(*item) for item in named_leaves(like).items()])
+
+
+def latest(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    return max(steps(folder), default=None)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints that are kept, in order. Raises UserError for those of the first edition.
+
+    By names only: opening Orbax would start JAX, and with it claim a GPU, in processes that only look after others.
+    """
+    places = [p for p in (folder / "checkpoints").glob("*") if p.is_dir() and p.name.isdecimal()]
+    for place in places:
+        if (place / "seal.json").exists():
+            raise UserError(
+                f"the checkpoints in {folder} are of an older release, which stored arrays without names: continue the "
+                "run with that release, or start a new one"
+            )
+    return sorted(int(place.name) for place in places if (place / CONTENTS).exists())
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / str(step)
+
+
+def _contents(folder: Path, step: int) -> dict[str, Any]:
+    try:
+        contents = read_json(_place(folder, step) / CONTENTS)
+        newer = contents["schema"] > SCHEMA
+        if newer or not (isinstance(contents["arrays"], dict) and isinstance(contents["files"], dict)):
+            raise ValueError
+    except (UserError, ValueError, KeyError, TypeError):
+        raise _unreadable(folder, step, f"{CONTENTS} is damaged, or of a newer release") from None
+    return contents
+
+
+def _check_fit(
+    folder: Path, step: int, contents: Any, wanted: dict[str, Any], stored: dict[str, str], about: dict[str, Any]
+) -> None:
+    """Refuse a checkpoint that was written on other data, or by other settings or another version of the code."""
+    if contents.get("data") != about.get("data"):
+        raise UserError(
+            f"the dataset of {folder} is not the one that checkpoint {step} was trained on: restore it, or start a new run"
+        )
+    have = {name: contents["arrays"][old] for name, old in stored.items()}
+    want = {name: _signature(x) for name, x in wanted.items()}
+    if have == want:
+        return
+    name = next(n for n in (*want, *have) if have.get(n) != want.get(n))
+    if name not in have:
+        what = f"lacks {name}"
+    elif name not in want:
+        what = f"holds {name}, which this run has not"
+    else:
+        what = f"holds {name} as {have[name]} where this run needs {want[name]}"
+    changed = first_difference(contents.get("settings"), about.get("settings"))
+    why = f"; {changed[0]} was {changed[1]} and is {changed[2]}" if changed else "; it is of another version"
+    raise UserError(f"checkpoint {step} in {folder} does not fit: it {what}{why}: start a new run")
+
+
 def _digests(at: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(at.rglob("*")):
-        if path.is_file() and path.name != SEAL:
+        if path.is_file() and path.name != CONTENTS:
             with path.open("rb") as file:
                 digests[path.relative_to(at).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
-
-
-def _check_seal(folder: Path, step: int, wanted: list[Any]) -> None:
-    """Refuse a checkpoint that is damaged, or not this run's, before Orbax opens it.
-
-    Orbax reports such failures from threads of its own, long after. A checkpoint without a seal (the process died
-    between the two) is left to it all the same.
-    """
-    at = _place(folder, step)
-    if not (at / SEAL).exists():
-        return
-    try:
-        seal = json.loads((at / SEAL).read_text())
-        have, files = list(seal["arrays"]), dict(seal["files"])
-    except (ValueError, KeyError, TypeError):
-        raise _unreadable(folder, step, f"{SEAL} is damaged") from None
-    digests = _digests(at)
-    for name, digest in files.items():
-        if digests.get(name) != digest:
-            raise _unreadable(folder, step, f"{name} is {'damaged' if name in digests else 'missing'}")
-    want = [_signature(x) for x in wanted]
-    if have != want:
-        pairs = [f"{h} where this run needs {w}" for h, w in zip(have, want, strict=False) if h != w]
-        raise UserError(
-            f"checkpoint {step} in {folder} was written by another configuration (it holds "
-            f"{pairs[0] if pairs else f'{len(have)} arrays where this run needs {len(want)}'}): start a new run"
-        )
 
 
 def _unreadable(folder: Path, step: int, reason: str) -> UserError:
@@ -124,61 +187,4 @@ def _check_room(folder: Path, arrays: list[Any]) -> None:
     """Refuse to begin what the disk cannot hold, rather than to break off in the middle."""
     usage, needed = shutil.disk_usage(folder), sum(x.nbytes for x in arrays) + 2**20
     if usage.total > 0 and usage.free < needed:
-        raise _full(folder, f"a checkpoint takes up to {needed / 1e6:,.0f} MB, {usage.free / 1e6:,.0f} MB are free")
-
-
-@contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn what comes of a full disk (or quota, or file limit), by whatever library, into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reasons = [os.strerror(n) for n in FULL if getattr(error, "errno", None) == n or os.strerror(n) in str(error)]
-        if not reasons:
-            raise
-        raise _full(folder, reasons[0].lower()) from None
-
-
-def _full(folder: Path, reason: str) -> UserError:
-    return UserError(
-        f"the disk is full ({reason}): what {folder} holds up to its last checkpoint is kept; free some space and run "
-        f"`contraflow resume {folder}`"
-    )
-
-
-def latest(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    return max(steps(folder), default=None)
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints that are kept, in order."""
-    # By their names, which incomplete ones do not have yet: opening Orbax would start JAX, and with it claim a GPU, in
-    # processes that only look after others.
-    places = (folder / "checkpoints").glob("*")
-    return sorted(int(place.name) for place in places if place.is_dir() and place.name.isdecimal())
-
-
-def load(folder: Path, step: int, like: PyTree) -> PyTree:
-    """The checkpoint of `step` in the structure of `like` (arrays or shapes). Raises UserError if it does not fit."""
-    leaves, structure = jax.tree.flatten(like)
-    wanted = [
-        jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for leaf in leaves
-        if leaf.size
-    ]
-    _check_seal(folder, step, wanted)
-    import orbax.checkpoint as ocp
-
-    try:
-        with _manager(folder) as manager:
-            saved = manager.restore(step, args=ocp.args.StandardRestore(wanted))
-    except Exception as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise _unreadable(folder, step, reason) from None
-    arrays = iter(saved)
-    restored = [next(arrays) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-    restored = [jr.wrap_key_data(have) if _is_key(leaf) else have for have, leaf in zip(restored, leaves, strict=True)]
-    return jax.tree.unflatten(structure, restored)
+        raise full_disk(folder, f"a checkpoint takes up to {needed / 1e6:,.0f} MB, {usage.free / 1e6:,.0f} MB are free")

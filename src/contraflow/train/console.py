@@ -1,49 +1,47 @@
 """What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+
+from contraflow.train.evaluate import margin
 
 QUIET_SECONDS = 20.0  # between two plain lines
 
 
 class Progress:
-    """Steps, return, steps per second, time left; one line per evaluation above it."""
+    """Steps, return, steps per second, time left; one line per evaluation above it.
 
-    def __init__(self, run: Any, folder: Path, taken: int, quiet: bool, seeds: Sequence[int] = ()):
-        """`seeds` are those trained at once, of which `run` is one; step counts are those of each."""
-        self._run, self._folder = run, folder
-        self._seeds = f"seeds {', '.join(map(str, seeds))}" if seeds else f"seed {run.seed}"
-        self._taken = self._first = taken
+    The speed is that since the state last changed, without the first epoch, which compiles.
+    """
+
+    def __init__(self, header: str, total: int, taken: int, quiet: bool):
+        self._header, self._total = header, total
         self._console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
         self._live = self._console.is_terminal and not quiet
-        self._state = "collecting"
+        self._taken, self._state, self._return = taken, "compiling", None
+        self._since: tuple[float, int] | None = None
         self._bar = Bar(
             TextColumn("{task.description:<15}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._live,
             expand=True,
         )
 
     def __enter__(self) -> "Progress":
-        run = self._run
-        at = f", from step {self._first:,}" if self._first else ""
-        self.note(f"{type(run.agent).__name__} on {run.env}, {run.steps:,} steps{at}, {self._seeds}, in {self._folder}")
-        self._started = self._spoke = time.monotonic()
+        self.note(self._header)
+        self._spoke = time.monotonic()
         self._bar.start()
-        self._task = self._bar.add_task(self._state, total=run.steps, completed=self._first, speed="compiling")
+        self._task = self._bar.add_task(self._state, total=self._total, completed=self._taken, speed="")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -53,23 +51,37 @@ class Progress:
         """Print a line above the bar."""
         self._console.print(text)
 
-    def update(self, steps: int, metrics: dict[str, float]) -> None:
-        """`steps` taken so far; `metrics` of the last of them."""
-        now, run = time.monotonic(), self._run
+    def update(self, state: str, steps: int, metrics: dict[str, float]) -> None:
+        """`steps` taken so far, the last of them in `state`; `metrics` of these."""
+        now = time.monotonic()
+        if state != self._state:
+            self._state, self._since = state, (now, steps)
         self._taken = steps
-        if "return" in metrics:
-            self._state = f"return {metrics['return']:.1f}"
-        elif self._state == "collecting" and steps > getattr(run, "collect", 0):
-            self._state = "learning"
-        rate = (steps - self._first) / max(now - self._started, 1e-9)
-        task = self._bar.tasks[self._task]
-        speed = f"{task.speed or rate:,.0f} steps/s"
-        self._bar.update(self._task, completed=min(steps, run.steps), description=self._state, speed=speed)
+        self._return = metrics.get("return", self._return)
+        shown = state if self._return is None else f"return {self._return:.1f}"
+        speed = self._speed(now)
+        self._bar.update(self._task, completed=min(steps, self._total), description=shown, speed=speed)
         if not self._live and now - self._spoke > QUIET_SECONDS:
             self._spoke = now
-            left = max(run.steps - steps, 0) / max(rate, 1e-9)
-            self.note(f"step {steps:>9,}  {self._state:<15} {rate:,.0f} steps/s, {left / 60:.0f} min left")
+            self.note(f"step {steps:>9,}  {shown:<15} {speed}".rstrip())
+
+    def _speed(self, now: float) -> str:
+        """Steps per second and the time left, once there is something to go by."""
+        assert self._since is not None
+        began, first = self._since
+        if self._taken == first:
+            return ""
+        rate = (self._taken - first) / max(now - began, 1e-9)
+        minutes, seconds = divmod(round(max(self._total - self._taken, 0) / rate), 60)
+        return f"{rate:,.0f} steps/s, {minutes} min {seconds:02d} s left"
 
     def evaluated(self, steps: int, returns: np.ndarray) -> None:
-        low, high = returns.min(), returns.max()
-        self.note(f"step {steps:>9,}  evaluation return {returns.mean():8.1f}  (min {low:.1f}, max {high:.1f})")
+        """Of one policy, [episodes], or of one for each seed, [S, episodes]."""
+        many = returns.ndim > 1 and len(returns) > 1
+        sample = returns.mean(1) if many else returns.ravel()
+        what = f"{len(returns)} seeds of {returns.shape[1]} episodes" if many else f"{sample.size} episodes"
+        spread = f" +- {margin(sample):.1f}" if sample.size > 1 else ""
+        self.note(
+            f"step {steps:>9,}  evaluation return {sample.mean():8.1f}{spread}  ({what}, min {sample.min():.1f}, "
+            f"max {sample.max():.1f})"
+        )
