@@ -104,4 +104,4 @@ class EnvSpec:
     high: tuple[float, ...] = ()
 
 
-__all__ = ["Chunks", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]
+__all__ = ["Batch", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]

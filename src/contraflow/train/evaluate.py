@@ -11,18 +11,10 @@ import numpy as np
 
 from contraflow.core.types import PRNGKey, PRNGKeys, UserError
 from contraflow.envs.base import Env
-from contraflow.policy.base import Policy
+from contraflow.policy.base import Policy, act_batch
 from contraflow.train.loop import reset, shown, stacked, step
 
 CHUNK = 100  # steps of a jittable environment between two looks at what has ended
-
-
-@partial(jax.jit, static_argnames=("greedy",))
-def act_batch(policy: Policy, obs: Any, key: PRNGKey, first: Any, greedy: bool = True) -> Any:
-    """Actions [N, a] for observations [N, ...]; the number of row r is first + r, and its key is folded from `key`."""
-    n = jax.tree.leaves(obs)[0].shape[0]
-    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(n))
-    return jax.vmap(lambda o, k: policy(o, k, greedy))(obs, keys)
 
 
 def _advance(policy: Policy, env: Env, greedy: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
