@@ -1,23 +1,37 @@
 """A quick agent, and the loop's carry before its first step."""
 
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 
 from contraflow.agents.online.sir import SIR
-from contraflow.policy.select import Argmax, Softmax
+from contraflow.data.samplers import Uniform
+from contraflow.policy.best_of import Argmax, Softmax
 from contraflow.rl.critics import Critics
-from contraflow.train.loop import Carry
-from contraflow.train.offpolicy import OffPolicy, first_learner
+from contraflow.train.loop import Carry, World, epoch, of_seed, stacked
+from contraflow.train.sources.base import first_learner
+from contraflow.train.sources.replay import Interact
 
-WARM = OffPolicy(True, 0, 16)
-CRITIC = Critics(width=8, depth=1, lr=1e-2, tau=0.1)
+WARM = Interact(True, 0, 16, Uniform(0.99))
+CRITIC = Critics(width=8, depth=1, tau=0.1)
 QUICK = SIR(explore=Softmax(4), backup=Softmax(4), greedy=Argmax(8), critic=CRITIC)
 
 
 def begin(agent, env, key, buffer_size=64):
     k_agent, k_env = jr.split(key)
-    learner = jax.jit(lambda k: first_learner(agent, env.spec, buffer_size, k))(k_agent)
+    learner = first_learner(agent, env.spec, k_agent, buffer_size)
     state, obs = env.reset(k_env)
+    if not env.spec.jittable:
+        return Carry(learner, state, obs)
     # `obs` may be part of the state, and a donated carry must not hold one buffer twice.
-    return Carry(learner, state, jnp.copy(obs) if env.spec.jittable else obs)
+    return stacked([Carry(learner, state, jnp.copy(obs))])
+
+
+def run_epoch(stage, agent, env, carry, key, n, iterated=lambda: False):
+    """`epoch` of one seed: (carry, metrics, error)."""
+    carry, (metrics,), error = epoch(stage, agent, World(env.spec, env), carry, key[None], n, iterated)
+    return carry, metrics, error
+
+
+def learner_of(carry):
+    """The learner of the only seed."""
+    return carry.learner if carry.learner.steps.ndim == 0 else of_seed(carry.learner, 0)
