@@ -14,10 +14,10 @@ from tests.cli_helpers import GUESS, MAIN, TINY, Guess, assert_refused, cli, in_
 from contraflow import SIR
 from contraflow.core.settings import SCHEMA
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint
-from contraflow.train import run_writer as record
-from contraflow.train import run as driver
-from contraflow.train.run import read_config
+from contraflow.training import checkpoint
+from contraflow.training import run_writer as record
+from contraflow.training import run as driver
+from contraflow.training.run import read_config
 
 # damaged and foreign files
 

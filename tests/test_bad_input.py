@@ -10,9 +10,9 @@ import pytest
 from tests.cli_helpers import FLAGS, GUESS, Guess, assert_refused, cli
 
 from contraflow import Run, load
-from contraflow.train import checkpoint
-from contraflow.train import run as driver
-from contraflow.train.run import read_config
+from contraflow.training import checkpoint
+from contraflow.training import run as driver
+from contraflow.training.run import read_config
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from contraflow.policy.select import Argmax, First
 from contraflow.presets import PRESETS
 from contraflow.rl.critics import Critics
 from contraflow.rl.temperature import Anneal
-from contraflow.train.run import write_config
+from contraflow.training.run import write_config
 
 # flags and choices
 

@@ -19,7 +19,7 @@ from contraflow.flow.posterior.importance import Fixed, Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise
 from contraflow.flow.solver import Midpoint
 from contraflow.presets import PRESETS
-from contraflow.train.run import read_config, write_config
+from contraflow.training.run import read_config, write_config
 
 
 def through_json(run: Run, trust: bool = False) -> Run:

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from contraflow.rl.critics import Critics as Critics
     from contraflow.runtime.policy import Policy as Policy
     from contraflow.runtime.policy import load as load
-    from contraflow.train.run import Result as Result
-    from contraflow.train.run import Run as Run
-    from contraflow.train.run import resume as resume
-    from contraflow.train.run import resume_seeds as resume_seeds
-    from contraflow.train.run import train as train
-    from contraflow.train.run import train_seeds as train_seeds
-    from contraflow.train.sources import Dataset as Dataset
-    from contraflow.train.sources import OfflineToOnline as OfflineToOnline
-    from contraflow.train.sources import Replay as Replay
-    from contraflow.train.sources import Rollouts as Rollouts
+    from contraflow.training.run import Result as Result
+    from contraflow.training.run import Run as Run
+    from contraflow.training.run import resume as resume
+    from contraflow.training.run import resume_seeds as resume_seeds
+    from contraflow.training.run import train as train
+    from contraflow.training.run import train_seeds as train_seeds
+    from contraflow.training.sources import Dataset as Dataset
+    from contraflow.training.sources import OfflineToOnline as OfflineToOnline
+    from contraflow.training.sources import Replay as Replay
+    from contraflow.training.sources import Rollouts as Rollouts
 
 _PLACES = {
     "RFM": "agents.online.rfm",
@@ -35,20 +35,20 @@ _PLACES = {
     "Critics": "rl.critics",
     "EnvSpec": "core.types",
     "Policy": "runtime.policy",
-    "Result": "train.run",
-    "Run": "train.run",
+    "Result": "training.run",
+    "Run": "training.run",
     "Step": "core.types",
     "UserError": "core.errors",
     "Batch": "core.types",
-    "Dataset": "train.sources",
-    "OfflineToOnline": "train.sources",
-    "Replay": "train.sources",
-    "Rollouts": "train.sources",
+    "Dataset": "training.sources",
+    "OfflineToOnline": "training.sources",
+    "Replay": "training.sources",
+    "Rollouts": "training.sources",
     "load": "runtime.policy",
-    "resume": "train.run",
-    "resume_seeds": "train.run",
-    "train": "train.run",
-    "train_seeds": "train.run",
+    "resume": "training.run",
+    "resume_seeds": "training.run",
+    "train": "training.run",
+    "train_seeds": "training.run",
 }
 __all__ = [*_PLACES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from contraflow.agents import needs, presets
-from contraflow.train.run import Run
-from contraflow.train.sources import BY_NEED
+from contraflow.training.run import Run
+from contraflow.training.sources import BY_NEED
 
 USUAL: dict[str, dict[str, Any]] = {
     "replay": {},

@@ -17,7 +17,7 @@ from contraflow.core.settings import from_json, to_json
 from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy
-from contraflow.train.artifact import load_policy, save_policy
+from contraflow.training.artifact import load_policy, save_policy
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from contraflow.agents import AGENTS
 from contraflow.core.settings import SCHEMA
 from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
-from contraflow.train.artifact import load_policy, save_policy
-from contraflow.train.evaluate import act_batch
+from contraflow.training.artifact import load_policy, save_policy
+from contraflow.training.evaluate import act_batch
 
 SPEC = EnvSpec(3, 2, 4, 100, True)
 CRITIC = Critics(width=8, depth=1)

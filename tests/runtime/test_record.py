@@ -21,7 +21,7 @@ from contraflow.envs.gymnasium import Gymnasium
 from contraflow.rl.critics import Critics
 from contraflow.runtime import collect as module
 from contraflow.runtime.collect import Behaviour, record
-from contraflow.train.artifact import save_policy
+from contraflow.training.artifact import save_policy
 
 
 class Logged(gymnasium.Env):

@@ -7,9 +7,9 @@ from contraflow.agents.online.sir import SIR
 from contraflow.data.samplers import Uniform
 from contraflow.policy.best_of import Argmax, Softmax
 from contraflow.rl.critics import Critics
-from contraflow.train.loop import Carry, World, epoch, of_seed, stacked
-from contraflow.train.sources.base import first_learner
-from contraflow.train.sources.replay import Interact
+from contraflow.training.loop import Carry, World, epoch, of_seed, stacked
+from contraflow.training.sources.base import first_learner
+from contraflow.training.sources.replay import Interact
 
 WARM = Interact(True, 0, 16, Uniform(0.99))
 CRITIC = Critics(width=8, depth=1, tau=0.1)

@@ -13,7 +13,7 @@ import pytest
 
 from contraflow import UserError
 from contraflow.core.files import read_json, write_json
-from contraflow.train import checkpoint
+from contraflow.training import checkpoint
 
 ABOUT = {"settings": {"agent": {"lr": 0.1}}, "data": None}
 

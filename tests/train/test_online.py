@@ -19,9 +19,9 @@ from contraflow.data.samplers import NStep, Uniform
 from contraflow.envs.probe import TwoStep
 from contraflow.policy.best_of import Softmax
 from contraflow.rl.critics import Critics
-from contraflow.train.evaluate import evaluate
-from contraflow.train.loop import _loop
-from contraflow.train.sources.replay import Interact
+from contraflow.training.evaluate import evaluate
+from contraflow.training.loop import _loop
+from contraflow.training.sources.replay import Interact
 
 LEARN = Interact(False, 2, 16, Uniform(0.99))
 

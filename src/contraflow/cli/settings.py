@@ -22,8 +22,8 @@ from contraflow.cli.moved import MOVED
 from contraflow.core.settings import import_path, members, suggest
 from contraflow.core.types import UserError
 from contraflow.presets import default_run, preset_run
-from contraflow.train.run import Run, read_config
-from contraflow.train.sources import Source
+from contraflow.training.run import Run, read_config
+from contraflow.training.sources import Source
 
 Switch = tyro.conf.FlagCreatePairsOff
 

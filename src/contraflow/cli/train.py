@@ -14,8 +14,8 @@ from contraflow.cli.evaluate import final_returns
 from contraflow.cli.settings import Switch, as_run, parse_train, read_flags, registry
 from contraflow.core.settings import suggest
 from contraflow.core.types import UserError
-from contraflow.train import run as runs
-from contraflow.train.run_writer import best_evaluation
+from contraflow.training import run as runs
+from contraflow.training.run_writer import best_evaluation
 
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.critic.gamma 0.98] ...

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from contraflow.train.evaluate import margin
+from contraflow.training.evaluate import margin
 
 QUIET_SECONDS = 20.0  # between two plain lines
 

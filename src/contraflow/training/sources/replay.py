@@ -10,8 +10,8 @@ import jax.random as jr
 
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
 from contraflow.data.samplers import Mixed, NStep, Sampler, Uniform
-from contraflow.train.loop import Carry, Learner, World, shown, step
-from contraflow.train.sources.base import (
+from contraflow.training.loop import Carry, Learner, World, shown, step
+from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,

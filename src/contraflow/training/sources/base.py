@@ -13,7 +13,7 @@ from contraflow.data.replay import Buffer
 from contraflow.envs import close, make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
-from contraflow.train.loop import Learner, World
+from contraflow.training.loop import Learner, World
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from contraflow.core import settings
 from contraflow.core.errors import UserError
 from contraflow.core.files import read_json, write_json
 from contraflow.core.types import PRNGKey
-from contraflow.train import checkpoint
+from contraflow.training import checkpoint
 from contraflow.policy.artifact import save_policy
-from contraflow.train.diagnostics import diagnose
-from contraflow.train.log import Log, read_evaluations
-from contraflow.train.loop import Carry, World
-from contraflow.train.plot import plot_curve
+from contraflow.training.diagnostics import diagnose
+from contraflow.training.log import Log, read_evaluations
+from contraflow.training.loop import Carry, World
+from contraflow.training.plot import plot_curve
 
 BEST = "evaluation.json"  # in best/: which evaluation the policy had
 

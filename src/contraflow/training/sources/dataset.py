@@ -15,8 +15,8 @@ from contraflow.data.datasets.readers import load
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Chunk
 from contraflow.policy.normalise import RunningMoments
-from contraflow.train.loop import Carry, Learner, World
-from contraflow.train.sources.base import Opened, check_chunk, check_counts, discount, environment, first_learner, need
+from contraflow.training.loop import Carry, Learner, World
+from contraflow.training.sources.base import Opened, check_chunk, check_counts, discount, environment, first_learner, need
 
 GLANCE = 64  # observations to look at a policy with
 

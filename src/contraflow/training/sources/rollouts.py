@@ -10,8 +10,8 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.core.types import Metrics, PRNGKey, Rollout, Step
-from contraflow.train.loop import Carry, Learner, World, shown, step
-from contraflow.train.sources.base import Opened, check_chunk, check_counts, environments, first_learner, iterations
+from contraflow.training.loop import Carry, Learner, World, shown, step
+from contraflow.training.sources.base import Opened, check_chunk, check_counts, environments, first_learner, iterations
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Where the experience of a run comes from; one file each."""
 
-from contraflow.train.sources.dataset import Dataset
-from contraflow.train.sources.offline_to_online import OfflineToOnline
-from contraflow.train.sources.replay import Replay
-from contraflow.train.sources.rollouts import Rollouts
+from contraflow.training.sources.dataset import Dataset
+from contraflow.training.sources.offline_to_online import OfflineToOnline
+from contraflow.training.sources.replay import Replay
+from contraflow.training.sources.rollouts import Rollouts
 
 Source = Replay | Rollouts | Dataset | OfflineToOnline
 BY_NEED: dict[str, type[Source]] = {"replay": Replay, "rollout": Rollouts, "dataset": Dataset}

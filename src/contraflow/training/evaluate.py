@@ -12,7 +12,7 @@ import numpy as np
 from contraflow.core.types import PRNGKey, PRNGKeys, UserError
 from contraflow.envs.base import Env
 from contraflow.policy.base import Policy, act_batch
-from contraflow.train.loop import reset, shown, stacked, step
+from contraflow.training.loop import reset, shown, stacked, step
 
 CHUNK = 100  # steps of a jittable environment between two looks at what has ended
 

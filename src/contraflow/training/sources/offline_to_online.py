@@ -11,11 +11,11 @@ from contraflow.core.types import PRNGKey, UserError
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed, Sampler
-from contraflow.train.loop import Carry, Learner, Stage, World
-from contraflow.train.sources import dataset
-from contraflow.train.sources.base import Opened, environments, first_learner, need
-from contraflow.train.sources.dataset import Dataset
-from contraflow.train.sources.replay import Interact, Replay
+from contraflow.training.loop import Carry, Learner, Stage, World
+from contraflow.training.sources import dataset
+from contraflow.training.sources.base import Opened, environments, first_learner, need
+from contraflow.training.sources.dataset import Dataset
+from contraflow.training.sources.replay import Interact, Replay
 
 
 @dataclass(frozen=True)

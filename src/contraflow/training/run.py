@@ -24,14 +24,14 @@ from contraflow.core.files import full_disk_named, locked, make_folder, read_jso
 from contraflow.core.interrupt import noted
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.data.datasets.readers import load as load_data
-from contraflow.train import checkpoint, pretrained
-from contraflow.train.console import Progress
-from contraflow.train.evaluate import evaluate_seeds
-from contraflow.train.log import TrackerName, check_trackers
-from contraflow.train.loop import Carry, epoch, next_due, of_seed, reset, stacked
-from contraflow.train.run_writer import RunWriter, check_finite
-from contraflow.train.sources import Replay, Rollouts, Source
-from contraflow.train.sources.base import Opened, check_counts
+from contraflow.training import checkpoint, pretrained
+from contraflow.training.console import Progress
+from contraflow.training.evaluate import evaluate_seeds
+from contraflow.training.log import TrackerName, check_trackers
+from contraflow.training.loop import Carry, epoch, next_due, of_seed, reset, stacked
+from contraflow.training.run_writer import RunWriter, check_finite
+from contraflow.training.sources import Replay, Rollouts, Source
+from contraflow.training.sources.base import Opened, check_counts
 
 INDEX = "seeds.json"
 
