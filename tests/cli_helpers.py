@@ -134,6 +134,24 @@ def infinite_reward(num_envs: int, seed: int) -> Gymnasium:
     return Gymnasium(lambda: Pointer((0.0, np.inf)), num_envs, seed)
 
 
+def broken_step(num_envs: int, seed: int) -> Gymnasium:
+    class Broken(Pointer):
+        def step(self, action):
+            if self.steps == 12:
+                raise RuntimeError("the arm fell off")
+            return super().step(action)
+
+    return Gymnasium(Broken, num_envs, seed)
+
+
+def broken_reset(num_envs: int, seed: int) -> Gymnasium:
+    class Broken(Pointer):
+        def reset(self, *, seed=None, options=None):
+            raise RuntimeError("the arm fell off")
+
+    return Gymnasium(Broken, num_envs, seed)
+
+
 def discrete(num_envs: int, seed: int) -> Gymnasium:
     class Discrete(Pointer):
         action_space = gymnasium.spaces.Discrete(3)

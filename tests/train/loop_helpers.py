@@ -1,7 +1,12 @@
 """A quick agent, and the loop's carry before its first step."""
 
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 from contraflow.agents.online.sir import SIR
 from contraflow.data.samplers import Uniform
@@ -35,3 +40,21 @@ def run_epoch(stage, agent, env, carry, key, n, iterated=lambda: False):
 def learner_of(carry):
     """The learner of the only seed."""
     return carry.learner if carry.learner.steps.ndim == 0 else of_seed(carry.learner, 0)
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """An environment of ours as a host environment: NumPy in, NumPy out."""
+
+    env: Any
+
+    @property
+    def spec(self):
+        return replace(self.env.spec, jittable=False)
+
+    def reset(self, key):
+        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x), self.env.reset(key))
+
+    def step(self, state, action):
+        state, step = self.env.step(state, jnp.asarray(action))
+        return state, jax.tree.map(np.asarray, step)

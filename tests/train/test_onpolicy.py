@@ -2,16 +2,15 @@
 
 import json
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.train.loop_helpers import begin, learner_of, run_epoch
+from tests.train.loop_helpers import OnHost, begin, learner_of, run_epoch
 
 import contraflow
 from contraflow import Dataset, Rollouts, Run
@@ -76,28 +75,10 @@ def test_the_update_sees_what_happened():
     assert learner.steps == 15 and learner.iteration == 1 and metrics["episodes"] == 6
 
 
-@dataclass(frozen=True)
-class Host:
-    """A probe as a host environment: NumPy in, NumPy out."""
-
-    env: Any
-
-    @property
-    def spec(self):
-        return replace(self.env.spec, jittable=False)
-
-    def reset(self, key):
-        return jax.tree.map(np.asarray, self.env.reset(key))
-
-    def step(self, state, action):
-        state, step = self.env.step(state, jnp.asarray(action))
-        return state, jax.tree.map(np.asarray, step)
-
-
 def test_a_host_environment_gives_the_same_rollout():
     agent, env = GAUSSIAN, PROBES["two-step"](3)
     states = []
-    for one in (env, Host(env)):
+    for one in (env, OnHost(env)):
         carry, _, error = run_epoch(Unroll(5), agent, one, begin(agent, one, jr.key(0), 0), jr.key(7), 3)
         assert error is None and learner_of(carry).steps == 45
         states.append(learner_of(carry).agent)

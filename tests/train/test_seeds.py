@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tests.cli_helpers import FLAGS, TINY, Constant, Guess, State, assert_refused, cli, with_source
+from tests.train.loop_helpers import OnHost
 
 from contraflow import SAC, UserError, load, resume, resume_seeds, train, train_seeds
 from contraflow.data.samplers import Uniform
@@ -294,16 +295,6 @@ def test_a_failing_seed_does_not_stop_the_others(tmp_path: Path):
 # evaluation
 
 
-class Host(Pendulum):
-    """The same on the host: a step at a time."""
-
-    @property
-    def spec(self):
-        return replace(super().spec, jittable=False)
-
-    step = jax.jit(Pendulum.step, static_argnames="self")
-
-
 class Noisy(Constant):
     """Random in evaluation too: the key of every step shows."""
 
@@ -317,8 +308,8 @@ def test_evaluation_of_many_is_that_of_each():
     keys = jr.split(jr.key(9), 3)
     many = evaluate_seeds(policies, Pendulum(2), keys, 3)
     for s, policy in enumerate(policies):
-        np.testing.assert_allclose(many[s], evaluate(policy, Host(2), keys[s], 3), rtol=1e-4)
-    np.testing.assert_allclose(evaluate_seeds(policies, Host(2), keys, 3), many, rtol=1e-4)
+        np.testing.assert_allclose(many[s], evaluate(policy, OnHost(Pendulum(2)), keys[s], 3), rtol=1e-4)
+    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Pendulum(2)), keys, 3), many, rtol=1e-4)
     assert many.shape == (3, 3) and len(np.unique(many.round(2))) == 9
 
 

@@ -42,7 +42,7 @@ COMMANDS = {
     "report": "contraflow.cli.report:report_command",
     "record": "contraflow.cli.data:record_command",
     "data": "contraflow.cli.data:data_command",
-    "sample": "contraflow.sampling:main",
+    "sample": "contraflow.cli.sample:sample_command",
     "list": "contraflow.cli.listing:list_command",
 }
 """What each command calls with the arguments after it; None as the exit code is 0."""

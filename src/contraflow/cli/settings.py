@@ -18,7 +18,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from contraflow.agents import needs, presets
-from contraflow.cli.moved import MOVED
+from contraflow.cli.moved import moved
 from contraflow.core.settings import import_path, members, suggest
 from contraflow.core.types import UserError
 from contraflow.presets import default_run, preset_run
@@ -121,10 +121,12 @@ def _sentence(box: str) -> str:
 def _unknown(flag: str, known: Any) -> str:
     if not flag.startswith("-"):
         return f"nothing is called {flag} here: settings are given as --name value"
-    name = flag.replace("_", "-")
-    if name in MOVED:
-        return f"{flag} is now {MOVED[name]}"
-    names = list(flag_names(known))
+    name, names = flag.replace("_", "-"), list(flag_names(known))
+    prefix = "--agent."
+    if name.startswith(prefix):
+        own = {known.removeprefix(prefix) for known in names if known.startswith(prefix)}
+        if new := moved(name.removeprefix(prefix), own):
+            return f"{flag} is now {prefix}{new}"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"there is no flag {flag}; " + (f"did you mean {close[0]}?" if close else "--help-all lists them")
 
@@ -228,6 +230,9 @@ def choices_first(args: list[str], agent: Any) -> list[str]:
         if dataclasses.is_dataclass(owner):
             hints = typing.get_type_hints(type(owner))
             if name not in hints:
+                own = {flag.removeprefix("--") for flag in flag_names(agent)}
+                if new := moved(path.removeprefix("agent."), own):
+                    raise UserError(f"{word} is now agent.{new}:{kind}")
                 raise UserError(f"{word}: {type(owner).__name__} has no setting {name}; {suggest(name, hints)}")
             union = members(hints[name])
             kinds = [kebab(member.__name__) for member in union if isinstance(member, type)]
