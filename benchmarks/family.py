@@ -31,7 +31,7 @@ from timing import paired
 from contraflow.agents import SAC
 from contraflow.experiments.compare.matrix import with_networks
 from contraflow.presets import PRESETS
-from contraflow.train.run import Run
+from contraflow.training.run import Run
 
 WIDTH, DEPTH, ROWS = 64, 2, 128
 

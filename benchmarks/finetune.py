@@ -21,10 +21,10 @@ from contraflow.data.datasets.write import write
 from contraflow.flow.path import VP
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.runtime.collect import Behaviour, record
-from contraflow.train.log import read_evaluations
-from contraflow.train.offline import OfflineRun
-from contraflow.train.onpolicy import OnPolicyRun
-from contraflow.train.run import progress, read_config, resume, train
+from contraflow.training.log import read_evaluations
+from contraflow.training.offline import OfflineRun
+from contraflow.training.onpolicy import OnPolicyRun
+from contraflow.training.run import progress, read_config, resume, train
 
 PASSES: dict[str, Any] = {"epochs": 10, "minibatches": 16}
 REFERENCE = PPO(epochs=10, minibatches=16, critic_lr=1e-3)

@@ -24,8 +24,8 @@ from tables import write
 from contraflow import load
 from contraflow.runtime.receding import Receding
 from contraflow.runtime.variants import environment
-from contraflow.train.evaluate import evaluate
-from contraflow.train.log import read_evaluations
+from contraflow.training.evaluate import evaluate
+from contraflow.training.log import read_evaluations
 
 RESULTS, PICTURES = Path(__file__).parent / "results", Path(__file__).parent.parent / "docs" / "img"
 SCRIPTED = {"drawer": 4112.0}  # demonstrations.py metaworld --speed 1 over whole episodes, mean of 16

@@ -16,7 +16,7 @@ import tyro
 from speed import SPEC, batch
 
 from contraflow.presets import PRESETS
-from contraflow.train.run import Run
+from contraflow.training.run import Run
 
 
 def products(jaxpr: Any) -> int:

@@ -26,8 +26,8 @@ from contraflow.agents import BC
 from contraflow.flow.fewstep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import environment
-from contraflow.train.evaluate import evaluate
-from contraflow.train.offline import OfflineRun
+from contraflow.training.evaluate import evaluate
+from contraflow.training.offline import OfflineRun
 
 OBJECTIVES: dict[str, Any] = {
     "matching": Matching(),

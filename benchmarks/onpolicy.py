@@ -26,8 +26,8 @@ from contraflow.agents import PPO
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
-from contraflow.train.loop import Carry, epoch
-from contraflow.train.onpolicy import OnPolicy, decide, first_learner, learn
+from contraflow.training.loop import Carry, epoch
+from contraflow.training.onpolicy import OnPolicy, decide, first_learner, learn
 
 COPIES, UNROLL = 16, 125
 SAME: dict[str, Any] = {"epochs": 10, "minibatches": 16, "width": 64}

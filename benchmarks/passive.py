@@ -26,9 +26,9 @@ from contraflow.experiments.compare.matrix import NETWORK, with_networks
 from contraflow.experiments.compare.worker import SEED
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.variants import variants
-from contraflow.train.checkpoint import latest
-from contraflow.train.evaluate import evaluate
-from contraflow.train.run import first_carry, read_config
+from contraflow.training.checkpoint import latest
+from contraflow.training.evaluate import evaluate
+from contraflow.training.run import first_carry, read_config
 
 CHUNK = 500
 # By name; of a name in several matrices the last, "test", so that `rfm` is the candidate.

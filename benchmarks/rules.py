@@ -24,7 +24,7 @@ from contraflow.envs import make
 from contraflow.experiments.compare.worker import SEED
 from contraflow.policy.select import Argmax, First
 from contraflow.runtime.variants import without_actor
-from contraflow.train.evaluate import evaluate
+from contraflow.training.evaluate import evaluate
 
 
 def rules(policy: Any) -> dict[str, tuple[Any, Any]]:

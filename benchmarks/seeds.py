@@ -18,8 +18,8 @@ from timing import paired, report
 
 from contraflow import AGENTS
 from contraflow.envs import make
-from contraflow.train.loop import Carry, epoch, epoch_seeds
-from contraflow.train.offpolicy import OffPolicy, first_learner
+from contraflow.training.loop import Carry, epoch, epoch_seeds
+from contraflow.training.offpolicy import OffPolicy, first_learner
 
 
 def main(

@@ -24,7 +24,7 @@ from contraflow import AGENTS, EnvSpec, Transition
 from contraflow.agents.base import Agent, acting_state
 from contraflow.policy.select import First, Softmax
 from contraflow.presets import RFM_PAPER
-from contraflow.train.evaluate import act_batch
+from contraflow.training.evaluate import act_batch
 
 OBS, ACT, BATCH = 17, 6, 256
 SAC_STEPS = 500
@@ -88,8 +88,8 @@ def act_cases(peer: dict[str, Callable[[], object]]) -> None:
 def loop_cases() -> None:
     """Seconds of the host loop beside the sum of its three parts, each timed alone."""
     from contraflow.envs import make
-    from contraflow.train.loop import Carry, epoch
-    from contraflow.train.offpolicy import OffPolicy, decide, first_learner, learn
+    from contraflow.training.loop import Carry, epoch
+    from contraflow.training.offpolicy import OffPolicy, decide, first_learner, learn
 
     print("\nthe host loop against the sum of its parts, envpool:CheetahRun-v1, 8 environments, 8 updates")
     env = make("envpool:CheetahRun-v1", 8, 0)
@@ -137,8 +137,8 @@ def loop_cases() -> None:
 def sac_cases(peer: dict[str, Callable[[], object]]) -> None:
     """The whole loop of SAC: one environment, one update per step, width 256, batch 256."""
     from contraflow.envs import make
-    from contraflow.train.loop import Carry, epoch
-    from contraflow.train.offpolicy import OffPolicy, first_learner
+    from contraflow.training.loop import Carry, epoch
+    from contraflow.training.offpolicy import OffPolicy, first_learner
 
     print(f"\n{SAC_STEPS} steps of SAC's loop on gym:HalfCheetah-v5, one update each, width 256, batch 256")
     env, agent, key = make("gym:HalfCheetah-v5", 1, 0), AGENTS["sac"](), jr.key(0)

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tests.cli_helpers import GUESS, MAIN, TINY, Guess, assert_refused, cli, in_subprocess
+from tests.cli_helpers import GUESS, TINY, Guess, assert_refused, cli, in_subprocess, with_source
 
 from contraflow import SIR
 from contraflow.core.settings import SCHEMA
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint
-from contraflow.train import run_writer as record
-from contraflow.train import run as driver
-from contraflow.train.run import read_config
+from contraflow.training import checkpoint
+from contraflow.training import run_writer as record
+from contraflow.training import run as driver
+from contraflow.training.run import read_config
 
 # damaged and foreign files
 
@@ -56,27 +56,6 @@ def test_a_damaged_checkpoint(how: str, finished: Path):
     assert code == 0 and "trained to step 60" in out
 
 
-def test_a_damaged_checkpoint_without_a_seal(finished: Path):
-    """Left to Orbax; in a process of its own, for it complains from its own threads as well."""
-    newest = finished / "checkpoints/40"
-    (newest / checkpoint.SEAL).unlink()
-    shutil.rmtree(newest / "default/d")
-    done = in_subprocess(MAIN, "resume", finished, *RESUME)
-    assert done.returncode == 2
-    assert f"error: checkpoint 40 in {finished} cannot be read" in done.stderr and f"delete {newest}" in done.stderr
-
-
-def test_a_whole_checkpoint_without_a_seal_is_taken(finished: Path):
-    (finished / "checkpoints/40" / checkpoint.SEAL).unlink()
-    assert cli("resume", finished, *RESUME)[0] == 0
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"arrays": 3}'])
-def test_a_damaged_seal(text: str, finished: Path):
-    (finished / "checkpoints/40" / checkpoint.SEAL).write_text(text)
-    assert_refused(["resume", str(finished), *RESUME], "cannot be read", "seal.json is damaged")
-
-
 def test_a_foreign_folder_among_the_checkpoints(finished: Path):
     """Somebody else's checkpoint is neither taken for the newest nor touched."""
     shutil.rmtree(finished / "checkpoints/40")
@@ -89,25 +68,27 @@ def test_a_foreign_folder_among_the_checkpoints(finished: Path):
 
 @pytest.mark.parametrize("change", [{"buffer_size": 32}, {"num_envs": 4}])
 def test_a_checkpoint_of_another_configuration(change: dict, finished: Path):
-    driver.write_config(replace(read_config(finished, True), **change), finished)
-    words = ("checkpoint 40", "written by another configuration", "where this run needs", "start a new run")
+    driver.write_config(with_source(read_config(finished, True), **change), finished)
+    name = next(iter(change))
+    words = ("checkpoint 40", "does not fit", "where this run needs", f"source.{name} was", "start a new run")
     assert_refused(["resume", str(finished), *RESUME], *words)
 
 
 def test_a_checkpoint_of_another_agent(finished: Path):
     driver.write_config(replace(TINY, agent=SIR(critic=Critics(width=8, depth=1))), finished)
-    assert_refused(["resume", str(finished), *RESUME], "checkpoint 40", "another configuration", "start a new run")
+    assert_refused(["resume", str(finished), *RESUME], "checkpoint 40", "it lacks learner/agent/critic", "start a new run")
 
 
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda c: c | {"schema": SCHEMA + 1}, [f"uses schema {SCHEMA + 1}", f"up to {SCHEMA}", "upgrade contraflow"]),
+        (lambda c: c | {"schema": SCHEMA + 1}, [f"uses schema {SCHEMA + 1}", f"reads {SCHEMA}", "upgrade contraflow"]),
+        (lambda c: c | {"schema": 1}, ["uses schema 1", "use the release that wrote it"]),
         (lambda c: {"model": "other"}, ["was not written by contraflow"]),
         (lambda c: [1], ["was not written by contraflow"]),
         (lambda c: c | {"run": c["run"] | {"colour": "red"}}, ["Run has no field 'colour'"]),
         (lambda c: c | {"run": c["run"] | {"agent": {"kind": "RMF"}}}, ["unknown kind 'RMF'", "did you mean 'RFM'"]),
-        (lambda c: c | {"run": c["run"] | {"steps": -5}}, ["steps must be at least 1, got -5"]),
+        (lambda c: c | {"run": c["run"] | {"steps": -5}}, ["--steps must be at least 1, got -5"]),
         (lambda c: {k: v for k, v in c.items() if k != "run"}, ["does not describe a run"]),
     ],
 )
@@ -129,6 +110,36 @@ def test_a_policy_of_the_wrong_shape(finished: Path):
     arrays = load_file(file)
     save_file({name: np.zeros((3, *x.shape), x.dtype) for name, x in arrays.items()}, file)
     assert_refused(["eval", str(finished), "--trust"], "bias of shape (3, 1)", "need (1,)")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: [],
+        lambda c: c | {"policy": None},
+        lambda c: c | {"policy": {"kind": 3}},
+        lambda c: c | {"policy": c["policy"] | {"kind": "os:getcwd"}},
+        lambda c: c | {"policy": c["policy"] | {"kind": "tests.cli_helpers:pointer"}},
+        lambda c: c | {"policy": c["policy"] | {"bias": 3}},
+        lambda c: c | {"policy": c["policy"] | {"bias": {"array": "other", "shape": [1]}}},
+        lambda c: c | {"spec": None},
+        lambda c: c | {"spec": c["spec"] | {"obs_dim": 1.5}},
+        lambda c: c | {"spec": {"kind": "EnvSpec"}},
+        lambda c: c | {"env": 3},
+        lambda c: {k: v for k, v in c.items() if k != "spec"},
+    ],
+)
+def test_a_damaged_policy(edit, finished: Path):
+    file = finished / "policy/config.json"
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+    assert_refused(["eval", str(finished), "--trust"])
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"null"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_policy_that_is_no_such_file(name: str, data: bytes, finished: Path):
+    (finished / "policy" / name).write_bytes(data)
+    assert_refused(["eval", str(finished), "--trust"], str(finished / "policy"))
 
 
 def test_a_policy_for_another_environment(finished: Path):
@@ -160,9 +171,11 @@ def test_a_full_disk(victim: str, number: int, tmp_path: Path, monkeypatch: pyte
     def full(*args):
         raise OSError(number, os.strerror(number))
 
-    owner, name = (
-        (driver.checkpoint, "save") if "." in victim else (record if victim == "save_policy" else driver, victim)
-    )
+    owner, name = {
+        "checkpoint.save": (driver.checkpoint, "save"),
+        "save_policy": (record, "save_policy"),
+        "write_config": (driver, "write_config"),
+    }[victim]
     monkeypatch.setattr(owner, name, full)
     out = str(tmp_path / "run")
     assert_refused([*GUESS, "--out", out], "the disk is full", "free some space", f"contraflow resume {out}")
@@ -202,10 +215,3 @@ def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path):
     assert last is not None
     code, out, _ = cli("resume", folder, "--trust", "--quiet")  # there is room again
     assert code == 0 and "trained to step 12,000" in out
-
-
-def test_other_failures_are_not_taken_for_a_full_disk(tmp_path: Path):
-    with pytest.raises(PermissionError), checkpoint.full_disk_named(tmp_path):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(KeyError), checkpoint.full_disk_named(tmp_path):
-        raise KeyError("x")

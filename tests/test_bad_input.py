@@ -2,17 +2,20 @@
 
 import builtins
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from tests.cli_helpers import FLAGS, GUESS, Guess, assert_refused, cli
+from tests.cli_helpers import FLAGS, GUESS, Guess, assert_refused, cli, with_source
 
-from contraflow import Run, load
-from contraflow.train import checkpoint
-from contraflow.train import run as driver
-from contraflow.train.run import read_config
+from contraflow import Replay, Run, load
+from contraflow.core.files import locked
+from contraflow.training import checkpoint
+from contraflow.training import run as driver
+from contraflow.training.run import read_config
 
 
 @pytest.mark.parametrize(
@@ -23,11 +26,13 @@ from contraflow.train.run import read_config
         ("train rfn", ["no preset rfn", "did you mean 'rfm'", "contraflow list presets"]),
         ("train --seed 3 rfm", ["the preset comes first"]),
         ("train runs/none", ["runs/none does not exist"]),
-        ("train rfm --agent.critic.gama 0.9", ["Unrecognized options: --agent.critic.gama", "Perhaps you meant"]),
-        ("train rfm --stepz 9", ["Unrecognized options: --stepz", "--steps"]),
-        ("train rfm agent.solver:huen", ["no kind huen", "did you mean 'heun'"]),
-        ("train rfm agent.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
-        ("train rfm agent.estimator:markv", ["no kind markv", "did you mean 'markov'"]),
+        ("train rfm --agent.critic.gama 0.9", ["there is no flag --agent.critic.gama", "did you mean --agent.critic.gamma?"]),
+        ("train rfm --stepz 9", ["there is no flag --stepz; did you mean --steps?"]),
+        ("train rfm agent.flow.solver:huen", ["no kind huen", "did you mean 'heun'"]),
+        ("train rfm agent.flow.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
+        ("train rfm agent.target.estimator:markv", ["no kind markv", "did you mean 'markov'"]),
+        ("train rfm source:repay", ["there is no source repay", "did you mean 'replay'"]),
+        ("train ppo source:replay", ["PPO learns from a rollout, not from Replay"]),
         ("train rfm --env probe:acton", ["unknown environment probe:acton", "did you mean probe:action"]),
         ("train rfm --env gym:HalfCheeta-v5", ["unknown environment", "HalfCheetah-v5"]),
         ("train rfm --trackers wandbb", ["invalid choice", "wandb"]),
@@ -36,18 +41,19 @@ from contraflow.train.run import read_config
         # values out of range
         ("train rfm --agent.critic.gamma 1.7", ["gamma is a discount in [0, 1], got 1.7"]),
         ("train rfm --agent.critic.gamma nan", ["gamma is a discount"]),
-        ("train rfm --steps -5", ["steps must be at least 1, got -5"]),
+        ("train rfm --steps -5", ["--steps must be at least 1, got -5"]),
         ("train rfm --steps many", ["--steps", "many"]),
-        ("train rfm --agent.width 0", ["width must be positive, got 0"]),
+        ("train rfm --steps 1.5", ["--steps", "1.5 is not a whole number"]),
+        ("train rfm --agent.critic.width 0", ["width must be positive, got 0"]),
         ("train rfm --agent.critic.tau 0", ["tau is a target-update rate"]),
         ("train rfm agent.temperature:constant --agent.temperature.value -1", ["temperature must be positive"]),
-        ("train rfm --agent.estimator.samples 1", ["at least one candidate beside the start"]),
-        ("train rfm --agent.solver.steps 0", ["at least one step"]),
-        ("train rfm --agent.explore.particles 0", ["at least one particle"]),
-        ("train rfm --steps 100 --collect 200", ["collect must lie between 0 and steps=100, got 200"]),
-        ("train rfm --num-envs 8 --buffer-size 4", ["buffer_size=4 is smaller than num_envs=8"]),
-        ("train rfm --n-step 0", ["n_step must be at least 1, got 0"]),
-        ("train tests.cli_helpers:Guess --trust --n-step 3", ["n_step=3 needs an agent with a discount"]),
+        ("train rfm --agent.target.estimator.samples 1", ["at least one candidate beside the start"]),
+        ("train rfm --agent.flow.solver.steps 0", ["at least one step"]),
+        ("train rfm --agent.choose.explore.particles 0", ["at least one particle"]),
+        ("train rfm --steps 100 --collect 200", ["--collect must lie between 0 and --steps 100, got 200"]),
+        ("train rfm --num-envs 8 --buffer-size 4", ["--buffer-size 4 is smaller than --num-envs 8"]),
+        ("train rfm --n-step 0", ["--n-step must be at least 1, got 0"]),
+        ("train tests.cli_helpers:Guess --trust --n-step 3", ["--n-step 3 needs an agent with a discount"]),
         ("train rfm --seed -1", ["must not be negative"]),
         ("eval runs/none --episodes 0", ["must be at least 1"]),
         # code without trust, or not an agent
@@ -56,13 +62,16 @@ from contraflow.train.run import read_config
         ("train no_such_module:Agent --trust", ["cannot import no_such_module:Agent"]),
         ("train tests.cli_helpers:Nothing --trust", ["cannot import tests.cli_helpers:Nothing"]),
         ("train tests.cli_helpers:cli --trust", ["is not an agent", "@dataclass(frozen=True)"]),
-        ("train contraflow.core.types:EnvSpec --trust", ["is not an agent", "acting, init, act, update"]),
+        ("train contraflow.core.types:EnvSpec --trust", ["is not an agent", "init, policy, update"]),
         ("train tests.cli_helpers:Guess --trust --agent.rate -1", ["rate must be positive, got -1.0"]),
         # actions that are not continuous and bounded
         ("train rfm --trust --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),
         ("train rfm --trust --env tests.cli_helpers:unbounded", ["unbounded actions", "finite bounds"]),
+        # more parts than rows
+        ("train ppo --num-envs 2 --unroll 8 --agent.ppo.minibatches 32", ["16 rows", "too few for --agent.ppo.minibatches 32"]),
+        ("train bc", ["a dataset is missing", "--data"]),
         # folders that are no runs
-        ("resume runs/none", ["runs/none", "is runs/none the folder of a run?"]),
+        ("resume runs/none", ["runs/none does not exist", "give the folder that --out named"]),
         ("eval runs/none", ["holds no policy", "give the folder of a run"]),
     ],
 )  # fmt: skip
@@ -124,14 +133,14 @@ def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_pa
     """The twelfth step is the last sound one: 24 steps with two copies, though the last checkpoint was due at 20."""
     out = str(tmp_path / "run")
     flags = [*GUESS, "--env", f"tests.cli_helpers:{env}", "--out", out]
-    assert_refused(flags, f"non-finite {culprit}", "the run is saved", f"contraflow resume {out}")
+    assert_refused(flags, f"non-finite {culprit}", "what was learned is saved", f"contraflow resume {out}")
     assert checkpoint.latest(tmp_path / "run") == 24
     assert load(tmp_path / "run", trust=True)(np.zeros(1)).shape == (1,)
     assert (
         rows(tmp_path / "run")[-1]["step"] == 24
         and np.isfinite([r.get("guess_loss", 0) for r in rows(tmp_path / "run")]).all()
     )
-    run = replace(read_config(tmp_path / "run", True), env="tests.cli_helpers:pointer")
+    run = with_source(read_config(tmp_path / "run", True), env="tests.cli_helpers:pointer")
     driver.write_config(run, tmp_path / "run")
     code, out, _ = cli("resume", tmp_path / "run", "--trust", "--quiet")
     assert code == 0 and "trained to step 40" in out
@@ -139,14 +148,15 @@ def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_pa
 
 def test_a_failure_in_an_evaluation_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Evaluation environments are others than those of training: here only they go wrong."""
-    real = Run.environments
+    real = Replay.open
 
-    def half(run: Run, trust: bool):
-        return real(replace(run, env="tests.cli_helpers:pointer"), trust)[0], real(run, trust)[1]
+    def half(source: Replay, run: Run, trust: bool):
+        good, bad = real(replace(source, env="tests.cli_helpers:pointer"), run, trust), real(source, run, trust)
+        return replace(good, evaluation=bad.evaluation)
 
-    monkeypatch.setattr(Run, "environments", half)
+    monkeypatch.setattr(Replay, "open", half)
     flags = [*GUESS, "--env", "tests.cli_helpers:nan_soon", "--out", str(tmp_path / "run")]
-    assert_refused(flags, "non-finite observation", "the run is saved")
+    assert_refused(flags, "non-finite observation", "what was learned is saved")
     assert checkpoint.latest(tmp_path / "run") == 20
 
 
@@ -160,7 +170,7 @@ def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path):
 
 
 def test_the_culprit_of_a_real_agent_is_named(tmp_path: Path):
-    args = ["train", "sir", *FLAGS, "--agent.critic.lr", "1e38", "--out", str(tmp_path / "run")]
+    args = ["train", "sir", *FLAGS, "--agent.critic.optim.lr", "1e38", "--out", str(tmp_path / "run")]
     assert_refused(args, "error: critic_loss", "last good checkpoint")
     assert checkpoint.latest(tmp_path / "run") is not None
 
@@ -168,7 +178,51 @@ def test_the_culprit_of_a_real_agent_is_named(tmp_path: Path):
 def test_a_diverged_policy_is_blamed_before_the_environment_that_it_breaks(tmp_path: Path):
     """Its actions are NaN, and so is what the simulator makes of them; that state must not become a checkpoint."""
     flags = "--env gym:Pendulum-v1 --num-envs 2 --unroll 8 --steps 96 --log-every 96 --eval-every 96 --quiet"
-    small = "--agent.width 8 --agent.minibatches 2 --agent.max-grad-norm None --agent.actor-lr 1e38"
+    small = "--agent.actor.width 8 --agent.ppo.minibatches 2 --agent.ppo.actor-optim.max-grad-norm None"
+    small += " --agent.ppo.actor-optim.lr 1e38"
     args = ["train", "ppo", *flags.split(), *small.split(), "--out", str(tmp_path / "run")]
     assert_refused(args, "actor_", "learning rate")
     assert checkpoint.latest(tmp_path / "run") in (None, 0)
+
+
+@pytest.mark.parametrize("moment", ["reset", "step"])
+def test_an_environment_that_raises(moment: str, tmp_path: Path):
+    """One line with the place; before the first step nothing is left behind, later what was learned is saved."""
+    out = tmp_path / "run"
+    args = [*GUESS, "--env", f"tests.cli_helpers:broken_{moment}", "--out", str(out)]
+    err = assert_refused(args, "failed with", "RuntimeError: the arm fell off", "cli_helpers.py:")
+    if moment == "reset":
+        assert not out.exists() and "resume" not in err
+    else:
+        assert checkpoint.latest(out) == 24 and f"contraflow resume {out}" in err
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert_refused([*GUESS, "--out", str(tmp_path / "file/run")], "cannot be made", "choose another --out")
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def epoch(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4e12 bytes.")
+
+    monkeypatch.setattr(driver, "epoch", epoch)
+    assert_refused([*GUESS, "--out", str(tmp_path / "deep/run")], "out of memory", "--batch-size")
+    assert list(tmp_path.iterdir()) == [], "nothing was trained: nothing is left behind"
+
+
+def test_another_error_of_the_compiler_is_none_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def epoch(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(driver, "epoch", epoch)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        cli(*GUESS, "--out", str(tmp_path / "run"))
+    assert (tmp_path / "run").exists()
+
+
+def test_two_processes_in_one_folder(tmp_path: Path):
+    folder = tmp_path / "run"
+    cli(*GUESS, "--out", folder)
+    with locked(folder):
+        assert_refused(["resume", str(folder), "--trust", "--steps", "60"], f"(pid {os.getpid()})", "at work in")

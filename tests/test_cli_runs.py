@@ -20,11 +20,11 @@ from contraflow.cli import evaluate as command
 from contraflow.envs import make
 from contraflow.policy.select import Argmax, First
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint
-from contraflow.train.artifact import save_policy
-from contraflow.train.evaluate import evaluate
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import read_config, write_config
+from contraflow.training import checkpoint
+from contraflow.training.artifact import save_policy
+from contraflow.training.evaluate import evaluate
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import read_config, write_config
 
 # a run from start to end
 

@@ -12,8 +12,8 @@ from tests.cli_helpers import ENVIRON, ROOT, cli
 
 import contraflow
 from contraflow.envs import make
-from contraflow.train.evaluate import evaluate
-from contraflow.train.run import read_config
+from contraflow.training.evaluate import evaluate
+from contraflow.training.run import read_config
 
 EXAMPLES = ROOT / "examples"
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "contraflow"
 BELOW_RL = {"core", "flow", "nets", "policy"}
 BELOW_TRAIN = BELOW_RL | {"rl", "data", "envs", "agents"}
-TOP = BELOW_TRAIN | {"train", "runtime", "experiments", "sampling"}
+TOP = BELOW_TRAIN | {"training", "runtime", "experiments", "sampling"}
 MAY_IMPORT = {
     "core": set(),
     "flow": {"core"},
@@ -20,9 +20,9 @@ MAY_IMPORT = {
     "envs": {"core"},
     "agents": BELOW_RL | {"rl"},
     "sampling": BELOW_RL | {"rl"},
-    "train": BELOW_TRAIN,
-    "runtime": BELOW_TRAIN | {"train"},
-    "experiments": BELOW_TRAIN | {"train", "runtime"},
+    "training": BELOW_TRAIN,
+    "runtime": BELOW_TRAIN | {"training"},
+    "experiments": BELOW_TRAIN | {"training", "runtime"},
     "presets": TOP,
     "__init__": TOP | {"presets"},
     "cli": TOP | {"presets", "__init__"},
@@ -68,7 +68,7 @@ def test_imports_point_one_way(module: str):
         ("agents.rfm", "def f():\n    import contraflow.envs.base", ["envs.base"]),
         ("agents.rfm", "from contraflow import RFM", ["__init__"]),
         ("agents.rfm", "from contraflow import rl\nfrom contraflow.flow.path import Linear", []),
-        ("sampling.run", "from contraflow.core.settings import suggest\nfrom contraflow.train import run", ["train.run"]),
+        ("sampling.run", "from contraflow.core.settings import suggest\nfrom contraflow.training import run", ["training.run"]),
         ("core.types", "import jax\nfrom contraflow_tools import x", []),
     ],
 )

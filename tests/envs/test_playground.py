@@ -22,7 +22,7 @@ from contraflow.envs import available, check, control, jittable, make, playgroun
 from contraflow.envs.base import Env
 from contraflow.envs.control import CartpoleSwingup
 from contraflow.envs.playground import PlaygroundState
-from contraflow.train import checkpoint
+from contraflow.training import checkpoint
 
 LIMIT = 5
 

@@ -11,7 +11,7 @@ from tests.cli_helpers import TINY
 from contraflow import RFM, SAC, SIR
 from contraflow.agents.cost import acting_cost
 from contraflow.experiments.compare.matrix import FINAL, Settings, plan, record
-from contraflow.train.run import write_config
+from contraflow.training.run import write_config
 
 STEPS = 40
 AGENTS: dict[str, Any] = {"rfm": RFM(), "sac": SAC(), "sir": SIR()}

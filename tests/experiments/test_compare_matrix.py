@@ -25,7 +25,7 @@ from contraflow.experiments.compare.matrix import (
 from contraflow.policy.select import Softmax
 from contraflow.presets import PRESETS
 from contraflow.rl.critics import Critics
-from contraflow.train.run import read_config
+from contraflow.training.run import read_config
 
 SETTINGS = Settings(steps=40, collect=10, num_envs=2, width=8, critic=Critics(depth=1, lr=0.01))
 AGENTS = {"rfm": RFM(), "sac": SAC(), "sir": SIR()}

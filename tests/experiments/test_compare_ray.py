@@ -17,8 +17,8 @@ from tests.cli_helpers import COMMAND, ENVIRON, ROOT, assert_refused, cli
 from contraflow import SIR
 from contraflow.experiments.compare import on_ray, pool
 from contraflow.experiments.compare.matrix import FINAL, LOCK, Cell, Settings, at_work, plan, state, steps_taken
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import progress
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import progress
 
 GOOD = ["compare", "--agents", "sir", "--envs", "probe:action", "--seeds", "1", "--steps", "40", "--collect", "10"]
 

@@ -17,9 +17,9 @@ from contraflow import UserError
 from contraflow.envs.probe import ObsAction
 from contraflow.experiments.compare import worker
 from contraflow.experiments.compare.matrix import FAILED, FINAL, Cell, Settings, failure, grouped, plan, prepare, state
-from contraflow.train import checkpoint, seeds
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import Result
+from contraflow.training import checkpoint, seeds
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import Result
 
 SETTINGS = Settings(
     steps=40, collect=10, num_envs=2, batch_size=8, buffer_size=64, eval_every=20, eval_episodes=2, log_every=10

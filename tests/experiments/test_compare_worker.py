@@ -21,10 +21,10 @@ from contraflow.experiments.compare.matrix import FAILED, FINAL, state
 from contraflow.policy.select import First
 from contraflow.presets import PRESETS
 from contraflow.rl.critics import Critics
-from contraflow.train import run as driver
-from contraflow.train.artifact import save_policy
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import write_config
+from contraflow.training import run as driver
+from contraflow.training.artifact import save_policy
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import write_config
 
 GUESS = replace(TINY, agent=Guess(), env="probe:constant")
 

@@ -20,9 +20,9 @@ from contraflow.agents import presets
 from contraflow.agents.offline.bc import BC
 from contraflow.core.types import Batch, EnvSpec, Rollout
 from contraflow.presets import PRESETS
-from contraflow.train.offline import OfflineRun
-from contraflow.train.onpolicy import OnPolicyRun
-from contraflow.train.run import Run, train
+from contraflow.training.offline import OfflineRun
+from contraflow.training.onpolicy import OnPolicyRun
+from contraflow.training.run import Run, train
 
 OBS, ACTION, B, T, N = 5, 2, 8, 8, 4
 SPEC = EnvSpec(OBS, ACTION, N, 10, True)

@@ -15,7 +15,7 @@ from contraflow.flow.posterior.importance import Fixed, Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.temperature import Constant
-from contraflow.train.diagnostics import TIMES, diagnose
+from contraflow.training.diagnostics import TIMES, diagnose
 
 SPEC = EnvSpec(3, 2, 1, 100, True)
 OBS = jnp.ones((20, 3))  # of which the first 16 are used

@@ -1,5 +1,6 @@
 """The loop: bookkeeping, one body for scans and host loops; `evaluate`."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,17 +11,19 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.train.loop_helpers import QUICK, WARM, begin
+from tests.train.loop_helpers import QUICK, WARM, begin, learner_of, run_epoch
 
 from contraflow.agents.online.sir import SIR
 from contraflow.core.types import Step, UserError
+from contraflow.data.samplers import NStep, Uniform
 from contraflow.envs.probe import TwoStep
+from contraflow.policy.best_of import Softmax
 from contraflow.rl.critics import Critics
-from contraflow.train.evaluate import evaluate
-from contraflow.train.loop import epoch
-from contraflow.train.offpolicy import OffPolicy
+from contraflow.training.evaluate import evaluate
+from contraflow.training.loop import _loop
+from contraflow.training.sources.replay import Interact
 
-LEARN = OffPolicy(False, 2, 16)
+LEARN = Interact(False, 2, 16, Uniform(0.99))
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Host:
     env: Any
     skip: bool = False
     fail_at: int = -1
+    fault: Exception = UserError("the simulator broke")
     calls: list = None
 
     @property
@@ -47,7 +51,7 @@ class Host:
     def step(self, state, action):
         self.calls.append(1)
         if len(self.calls) == self.fail_at:
-            raise UserError("the simulator broke")
+            raise self.fault
         state, step = self.env.step(state, jnp.asarray(action))
         step = jax.tree.map(np.asarray, step)
         if self.skip and len(self.calls) % 2 == 0:
@@ -63,13 +67,13 @@ def test_n_step_rows_reach_the_agent():
 
     class Spy(SIR):
         def update(self, state, batch, key):
-            two = batch.span == 2
+            two = jnp.isclose(batch.reward, 0.9)
             return state, {"joined": jnp.mean(two), "reward": jnp.sum(jnp.where(two, batch.reward, 0)) / two.sum()}
 
     env, agent = TwoStep(2), Spy(critic=Critics(width=8, depth=1, gamma=0.9))
-    carry, _, _ = epoch(WARM, agent, env, begin(agent, env, jr.key(0)), jr.key(1), 30)
+    carry, _, _ = run_epoch(WARM, agent, env, begin(agent, env, jr.key(0)), jr.key(1), 30)
     for n, want in ((1, 0.0), (3, 0.5)):
-        carry, metrics, _ = epoch(replace(LEARN, batch_size=512, n_step=n), agent, env, carry, jr.key(1), 1)
+        carry, metrics, _ = run_epoch(Interact(False, 2, 512, NStep(n, 0.9)), agent, env, carry, jr.key(1), 1)
         assert metrics["joined"] == pytest.approx(want, abs=0.06)
     assert metrics["reward"] == pytest.approx(0.9)
 
@@ -77,23 +81,26 @@ def test_n_step_rows_reach_the_agent():
 def test_counters_returns_and_buffer():
     env = TwoStep(3)  # rewards 0, 1 and the end: every episode is worth 1
     carry = begin(QUICK, env, jr.key(0))
-    carry, metrics, error = epoch(WARM, QUICK, env, carry, jr.key(1), 5)
-    learner = carry.learner
+    carry, metrics, error = run_epoch(WARM, QUICK, env, carry, jr.key(1), 5)
+    learner = learner_of(carry)
     assert error is None
     assert (int(learner.steps), int(learner.iteration), int(learner.buffer.size)) == (15, 5, 15)
     assert metrics == {"episodes": 6.0, "return": 1.0}  # 2 episodes for each of 3 copies, and one step into the third
     np.testing.assert_array_equal(learner.returns, np.zeros(3))
     assert int(learner.agent.step) == 0
-    rows = jax.tree.map(lambda x: np.asarray(x[:15]), learner.buffer.rows)
-    np.testing.assert_array_equal(rows.obs[:, 0], np.repeat([0, 1, 0, 1, 0], 3))
-    np.testing.assert_array_equal(rows.next_obs[:, 0], np.repeat([1, 2, 1, 2, 1], 3))  # never the one after a reset
-    np.testing.assert_array_equal(rows.reward, rows.obs[:, 0])
-    np.testing.assert_array_equal(rows.terminated, rows.obs[:, 0] == 1)
-    assert np.abs(rows.action).max() <= 1 and len(np.unique(rows.action)) == 15
-    carry, metrics, _ = epoch(LEARN, QUICK, env, carry, jr.key(1), 4)
-    assert int(carry.learner.agent.step) == 8 and int(carry.learner.iteration) == 9
+    rows = learner.buffer.rows
+    obs, next_obs, reward, ends, action = (
+        np.asarray(x)[:15] for x in (rows.obs, rows.next_obs, rows.reward, rows.terminated, rows.action)
+    )
+    np.testing.assert_array_equal(obs[:, 0], np.repeat([0, 1, 0, 1, 0], 3))
+    np.testing.assert_array_equal(next_obs[:, 0], np.repeat([1, 2, 1, 2, 1], 3))  # never the one after a reset
+    np.testing.assert_array_equal(reward, obs[:, 0])
+    np.testing.assert_array_equal(ends, obs[:, 0] == 1)
+    assert np.abs(action).max() <= 1 and len(np.unique(action)) == 15
+    carry, metrics, _ = run_epoch(LEARN, QUICK, env, carry, jr.key(1), 4)
+    assert int(learner_of(carry).agent.step) == 8 and int(learner_of(carry).iteration) == 9
     assert metrics["critic_loss"] > 0 and metrics["return"] == 1.0
-    rows = np.asarray(carry.learner.buffer.rows.action[15:27, 0])
+    rows = np.asarray(learner_of(carry).buffer.rows.action[15:27, 0])
     assert len(np.unique(rows)) == 12  # every copy and every step has noise of its own
 
 
@@ -104,38 +111,41 @@ def test_scans_of_any_length_and_the_host_loop_do_the_same():
     results = []
     for pieces in ((6,), (3, 3)):
         carry = begin(QUICK, env, jr.key(0))
-        carry, _, _ = epoch(WARM, QUICK, env, carry, jr.key(1), 4)
+        carry, _, _ = run_epoch(WARM, QUICK, env, carry, jr.key(1), 4)
         for n in pieces:
-            carry, metrics, _ = epoch(LEARN, QUICK, env, carry, jr.key(2), n)
-        results.append(carry.learner)
+            carry, metrics, _ = run_epoch(LEARN, QUICK, env, carry, jr.key(2), n)
+        results.append(learner_of(carry))
     jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
     host = Host(env, calls=[])
     carry = begin(QUICK, host, jr.key(0))
-    carry, _, _ = epoch(WARM, QUICK, host, carry, jr.key(1), 4)
-    carry, metrics, _ = epoch(LEARN, QUICK, host, carry, jr.key(2), 6)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), carry.learner, results[0])
+    carry, _, _ = run_epoch(WARM, QUICK, host, carry, jr.key(1), 4)
+    carry, metrics, _ = run_epoch(LEARN, QUICK, host, carry, jr.key(2), 6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), learner_of(carry), results[0])
     assert metrics["episodes"] == 6
 
 
 def test_rows_that_do_not_count():
     env = Host(TwoStep(2), skip=True, calls=[])
     carry = begin(QUICK, env, jr.key(0))
-    carry, metrics, _ = epoch(WARM, QUICK, env, carry, jr.key(1), 6)
+    carry, metrics, _ = run_epoch(WARM, QUICK, env, carry, jr.key(1), 6)
     # Copy 0 loses every second step, which is the last of its episodes: its ends are not seen either.
-    assert int(carry.learner.steps) == int(carry.learner.buffer.size) == 9
+    assert int(learner_of(carry).steps) == int(learner_of(carry).buffer.size) == 9
     assert metrics["episodes"] == 3
 
 
 def test_stop_and_failure_leave_a_good_carry():
     env = Host(TwoStep(2), calls=[])
     carry = begin(QUICK, env, jr.key(0))
-    carry, _, error = epoch(WARM, QUICK, env, carry, jr.key(1), 50, stop=lambda: len(env.calls) >= 3)
-    assert error is None and int(carry.learner.iteration) == 3
+    carry, _, error = run_epoch(WARM, QUICK, env, carry, jr.key(1), 50, lambda: len(env.calls) >= 3)
+    assert error is None and int(learner_of(carry).iteration) == 3
     broken = Host(TwoStep(2), fail_at=4, calls=[])
     carry = begin(QUICK, broken, jr.key(0))
-    carry, _, error = epoch(WARM, QUICK, broken, carry, jr.key(1), 50)
+    carry, _, error = run_epoch(WARM, QUICK, broken, carry, jr.key(1), 50)
     assert isinstance(error, UserError) and "broke" in str(error)
-    assert int(carry.learner.iteration) == 3 and int(carry.learner.buffer.size) == 6
+    assert int(learner_of(carry).iteration) == 3 and int(learner_of(carry).buffer.size) == 6
+    broken = Host(TwoStep(2), fail_at=4, fault=KeyError("joint"), calls=[])
+    _, _, error = run_epoch(WARM, QUICK, broken, begin(QUICK, broken, jr.key(0)), jr.key(1), 50)
+    assert re.search(r"environment Host failed with KeyError: 'joint' \(.*test_online.py:\d+\)", str(error))
 
 
 @dataclass(frozen=True)
@@ -163,10 +173,20 @@ class Scripted:
         return (np.where(done, 0, age + 1), episode + done), step
 
 
+def test_one_program_for_epochs_of_any_length():
+    """143 and 142 iterations take turns where num_envs does not divide an interval."""
+    env, agent = TwoStep(2), SIR(explore=Softmax(3), critic=Critics(width=8, depth=1))
+    carry = begin(agent, env, jr.key(0))
+    before = _loop._cache_size()
+    for n in (3, 4, 1):
+        carry, metrics, _ = run_epoch(WARM, agent, env, carry, jr.key(1), n)
+    assert _loop._cache_size() == before + 1 and int(learner_of(carry).iteration) == 8
+
+
 def test_evaluation_counts_the_same_number_of_episodes_for_every_copy():
-    state = jax.jit(lambda k: QUICK.init(k, Scripted().spec))(jr.key(0))
-    returns = evaluate(QUICK, state, Scripted(), jr.key(1), 6)
+    policy = QUICK.policy(jax.jit(lambda k: QUICK.init(k, Scripted().spec))(jr.key(0)))
+    returns = evaluate(policy, Scripted(), jr.key(1), 6)
     np.testing.assert_array_equal(returns, [0, 10, 20, 1, 11, 21])
-    np.testing.assert_array_equal(evaluate(QUICK, state, Scripted(), jr.key(1), 4), [0, 10, 20, 1])
+    np.testing.assert_array_equal(evaluate(policy, Scripted(), jr.key(1), 4), [0, 10, 20, 1])
     with pytest.raises(UserError, match="time limit"):
-        evaluate(QUICK, state, Scripted(4), jr.key(1), 4, max_steps=2)
+        evaluate(policy, Scripted(4), jr.key(1), 4, max_steps=2)

@@ -1,41 +1,48 @@
 """On-policy and offline runs: bookkeeping, resume, pretrained policies, learning."""
 
 import json
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.train.loop_helpers import OnHost, begin, learner_of, run_epoch
 
 import contraflow
-from contraflow.agents import BC, DPPO, FPO, PPO, ReinFlow
+from contraflow import Dataset, Rollouts, Run
+from contraflow.agents.offline.bc import BC
+from contraflow.agents.onpolicy.dppo import DPPO
+from contraflow.agents.onpolicy.fpo import FPO
+from contraflow.agents.onpolicy.ppo import PPO
+from contraflow.agents.onpolicy.reinflow import ReinFlow
+from contraflow.core.optim import Optim
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.probe import PROBES
-from contraflow.flow.fewstep import MeanFlow
+from contraflow.flow.model import FlowSpec
 from contraflow.flow.path import VP
-from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.train import run as driver
-from contraflow.train.evaluate import evaluate
-from contraflow.train.loop import Carry, epoch
-from contraflow.train.offline import OfflineRun
-from contraflow.train.onpolicy import OnPolicy, OnPolicyRun, decide, first_learner
+from contraflow.flow.solver import Ddim
+from contraflow.nets.mlp import MLPSpec
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.base import inner
+from contraflow.rl.ppo import PPOSettings
+from contraflow.training import run as driver
+from contraflow.training.evaluate import evaluate
+from contraflow.training.loop import of_seed
+from contraflow.training.sources.rollouts import Unroll, decide
 
-SMALL = {"width": 8, "depth": 1, "minibatches": 2, "epochs": 2}
-POLICY = FlowPolicy(width=16, depth=1, embedding=8, steps=4)
-RUN = OnPolicyRun(
-    env="jax:pendulum", agent=PPO(**SMALL), steps=192, num_envs=2, unroll=16, eval_every=96, eval_episodes=2,
-    log_every=64, trackers=(),
+NET = MLPSpec(8, 1, "tanh")
+SMALL = PPOSettings(epochs=2, minibatches=2, critic=NET)
+GAUSSIAN = PPO(actor=NET, ppo=SMALL)
+FLOW = FlowSpec(solver=Ddim(4), network=ResidualMLP(16, 1, 8))
+RUN = Run(
+    GAUSSIAN, Rollouts("jax:pendulum", num_envs=2, unroll=16), steps=192, eval_every=96, eval_episodes=2, log_every=64,
+    trackers=(),
 )  # fmt: skip
-
-
-def start(agent, env, key=0):
-    state, obs = env.reset(jr.key(key + 1))
-    return Carry(first_learner(agent, env.spec, jr.key(key)), state, jnp.copy(obs))
 
 
 def test_the_update_sees_what_happened():
@@ -47,16 +54,16 @@ def test_the_update_sees_what_happened():
             jax.debug.callback(lambda r: seen.update(rollout=r), rollout)
             return state, {"kl": jnp.zeros(())}
 
-    agent, env = Spy(**SMALL), PROBES["two-step"](3)
-    carry = start(agent, env)
-    learner, env_state, obs = carry.learner, carry.env, carry.obs
-    rows = []
+    agent, env = Spy(actor=NET, ppo=SMALL), PROBES["two-step"](3)
+    carry = begin(agent, env, jr.key(0), 0)
+    learner, env_state, obs = (of_seed(x, 0) for x in (carry.learner, carry.env, carry.obs))
+    policy, rows = agent.policy(learner.agent), []
     for i in range(5):
-        action, _ = decide(agent, learner.agent, obs, learner.iteration, i, jr.clone(jr.key(7)))
+        action, _ = decide(policy, obs, learner.iteration, i, jr.clone(jr.key(7)))
         env_state, step = env.step(env_state, action)
         rows.append((obs, step.reward, step.next_obs, step.terminated))
         obs = step.obs
-    carry, metrics, _ = epoch(OnPolicy(5), agent, env, start(agent, env), jr.key(7), 1)
+    carry, metrics, _ = run_epoch(Unroll(5), agent, env, begin(agent, env, jr.key(0), 0), jr.key(7), 1)
     jax.effects_barrier()
     rollout = seen["rollout"]
     for got, want in zip(
@@ -64,45 +71,25 @@ def test_the_update_sees_what_happened():
     ):
         np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
     assert rollout.extras.action.shape == (5, 3, 1)
-    assert carry.learner.steps == 15 and carry.learner.iteration == 1 and metrics["episodes"] == 6
-
-
-@dataclass(frozen=True)
-class Host:
-    """A probe as a host environment: NumPy in, NumPy out."""
-
-    env: Any
-
-    @property
-    def spec(self):
-        return replace(self.env.spec, jittable=False)
-
-    def reset(self, key):
-        return jax.tree.map(np.asarray, self.env.reset(key))
-
-    def step(self, state, action):
-        state, step = self.env.step(state, jnp.asarray(action))
-        return state, jax.tree.map(np.asarray, step)
+    learner = learner_of(carry)
+    assert learner.steps == 15 and learner.iteration == 1 and metrics["episodes"] == 6
 
 
 def test_a_host_environment_gives_the_same_rollout():
-    agent, env = PPO(**SMALL), PROBES["two-step"](3)
+    agent, env = GAUSSIAN, PROBES["two-step"](3)
     states = []
-    for one in (env, Host(env)):
-        state, obs = env.reset(jr.key(1))
-        carry = Carry(first_learner(agent, one.spec, jr.key(0)), state, jnp.copy(obs))
-        carry, _, error = epoch(OnPolicy(5), agent, one, carry, jr.key(7), 3)
-        assert error is None and carry.learner.steps == 45
-        states.append(carry.learner.agent)
+    for one in (env, OnHost(env)):
+        carry, _, error = run_epoch(Unroll(5), agent, one, begin(agent, one, jr.key(0), 0), jr.key(7), 3)
+        assert error is None and learner_of(carry).steps == 45
+        states.append(learner_of(carry).agent)
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_chunks_count_all_their_steps():
-    env = Chunked(PROBES["two-step"](3), 2, 2)
-    agent = PPO(**SMALL)
-    carry, metrics, _ = epoch(OnPolicy(4), agent, env, start(agent, env), jr.key(0), 1)
-    assert carry.learner.steps == 24 and metrics["episodes"] == 12
+    env = Chunked(PROBES["two-step"](3), 2, 2, 0.99)
+    carry, metrics, _ = run_epoch(Unroll(4), GAUSSIAN, env, begin(GAUSSIAN, env, jr.key(0), 0), jr.key(0), 1)
+    assert learner_of(carry).steps == 24 and metrics["episodes"] == 12
 
 
 def test_resume_is_exact(tmp_path: Path):
@@ -133,18 +120,16 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def imitated(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bc") / "run"
-    run = OfflineRun(
-        data=str(demonstrations), env="jax:pendulum", agent=BC(POLICY, lr=3e-3, ema=0.9), steps=1500, batch_size=64,
-        horizon=2, execute=2, eval_every=1500, eval_episodes=2, log_every=500, trackers=(),
-    )  # fmt: skip
+    source = Dataset(str(demonstrations), "jax:pendulum", batch_size=64, horizon=2, execute=2)
+    agent = BC(FLOW, ema=0.9, optim=Optim(3e-3, max_grad_norm=10.0))
+    run = Run(agent, source, steps=1500, eval_every=1500, eval_episodes=2, log_every=500, trackers=())
     driver.train(run, folder, quiet=True)
     return folder
 
 
 def test_resume_of_imitation_is_exact(demonstrations: Path, tmp_path: Path):
-    run = OfflineRun(
-        data=str(demonstrations), agent=BC(POLICY), steps=200, batch_size=16, eval_every=100, log_every=100, trackers=()
-    )
+    source = Dataset(str(demonstrations), batch_size=16)
+    run = Run(BC(FLOW), source, steps=200, eval_every=100, log_every=100, trackers=())
     driver.train(run, tmp_path / "whole", quiet=True)
     driver.train(replace(run, steps=100), tmp_path / "parts", quiet=True)
     driver.resume(tmp_path / "parts", steps=200, quiet=True)
@@ -163,74 +148,77 @@ def test_imitation(imitated: Path):
 
 
 @pytest.mark.parametrize(
-    "agent", [pytest.param(ReinFlow(steps=2, anchor=0.1, **SMALL), marks=pytest.mark.slow), FPO(**SMALL)]
+    "agent", [pytest.param(ReinFlow(steps=2, anchor=0.1, ppo=SMALL), marks=pytest.mark.slow), FPO(ppo=SMALL)]
 )
 def test_fine_tuning_starts_from_the_artefact(agent, imitated: Path, tmp_path: Path):
     """Before its first update the policy is the pretrained one; chunks and network come with it."""
-    run = OnPolicyRun(
-        env="jax:pendulum", agent=agent, pretrained=str(imitated), steps=64, num_envs=2, unroll=8, eval_every=64,
+    run = Run(
+        agent, Rollouts("jax:pendulum", num_envs=2, unroll=8), steps=64, pretrained=str(imitated), eval_every=64,
         eval_episodes=2, log_every=64, trackers=(),
     )  # fmt: skip
-    resolve = run.resolve(False)
-    assert resolve.horizon == 2 and resolve.execute == 2 and resolve.agent.policy == POLICY
-    env, _ = resolve.environments(False)
-    carry = driver.first_carry(resolve, tmp_path, env, jr.key(0), None)
-    source = contraflow.load(imitated)
+    settled = run.resolve(False)
+    assert (settled.source.horizon, settled.source.execute, settled.agent.flow) == (2, 2, FLOW)
+    with closing(settled.source.open(settled, False)) as opened:
+        carry = driver.first_carry(settled, tmp_path, opened, jr.key(0), None)
+    source = contraflow.load(imitated).network
     obs, x0 = jnp.array([0.3, 0.8, -0.1]), jr.normal(jr.key(3), (2,))
-    net = agent.network(carry.learner.agent)
-    new = POLICY(net, x0, carry.learner.agent.stats(obs))
-    np.testing.assert_allclose(new, POLICY(source.state.average, x0, source.state.stats(obs)), atol=1e-6)
+
+    def end(policy):
+        stats, flow = inner(policy, "stats"), inner(policy, "flow")
+        return flow.sample(x0, stats(obs))
+
+    new = end(settled.agent.policy(carry.learner.agent))
+    np.testing.assert_allclose(new, end(source), atol=1e-6)
     driver.train(run, tmp_path / "run", quiet=True)
     moved = contraflow.load(tmp_path / "run")
-    assert moved.spec.horizon == 2
-    assert not np.allclose(POLICY(agent.network(moved.state), x0, moved.state.stats(obs)), new)
+    assert moved.spec.horizon == 2 and not np.allclose(end(moved.network), new)
 
 
 def test_what_does_not_fit_is_refused(imitated: Path, demonstrations: Path, tmp_path: Path):
     out = tmp_path / "run"
+    cartpole = Rollouts("jax:cartpole-swingup", num_envs=2, unroll=16)
+    data = Dataset(str(demonstrations), "jax:pendulum", horizon=60)
+    bc = Run(BC(), data, trackers=())
     for run, message in (
         (replace(RUN, pretrained=str(imitated)), "PPO starts from scratch"),
-        (replace(RUN, env="jax:cartpole-swingup", agent=FPO(**SMALL), pretrained=str(imitated)), "3 observations"),
-        (replace(RUN, agent=FPO(**SMALL), pretrained=str(tmp_path / "nothing")), "holds no policy"),
-        (replace(RUN, agent=DPPO(**SMALL), pretrained=str(imitated)), "learned must lie"),
-        (OfflineRun(trackers=()), "--data"),
-        (OfflineRun(data=str(demonstrations), env="jax:cartpole-swingup", trackers=()), "3 observations"),
-        (OfflineRun(data=str(demonstrations), env="jax:pendulum", horizon=60, trackers=()), "horizon"),
+        (replace(RUN, source=cartpole, agent=FPO(ppo=SMALL), pretrained=str(imitated)), "3 observations"),
+        (replace(RUN, agent=FPO(ppo=SMALL), pretrained=str(tmp_path / "nothing")), "holds no policy"),
+        (replace(RUN, agent=DPPO(ppo=SMALL), pretrained=str(imitated)), "learned must lie"),
+        (replace(bc, source=Dataset()), "--data"),
+        (replace(bc, source=replace(data, env="jax:cartpole-swingup", horizon=1)), "3 observations"),
+        (bc, "horizon"),
     ):
         with pytest.raises(UserError, match=message):
             driver.train(run, out, quiet=True)
         assert not out.exists()
 
 
-def test_an_average_velocity_comes_with_its_objective():
-    assert BC(POLICY, objective=MeanFlow()).policy.averaged and not BC(POLICY).policy.averaged
-
-
 @pytest.mark.slow
 def test_dppo_starts_from_a_diffusion(demonstrations: Path, tmp_path: Path):
-    diffusion = FlowPolicy(path=VP(), predict="noise", steps=5, clip=1.0, width=16, depth=1, embedding=8)
-    run = OfflineRun(
-        data=str(demonstrations), agent=BC(diffusion, lr=3e-3, ema=0.9), steps=800, batch_size=64, eval_every=800,
-        log_every=400, trackers=(),
-    )  # fmt: skip
+    diffusion = replace(FLOW, path=VP(), predict="noise", solver=Ddim(5), clip=1.0)
+    agent = BC(diffusion, ema=0.9, optim=Optim(3e-3, max_grad_norm=10.0))
+    source = Dataset(str(demonstrations), batch_size=64)
+    run = Run(agent, source, steps=800, eval_every=800, log_every=400, trackers=())
     driver.train(run, tmp_path / "bc", quiet=True)
     policy = contraflow.load(tmp_path / "bc")
     first = np.stack([policy(np.array([[0.0, 1.0, 0.0]], np.float32))[0] for _ in range(20)])
     np.testing.assert_allclose(first.mean(), 0.5, atol=0.15)
-    tuned = OnPolicyRun(
-        env="jax:pendulum", agent=DPPO(learned=2, **SMALL), pretrained=str(tmp_path / "bc"), steps=32, num_envs=2,
-        unroll=8, eval_every=32, eval_episodes=2, log_every=32, trackers=(),
+    tuned = Run(
+        DPPO(learned=2, ppo=SMALL), Rollouts("jax:pendulum", num_envs=2, unroll=8), steps=32,
+        pretrained=str(tmp_path / "bc"), eval_every=32, eval_episodes=2, log_every=32, trackers=(),
     )  # fmt: skip
     driver.train(tuned, tmp_path / "dppo", quiet=True)
-    with pytest.raises(UserError, match="no single flow"):
-        driver.train(replace(tuned, pretrained=str(tmp_path / "dppo")), tmp_path / "again", quiet=True)
 
 
 @pytest.mark.parametrize("name", ["obs-action", pytest.param("action", marks=pytest.mark.slow)])
 def test_ppo_learns_the_probes(name: str):
-    agent, env = PPO(width=16, depth=1, minibatches=4, epochs=8, actor_lr=3e-3, critic_lr=3e-3), PROBES[name](8)
-    carry, _, _ = epoch(OnPolicy(32), agent, env, start(agent, env), jr.key(5), 40)
-    returns = evaluate(agent, carry.learner.agent, PROBES[name](32), jr.key(6), 32)
+    optim, net = Optim(3e-3, max_grad_norm=0.5), MLPSpec(16, 1, "tanh")
+    settings = PPOSettings(
+        epochs=8, minibatches=4, critic=net, actor_optim=optim, critic_optim=optim, normalise_obs="running"
+    )
+    agent, env = PPO(actor=net, ppo=settings), PROBES[name](8)
+    carry, _, _ = run_epoch(Unroll(32), agent, env, begin(agent, env, jr.key(0), 0), jr.key(5), 40)
+    returns = evaluate(agent.policy(learner_of(carry).agent), PROBES[name](32), jr.key(6), 32)
     _, obs = env.reset(jr.key(9))
     best = np.mean([env.value(o, 0.99) for o in obs])
     assert returns.mean() > best - 0.15

@@ -23,9 +23,9 @@ from contraflow.policy.select import Softmax
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
 from contraflow.rl.temperature import Constant
-from contraflow.train.evaluate import evaluate
-from contraflow.train.loop import epoch
-from contraflow.train.offpolicy import OffPolicy
+from contraflow.training.evaluate import evaluate
+from contraflow.training.loop import epoch
+from contraflow.training.offpolicy import OffPolicy
 
 
 def study(agent, env, iterations):

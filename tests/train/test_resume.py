@@ -4,17 +4,18 @@ import csv
 import json
 import os
 import signal
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from tests.cli_helpers import TINY, in_subprocess
+from tests.cli_helpers import TINY, in_subprocess, with_source
 
-from contraflow import Run, resume, train
-from contraflow.train import checkpoint
-from contraflow.train import run as driver
+from contraflow import Replay, Run, resume, train
+from contraflow.training import checkpoint
+from contraflow.training import run as driver
 
 # Audit hooks see every call into the operating system: the process dies inside the writing of a chosen checkpoint, at a
 # chosen moment of it.
@@ -38,10 +39,14 @@ train(TINY, out, quiet=True)
 
 def final_carry(folder: Path, run: Run):
     """The newest checkpoint of a run: networks, optimisers, replay, counters, environment."""
-    env, _ = run.environments(True)
     step = checkpoint.latest(folder)
     assert step is not None and step >= run.steps
-    return driver.first_carry(run, folder, env, jax.random.split(jax.random.key(run.seed), 3)[0], step)
+    return carry_at(folder, run, step)
+
+
+def carry_at(folder: Path, run: Run, step: int):
+    with closing(run.source.open(run, True)) as opened:
+        return driver.first_carry(run, folder, opened, driver.root_keys(run)[0], step)
 
 
 def same(one, two) -> bool:
@@ -72,9 +77,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Environment steps taken from here on, epoch by epoch: a run that begins again ends alike, but takes them all."""
     taken, real = [], driver.epoch
 
-    def counted(phase, agent, env, carry, key, n, *rest):
-        taken.append(n * env.spec.num_envs)
-        return real(phase, agent, env, carry, key, n, *rest)
+    def counted(stage, agent, world, carry, keys, n, *rest):
+        taken.append(n * world.spec.num_envs)
+        return real(stage, agent, world, carry, keys, n, *rest)
 
     monkeypatch.setattr(driver, "epoch", counted)
     return taken
@@ -140,7 +145,7 @@ def test_a_finished_run_stays_as_it_is(undisturbed: Path, tmp_path: Path):
 
 def test_the_newest_complete_checkpoint_counts(undisturbed: Path, tmp_path: Path):
     train(TINY, tmp_path / "run", quiet=True)
-    (tmp_path / "run/checkpoints/40/default/_METADATA").parent.parent.rename(tmp_path / "away")
+    (tmp_path / "run/checkpoints/40").rename(tmp_path / "away")
     (tmp_path / "run/checkpoints/60.orbax-checkpoint-tmp-1").mkdir()
     (tmp_path / "run/checkpoints/notes").mkdir()
     assert checkpoint.latest(tmp_path / "run") == 20
@@ -148,17 +153,18 @@ def test_the_newest_complete_checkpoint_counts(undisturbed: Path, tmp_path: Path
     assert_equal_runs(tmp_path / "run", undisturbed)
 
 
-HOST = replace(TINY, env="tests.cli_helpers:pointer")
+HOST = with_source(TINY, env="tests.cli_helpers:pointer")
 
 
 @pytest.mark.slow
 def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SIGINT in the middle of a host loop: what was learned and seen is kept, new episodes start."""
     folder, steps = tmp_path / "run", 0
-    whole = Run.environments
+    whole = Replay.open
 
-    def interrupting(run: Run, trust: bool):
-        env, eval_env = whole(run, trust)
+    def interrupting(source: Replay, run: Run, trust: bool):
+        opened = whole(source, run, trust)
+        env = opened.world.env
         step = type(env).step
 
         class Interrupting(type(env)):
@@ -170,20 +176,19 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
                 return step(self, state, action)
 
         env.__class__ = Interrupting
-        return env, eval_env
+        return opened
 
-    monkeypatch.setattr(Run, "environments", interrupting)
+    monkeypatch.setattr(Replay, "open", interrupting)
     result = train(HOST, folder, trust=True, quiet=True)
     assert result.interrupted and result.steps == 26 and checkpoint.latest(folder) == 26
-    monkeypatch.setattr(Run, "environments", whole)
+    monkeypatch.setattr(Replay, "open", whole)
     policy = (folder / "policy/model.safetensors").read_bytes()
 
-    env, _ = whole(HOST, True)
-    half = driver.first_carry(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 26).learner
+    half = carry_at(folder, HOST, 26).learner
     assert int(half.buffer.size) == 26 and int(half.iteration) == 13 and not half.returns.any()
     result = resume(folder, trust=True, quiet=True)
     assert not result.interrupted and result.steps == 40
-    whole_learner = driver.first_carry(HOST, folder, env, jax.random.split(jax.random.key(0), 3)[0], 40).learner
+    whole_learner = carry_at(folder, HOST, 40).learner
     assert int(whole_learner.buffer.size) == 40
     assert np.all(whole_learner.buffer.rows.next[:26] < 26), "n-step rows would join two episodes"
     assert np.array_equal(whole_learner.buffer.rows.reward[:26], half.buffer.rows.reward[:26])

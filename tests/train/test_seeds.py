@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,31 +16,23 @@ import jax.random as jr
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tests.cli_helpers import FLAGS, TINY, Guess, State, assert_refused, cli
+from tests.cli_helpers import FLAGS, TINY, Constant, Guess, State, assert_refused, cli, with_source
+from tests.train.loop_helpers import OnHost
 
-from contraflow import RFM, SAC, UserError, load, resume, resume_seeds, train, train_seeds
+from contraflow import SAC, UserError, load, resume, resume_seeds, train, train_seeds
+from contraflow.data.samplers import Uniform
 from contraflow.envs.control import Pendulum
 from contraflow.envs.probe import ObsAction
-from contraflow.flow.solver import Midpoint
-from contraflow.policy.select import Argmax, Softmax
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint, offpolicy, seeds
-from contraflow.train import run as driver
-from contraflow.train.evaluate import evaluate, evaluate_seeds
-from contraflow.train.loop import Carry, epoch, epoch_seeds
-from contraflow.train.offpolicy import OffPolicy
-from contraflow.train.run import read_config
+from contraflow.training import checkpoint
+from contraflow.training import run as driver
+from contraflow.training.evaluate import evaluate, evaluate_seeds
+from contraflow.training.loop import Carry, World, epoch, stacked
+from contraflow.training.run import read_config
+from contraflow.training.sources.base import first_learner
+from contraflow.training.sources.replay import Interact
 
 SEEDS = (0, 7, 3)
-FLOW = RFM(
-    width=8,
-    depth=1,
-    critic=Critics(width=8, depth=1),
-    embedding=4,
-    solver=Midpoint(1),
-    explore=Softmax(2),
-    greedy=Argmax(2),
-)
 GUESS = replace(TINY, agent=Guess())
 
 
@@ -63,8 +56,8 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
 
 def final_carry(folder: Path):
     run = read_config(folder, True)
-    env, _ = run.environments(True)
-    return driver.first_carry(run, folder, env, driver.root_keys(run)[0], checkpoint.latest(folder))
+    with closing(run.source.open(run, True)) as opened:
+        return driver.first_carry(run, folder, opened, driver.root_keys(run)[0], checkpoint.latest(folder))
 
 
 def numbers(tree) -> list[np.ndarray]:
@@ -126,13 +119,29 @@ def test_each_seed_is_the_run_that_it_would_be_alone(together: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("agent", [FLOW, SAC(width=8, depth=1, critic=Critics(width=8, depth=1))], ids=["rfm", "sac"])
-def test_so_it_is_with_real_agents(agent, tmp_path: Path):
-    run = replace(TINY, agent=agent, env="jax:pendulum", n_step=2)
+def test_so_it_is_with_a_real_agent(tmp_path: Path):
+    run = with_source(replace(TINY, agent=SAC(critic=Critics(width=8, depth=1))), env="jax:pendulum", n_step=2)
     train_seeds(run, SEEDS, tmp_path / "together", quiet=True)
     for seed in SEEDS:
         train(replace(run, seed=seed), tmp_path / f"seed{seed}", quiet=True)
     assert_same_seeds(tmp_path / "together", tmp_path, rtol=5e-3, atol=1e-3)
+
+
+HOST = with_source(GUESS, env="tests.cli_helpers:pointer")
+
+
+def test_host_environments_take_the_seeds_in_turn(tmp_path: Path):
+    """Bitwise the runs that they would be alone; one after the other, in environments of their own."""
+    results = train_seeds(HOST, (0, 7), tmp_path / "together", trust=True, quiet=True)
+    assert [result.steps for result in results] == [40, 40]
+    train(replace(HOST, seed=7), tmp_path / "alone", trust=True, quiet=True)
+    assert evaluations(tmp_path / "together/seed7") == evaluations(tmp_path / "alone")
+    assert evaluations(tmp_path / "together/seed7") != evaluations(tmp_path / "together/seed0")
+    policy = "policy/model.safetensors"
+    assert (tmp_path / "together/seed7" / policy).read_bytes() == (tmp_path / "alone" / policy).read_bytes()
+    shutil.rmtree(tmp_path / "together/seed7/checkpoints/40")
+    results = resume_seeds(tmp_path / "together", quiet=True, trust=True)
+    assert [result.steps for result in results] == [40, 40]
 
 
 def test_the_comparison_sees_another_seed(together: Path, tmp_path: Path):
@@ -155,25 +164,26 @@ def test_the_comparison_sees_another_seed(together: Path, tmp_path: Path):
             assert_same_run(mixed, together / "seed3", 2e-3, 2e-4)
 
 
-def test_one_phase_code_for_one_and_many(monkeypatch: pytest.MonkeyPatch):
+def test_one_body_for_one_and_many(monkeypatch: pytest.MonkeyPatch):
     """Both trace `iterate`: what is planted there shows in both."""
-    real = offpolicy.OffPolicy.iterate
+    real = Interact.iterate
 
     def planted(*args):
         carry, info = real(*args)
         return carry, info | {"planted": carry.learner.steps}
 
-    monkeypatch.setattr(offpolicy.OffPolicy, "iterate", planted)
+    monkeypatch.setattr(Interact, "iterate", planted)
     # A rate of its own: nothing is cached yet.
-    agent, env, phase = Guess(rate=0.123), ObsAction(2), OffPolicy(False, 1, 8)
+    agent, env, stage = Guess(rate=0.123), ObsAction(2), Interact(False, 1, 8, Uniform(1.0))
     starts = []
     for seed in range(3):
-        learner = offpolicy.first_learner(agent, env.spec, 32, jr.key(seed))
+        learner = first_learner(agent, env.spec, jr.key(seed), 32)
         state, obs = env.reset(jr.key(seed + 10))
         starts.append(Carry(learner, state, jnp.copy(obs)))
-    _, many = epoch_seeds(phase, agent, env, seeds._stack(starts), jr.split(jr.key(5), 3), 4)
-    _, one, _ = epoch(phase, agent, env, starts[0], jr.key(5), 4)
-    assert [m["planted"] for m in [*many, one]] == [5.0] * 4
+    world, copied = World(env.spec, env), jax.tree.map(jnp.copy, starts[0])
+    _, many, _ = epoch(stage, agent, world, stacked(starts), jr.split(jr.key(5), 3), 4)
+    _, one, _ = epoch(stage, agent, world, stacked([copied]), jr.key(5)[None], 4)
+    assert [m["planted"] for m in [*many, *one]] == [5.0] * 4
 
 
 def test_a_seed_is_read_and_continued_alone(together: Path, tmp_path: Path):
@@ -192,17 +202,17 @@ def test_a_seed_is_read_and_continued_alone(together: Path, tmp_path: Path):
 
 
 def test_an_interrupted_program_goes_on(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    real = seeds.epoch_seeds
+    real = driver.epoch
 
     def interrupted(*args):
         out = real(*args)
         os.kill(os.getpid(), signal.SIGINT)
         return out
 
-    monkeypatch.setattr(seeds, "epoch_seeds", interrupted)
+    monkeypatch.setattr(driver, "epoch", interrupted)
     results = train_seeds(GUESS, SEEDS, tmp_path / "run", quiet=True)
     assert all(result.interrupted and result.steps == 10 == checkpoint.latest(result.folder) for result in results)
-    monkeypatch.setattr(seeds, "epoch_seeds", real)
+    monkeypatch.setattr(driver, "epoch", real)
     results = resume_seeds(tmp_path / "run", quiet=True, trust=True)
     assert all(result.steps == 40 and not result.interrupted for result in results)
     for seed in SEEDS:  # an interruption leaves a checkpoint of its own behind, which is dropped later
@@ -254,8 +264,8 @@ class Fragile(Guess):
             (jr.normal(key, (spec.action_dim,)), jr.normal(jr.clone(key), (spec.action_dim,))), jnp.zeros((), jnp.int32)
         )
 
-    def act(self, state, obs, key, explore):
-        return jnp.tanh(state.bias[0] + explore * jr.normal(key, state.bias[0].shape))
+    def policy(self, state):
+        return Constant(state.bias[0])
 
     def update(self, state, batch, key):
         loss = jnp.where((state.step >= 12) & (state.bias[1][0] > 0), jnp.inf, jnp.mean(batch.reward))
@@ -266,7 +276,7 @@ class Fragile(Guess):
 @pytest.mark.slow
 def test_a_failing_seed_does_not_stop_the_others(tmp_path: Path):
     run, out = replace(TINY, agent=Fragile()), tmp_path / "run"
-    env, _ = run.environments(True)
+    env = ObsAction(2)
     keys = [jr.split(driver.root_keys(replace(run, seed=seed))[0])[0] for seed in range(12)]
     breaks = [float(run.agent.init(key, env.spec).bias[1][0]) > 0 for key in keys]
     bad, good = (np.flatnonzero(np.array(breaks) == b).tolist() for b in (True, False))
@@ -285,31 +295,21 @@ def test_a_failing_seed_does_not_stop_the_others(tmp_path: Path):
 # evaluation
 
 
-class Host(Pendulum):
-    """The same on the host: a step at a time."""
-
-    @property
-    def spec(self):
-        return replace(super().spec, jittable=False)
-
-    step = jax.jit(Pendulum.step, static_argnames="self")
-
-
-class Noisy(Guess):
+class Noisy(Constant):
     """Random in evaluation too: the key of every step shows."""
 
-    def act(self, state, obs, key, explore):
-        return super().act(state, obs, key, True)
+    def __call__(self, obs, key, greedy=True):
+        return super().__call__(obs, key, False)
 
 
 def test_evaluation_of_many_is_that_of_each():
     """Episodes of 200 steps, two of each copy: longer than a chunk; one policy per seed."""
-    agent = Noisy()
-    states = [agent.init(jr.key(seed), Pendulum().spec) for seed in range(3)]
+    policies = [Noisy(jr.normal(jr.key(seed), (1,))) for seed in range(3)]
     keys = jr.split(jr.key(9), 3)
-    many = evaluate_seeds(agent, seeds._stack(states), Pendulum(2), keys, 3)
-    for s, state in enumerate(states):
-        np.testing.assert_allclose(many[s], evaluate(agent, state, Host(2), keys[s], 3), rtol=1e-4)
+    many = evaluate_seeds(policies, Pendulum(2), keys, 3)
+    for s, policy in enumerate(policies):
+        np.testing.assert_allclose(many[s], evaluate(policy, OnHost(Pendulum(2)), keys[s], 3), rtol=1e-4)
+    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Pendulum(2)), keys, 3), many, rtol=1e-4)
     assert many.shape == (3, 3) and len(np.unique(many.round(2))) == 9
 
 
@@ -348,7 +348,6 @@ def test_what_is_shown_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("--seeds 0 1 --env gym:Pendulum-v1", ["gym:Pendulum-v1 is not written in JAX", "--seed,", "jax:"]),
         ("--seeds 0 1 0", ["different numbers", "got 0 1 0"]),
         ("--seeds", ["at least one"]),
         ("--seeds 0 -1", ["from 0 on", "got 0 -1"]),
@@ -359,7 +358,6 @@ def test_what_is_shown_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture):
 )
 def test_mistakes(args: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    pytest.importorskip("gymnasium")
     assert_refused([*COMMAND, *args.split()], *words)
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 

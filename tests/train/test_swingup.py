@@ -12,9 +12,9 @@ import pytest
 from contraflow.envs.control import CartpoleSwingup
 from contraflow.experiments.compare.matrix import with_networks
 from contraflow.presets import PRESETS
-from contraflow.train.evaluate import evaluate
-from contraflow.train.loop import Carry, epoch
-from contraflow.train.offpolicy import OffPolicy, first_learner
+from contraflow.training.evaluate import evaluate
+from contraflow.training.loop import Carry, epoch
+from contraflow.training.offpolicy import OffPolicy, first_learner
 
 ENV = CartpoleSwingup(4)
 SMALL = {"width": 64, "depth": 2, "embedding": 32, "actor_lr": 1e-3}

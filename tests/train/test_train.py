@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from functools import partial
@@ -15,19 +16,21 @@ import jax.random as jr
 import numpy as np
 import pytest
 from rich.console import Console
-from tests.cli_helpers import TINY, Guess
+from tests.cli_helpers import TINY, Constant, Guess, with_source
+from tests.train.loop_helpers import OnHost, begin, learner_of, run_epoch
 
 from contraflow import EnvSpec, Run, Step, UserError, resume, train
+from contraflow.data.samplers import Uniform
 from contraflow.envs.probe import Action, TwoStep
-from contraflow.train import checkpoint, console
-from contraflow.train import run as driver
-from contraflow.train import run_writer as record
-from contraflow.train.artifact import load_policy
-from contraflow.train.evaluate import evaluate
-from contraflow.train.log import Log, read_evaluations
-from contraflow.train.loop import Carry, Learner, epoch
-from contraflow.train.offpolicy import OffPolicy, first_learner
-from contraflow.train.plot import plot_curve
+from contraflow.policy.artifact import load_policy
+from contraflow.training import checkpoint, console
+from contraflow.training import run as driver
+from contraflow.training import run_writer as record
+from contraflow.training.evaluate import evaluate, margin
+from contraflow.training.log import Log, read_evaluations
+from contraflow.training.plot import plot_curve
+from contraflow.training.run_writer import best_evaluation
+from contraflow.training.sources.replay import Interact
 
 GUESS = replace(TINY, agent=Guess())
 
@@ -68,22 +71,58 @@ def test_the_first_checkpoint_comes_before_the_first_step(tmp_path: Path, monkey
     assert checkpoint.latest(tmp_path) == 0 and (tmp_path / "policy/model.safetensors").exists()
 
 
-def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch):
+    """`scripted(1.0, 5.0, ...)`: the means that evaluations will have; the policies that they saw."""
+    seen = []
+
+    def script(*means: float) -> list:
+        returns = iter(means)
+
+        def evaluated(policies, env, keys, episodes):
+            seen.append(np.asarray(policies[0].bias))
+            return np.full((1, episodes), next(returns))
+
+        monkeypatch.setattr(driver, "evaluate_seeds", evaluated)
+        return seen
+
+    return script
+
+
+def bias_of(folder: Path) -> np.ndarray:
+    return np.asarray(load_policy(folder, trust=True)[0].bias)
+
+
+def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path: Path, scripted):
     """Also across an interruption: what came before counts."""
-    seen, returns = [], iter((1.0, 5.0, 2.0, 4.0))
-
-    def scripted(agent, state, env, key, episodes):
-        seen.append(jax.tree.map(np.array, state))
-        return np.full(episodes, next(returns))
-
-    monkeypatch.setattr(driver, "evaluate", scripted)
+    seen = scripted(1.0, 5.0, 2.0, 4.0)
     train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust=True)
     resume(tmp_path / "run", steps=80, quiet=True, trust=True)
     assert len(seen) == 4
-    for folder, state in (("best", seen[1]), ("policy", seen[3])):
-        *_, saved = load_policy(tmp_path / "run" / folder, trust=True)
-        for name in GUESS.agent.acting:
-            jax.tree.map(np.testing.assert_array_equal, getattr(saved, name), getattr(state, name))
+    np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
+    np.testing.assert_array_equal(bias_of(tmp_path / "run/policy"), seen[3])
+    assert best_evaluation(tmp_path / "run") == {"step": 40, "return_mean": 5.0}
+
+
+def test_the_best_policy_is_forgotten_with_its_evaluation(tmp_path: Path, scripted):
+    """The last checkpoint is gone, and with it the row of the best evaluation: the policy of another is kept."""
+    seen = scripted(1.0, 2.0, 9.0, 1.5)
+    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust=True)
+    assert best_evaluation(tmp_path / "run") == {"step": 60, "return_mean": 9.0}
+    shutil.rmtree(tmp_path / "run/checkpoints/60")
+    resume(tmp_path / "run", quiet=True, trust=True)
+    assert [row["return_mean"] for row in read_evaluations(tmp_path / "run")] == [1.0, 2.0, 1.5]
+    assert best_evaluation(tmp_path / "run") == {"step": 40, "return_mean": 2.0}
+    np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
+
+
+def test_a_best_policy_that_was_not_written_is(tmp_path: Path, scripted):
+    """A process that died between a checkpoint and the policy of the same evaluation."""
+    seen = scripted(1.0, 2.0, 0.5)
+    train(GUESS, tmp_path / "run", quiet=True, trust=True)
+    shutil.rmtree(tmp_path / "run/best")
+    resume(tmp_path / "run", steps=60, quiet=True, trust=True)
+    np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
 
 
 def test_tensorboard_is_the_default_tracker(tmp_path: Path):
@@ -95,7 +134,7 @@ def test_tensorboard_is_the_default_tracker(tmp_path: Path):
 
 
 def test_steps_are_rounded_up_to_whole_rounds(tmp_path: Path):
-    result = train(replace(GUESS, num_envs=4, steps=41, collect=9), tmp_path, quiet=True)
+    result = train(with_source(replace(GUESS, steps=41), num_envs=4, collect=9), tmp_path, quiet=True)
     assert result.steps == 44
     assert [row["step"] for row in read_evaluations(tmp_path)] == [20, 40, 44]
     assert next(row["step"] for row in lines(tmp_path / "metrics.jsonl") if "guess_loss" not in row) == 12
@@ -149,10 +188,9 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_evaluation_counts_whole_episodes():
     """Two steps each, reward 0 then 1; the sum over an episode is 1, whatever the policy."""
-    agent = Guess()
-    state = agent.init(jr.key(0), TwoStep().spec)
+    policy = Constant(jnp.zeros(1))
     for episodes in (1, 3, 4, 7):
-        returns = evaluate(agent, state, TwoStep(num_envs=3), jr.key(1), episodes)
+        returns = evaluate(policy, TwoStep(num_envs=3), jr.key(1), episodes)
         assert returns.shape == (episodes,) and np.allclose(returns, 1.0)
 
 
@@ -172,50 +210,40 @@ class Uneven:
 
 @pytest.mark.parametrize(("episodes", "returns"), [(1, [1]), (3, [1, 2, 1]), (4, [1, 2, 1, 2])])
 def test_short_episodes_do_not_count_more_than_long_ones(episodes: int, returns: list[int]):
-    agent = Guess()
-    state = agent.init(jr.key(0), Uneven.spec)
-    assert evaluate(agent, state, Uneven(), jr.key(1), episodes).tolist() == returns
+    assert evaluate(Constant(jnp.zeros(1)), Uneven(), jr.key(1), episodes).tolist() == returns
 
 
 def test_evaluation_is_greedy_unless_told_otherwise():
-    agent = Guess()
-    state = agent.init(jr.key(0), Action().spec)
-    state = type(state)(jnp.arctanh(jnp.full(1, 0.5)), state.step)
-    assert np.allclose(evaluate(agent, state, Action(2), jr.key(1), 4), 1.0)
-    assert not np.allclose(evaluate(agent, state, Action(2), jr.key(1), 4, explore=True), 1.0)
+    policy = Constant(jnp.arctanh(jnp.full(1, 0.5)))
+    assert np.allclose(evaluate(policy, Action(2), jr.key(1), 4), 1.0)
+    assert not np.allclose(evaluate(policy, Action(2), jr.key(1), 4, greedy=False), 1.0)
 
 
 def test_an_endless_episode_is_named():
-    class Endless(Action):
-        def ends(self, age):
-            return age < 0, age < 0
-
-    agent = Guess()
     with pytest.raises(UserError, match="time limit"):
-        evaluate(agent, agent.init(jr.key(0), Endless().spec), Endless(), jr.key(1), 1, max_steps=20)
+        evaluate(Constant(jnp.zeros(1)), replace(Action(1), length=1000), jr.key(1), 1, max_steps=20)
+
+
+def test_the_interval_of_a_mean():
+    """Half widths in units of the standard error, against tables of Student's t at .975."""
+    for n, quantile in ((3, 4.303), (5, 2.776), (10, 2.262), (31, 2.042)):
+        sample = np.arange(n, dtype=float)
+        assert margin(sample) == pytest.approx(quantile * sample.std(ddof=1) / np.sqrt(n), rel=0.01)
 
 
 # the loop on the host equals the loop on the device
 
 
 def test_the_host_loop_counts_as_the_scan_does():
-    class Host(Action):
-        @property
-        def spec(self):
-            return replace(super().spec, jittable=False)
-
-    out = {}
-    for env in (Action(2), Host(2)):
-        learner = first_learner(Guess(), env.spec, 32, jr.key(0))
-        env_state, obs = env.reset(jr.key(1))
-        carry = Carry(learner, env_state, jnp.copy(obs))
-        carry, _, _ = epoch(OffPolicy(True, 0, 4), Guess(), env, carry, jr.key(2), 3)
-        carry, metrics, error = epoch(OffPolicy(False, 2, 4), Guess(), env, carry, jr.key(2), 4)
-        assert error is None and metrics["episodes"] == 8 and int(carry.learner.steps) == 14
-        out[type(env)] = carry.learner
-    host, scan = out[Host], out[Action]
+    out = []
+    for env in (Action(2), OnHost(Action(2))):
+        carry = begin(Guess(), env, jr.key(0), 32)
+        carry, _, _ = run_epoch(Interact(True, 0, 4, Uniform(1.0)), Guess(), env, carry, jr.key(2), 3)
+        carry, metrics, error = run_epoch(Interact(False, 2, 4, Uniform(1.0)), Guess(), env, carry, jr.key(2), 4)
+        assert error is None and metrics["episodes"] == 8 and int(learner_of(carry).steps) == 14
+        out.append(learner_of(carry))
+    scan, host = out
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(*map(jax.tree.leaves, (host, scan)), strict=True))
-    assert isinstance(host, Learner)
 
 
 # records
@@ -247,10 +275,13 @@ def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, quiet: bool = False) 
     make = partial(Console, file=out, force_terminal=terminal, width=100)
     monkeypatch.setattr(console, "Console", make)
     monkeypatch.setattr(console, "QUIET_SECONDS", 0.0)
-    with console.Progress(TINY, Path("runs") / ("long" * 30), 0, quiet) as progress:
-        progress.update(10, {})
-        progress.update(20, {"return": 3.25})
-        progress.evaluated(20, np.array([1.0, 2.0]))
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with console.Progress(f"a header {'long ' * 60}", 40, 0, quiet) as progress:
+        progress.update("collecting", 10, {})
+        progress.update("learning", 20, {})
+        progress.update("learning", 30, {"return": 3.25})
+        progress.evaluated(30, np.array([[1.0, 2.0]]))
     return out.getvalue()
 
 
@@ -258,15 +289,26 @@ def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch):
     text = shown(monkeypatch, terminal=False)
     assert text.isprintable() or set(text) - set("\n") <= set(map(chr, range(32, 127)))
     first, *rest = text.splitlines()
-    assert first == f"SIR on {TINY.env}, 40 steps, seed 0, in runs/{'long' * 30}"
-    assert [line.split()[:2] for line in rest] == [["step", "10"], ["step", "20"], ["step", "20"]]
-    assert "collecting" in rest[0] and "return 3.2" in rest[1] and "steps/s" in rest[1] and "1.5" in rest[2]
+    assert first.startswith("a header long")
+    assert rest[:3] == [
+        "step        10  collecting",
+        "step        20  learning",  # no speed yet: this part was compiled first
+        "step        30  return 3.2      1 steps/s, 0 min 10 s left",
+    ]
+    assert rest[3] == "step        30  evaluation return      1.5 +- 5.7  (2 episodes, min 1.0, max 2.0)"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch):
     text = shown(monkeypatch, terminal=True)
-    assert "20/40" in text and "steps/s" in text and "return 3.2" in text and "\x1b[" in text
+    assert "30/40" in text and "return 3.2" in text and "\x1b[" in text
 
 
 def test_quiet_is_silent(monkeypatch: pytest.MonkeyPatch):
     assert shown(monkeypatch, terminal=True, quiet=True) == shown(monkeypatch, terminal=False, quiet=True) == ""
+
+
+def test_the_header_says_what_will_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture):
+    train(with_source(replace(GUESS, steps=41), num_envs=4, collect=9), tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"Guess on probe:obs-action, 44 steps (41 rounded up), seed 0, in {tmp_path / 'run'}"
+    )

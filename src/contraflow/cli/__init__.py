@@ -1,9 +1,15 @@
-"""The command line: `python -m contraflow` and the console script `contraflow` both call `main`."""
+"""The command line: `python -m contraflow` and the console script `contraflow` both call `main`.
 
+Nothing heavy is imported before a command is chosen.
+"""
+
+import importlib
 import os
 import sys
 
-from contraflow.core.types import UserError
+from contraflow.core import interrupt
+from contraflow.core.errors import UserError
+from contraflow.core.settings import suggest, version
 
 USAGE = """\
 usage: contraflow COMMAND ...
@@ -25,74 +31,56 @@ options:
   -h, --help      this text; `contraflow COMMAND --help` explains a command
   --version       version of contraflow
 
-`contraflow train PRESET --help` lists every setting of a preset. Errors end with exit code 2."""
+`contraflow train PRESET --help` lists the settings that are changed most, `--help-all` every one. Errors end with exit
+code 2."""
 
-COMMANDS = ("train", "resume", "eval", "compare", "report", "record", "data", "sample", "list")
+COMMANDS = {
+    "train": "contraflow.cli.train:train_command",
+    "resume": "contraflow.cli.train:resume_command",
+    "eval": "contraflow.cli.evaluate:eval_command",
+    "compare": "contraflow.cli.compare:compare_command",
+    "report": "contraflow.cli.report:report_command",
+    "record": "contraflow.cli.data:record_command",
+    "data": "contraflow.cli.data:data_command",
+    "sample": "contraflow.cli.sample:sample_command",
+    "list": "contraflow.cli.listing:list_command",
+}
+"""What each command calls with the arguments after it; None as the exit code is 0."""
+OWN_SIGNALS = ("compare",)
+"""Commands that look after other processes, and wait for these when they are interrupted."""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; the exit code: 0, 1 (`--require` missed, cells failed), 2 (the user's mistake), 130 (Ctrl-C)."""
     args = sys.argv[1:] if args is None else list(args)
     try:
-        return _dispatch(args)
+        with interrupt.guard() as guard:
+            return _dispatch(args, guard)
     except UserError as error:
         print(f"contraflow: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("contraflow: interrupted", file=sys.stderr)
-        return 130
+        return interrupt.INTERRUPTED
     except BrokenPipeError:  # `contraflow list envs | head`
         sys.stderr.close()
         return 0
 
 
-def _dispatch(args: list[str]) -> int:
-    from contraflow import __version__
-    from contraflow.core.settings import suggest
-
+def _dispatch(args: list[str], guard: interrupt.Guard | None) -> int:
     command, *rest = args or ["--help"]
     if "--trust" in rest and not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())  # as `python -m` has it and an installed script has not
     if command in ("-h", "--help"):
         print(USAGE)
-    elif command == "--version":
-        print(f"contraflow {__version__}")
-    elif command == "train":
-        from contraflow.cli.train import train_command
-
-        return train_command(rest)
-    elif command == "resume":
-        from contraflow.cli.train import resume_command
-
-        return resume_command(rest)
-    elif command == "eval":
-        from contraflow.cli.evaluate import eval_command
-
-        return eval_command(rest)
-    elif command == "compare":
-        from contraflow.cli.compare import compare_command
-
-        return compare_command(rest)
-    elif command == "report":
-        from contraflow.cli.report import report_command
-
-        return report_command(rest)
-    elif command == "record":
-        from contraflow.cli.data import record_command
-
-        return record_command(rest)
-    elif command == "data":
-        from contraflow.cli.data import data_command
-
-        return data_command(rest)
-    elif command == "list":
-        from contraflow.cli.listing import list_command
-
-        return list_command(rest)
-    elif command == "sample":
-        from contraflow.cli.sample import sample_command
-
-        return sample_command(rest)
-    else:
+        return 0
+    if command == "--version":
+        print(f"contraflow {version()}")
+        return 0
+    if command not in COMMANDS:
         raise UserError(f"there is no command {command}; {suggest(command, COMMANDS)}")
-    return 0
+    module, _, name = COMMANDS[command].partition(":")
+    call = getattr(importlib.import_module(module), name)
+    if guard and command in OWN_SIGNALS:
+        guard.release()
+    return call(rest) or 0

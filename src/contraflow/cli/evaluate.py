@@ -14,7 +14,7 @@ from contraflow.core.types import UserError
 from contraflow.policy.base import act_batch
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.train.evaluate import evaluate
+from contraflow.training.evaluate import evaluate
 
 EPISODES = 10
 

@@ -9,26 +9,26 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from contraflow.agents import presets
 from contraflow.cli.evaluate import final_returns
-from contraflow.cli.settings import Switch, as_run, parse_train
+from contraflow.cli.settings import Switch, as_run, parse_train, read_flags, registry
 from contraflow.core.settings import suggest
 from contraflow.core.types import UserError
-from contraflow.presets import PRESETS
-from contraflow.train import run as runs
-from contraflow.train.log import read_evaluations
-from contraflow.train.seeds import resume_seeds, seed_folders, train_seeds
+from contraflow.training import run as runs
+from contraflow.training.run_writer import best_evaluation
 
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.critic.gamma 0.98] ...
        contraflow train PRESET --env jax:pendulum --seeds 0 1 2 3 ...    many seeds in one compiled program
+       contraflow train PRESET source:offline-to-online --data SET --env ID --offline-steps N ...
 
 PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with
 --trust):
 
 {presets}
 
-`contraflow train PRESET --help` lists all settings. The folder given by --out receives config.json, metrics.jsonl,
-eval.csv, curve.png, checkpoints/ and policy/."""
+`contraflow train PRESET --help` lists the settings that are changed most, `--help-all` every one. The folder given by
+--out receives config.json, metrics.jsonl, eval.csv, curve.png, checkpoints/ and policy/."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Resume:
     """Continue a run from its newest checkpoint."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the run, or of the seeds that were trained at once."""
+    """Folder of the run, or of the seeds that were trained together."""
     steps: int | None = None
-    """Extend the run to this many environment steps in all."""
+    """Extend the run to this many steps in all."""
     require: float | None = None
     """Exit with code 1 when the final mean return is below this."""
     quiet: Annotated[bool, Switch] = False
@@ -49,25 +49,22 @@ class Resume:
 
 def train_command(args: list[str]) -> int:
     """`contraflow train PRESET`: train and report; 0, 1 below `--require`, 130 after Ctrl-C."""
-    if not args or args[0] in ("-h", "--help"):
-        rows = [
-            f"  {name:<14} {type(run.agent).__name__:<4} on {run.env}, {run.steps:,} steps"
-            for name, run in PRESETS.items()
-        ]
+    if not args or args[0] in ("-h", "--help", "--help-all"):
+        rows = [f"  {preset.name:<14} {preset.title}" for preset in presets().values()]
         print(HELP.format(presets="\n".join(rows)))
         return 0
     preset, *flags = args
     if preset.startswith("-"):
-        raise UserError(f"the preset comes first: contraflow train PRESET {preset} ...; {suggest('', PRESETS)}")
+        raise UserError(f"the preset comes first: contraflow train PRESET {preset} ...; {suggest('', presets())}")
     options = parse_train(preset, flags)
     run = as_run(options)
     folder = options.out or default_folder(preset, options)
     given = {flag.partition("=")[0] for flag in flags}
     if {"--seed", "--seeds"} <= given:
-        raise UserError("--seed trains one seed, --seeds several at once: give one of the two")
+        raise UserError("--seed trains one seed, --seeds several: give one of the two")
     start = time.monotonic()
     if "--seeds" in given:
-        results = train_seeds(run, options.seeds, folder, trust=options.trust, quiet=options.quiet)
+        results = runs.train_seeds(run, options.seeds, folder, trust=options.trust, quiet=options.quiet)
         return _finish_seeds(results, folder, time.monotonic() - start, options.require, options.trust)
     result = runs.train(run, folder, trust=options.trust, quiet=options.quiet)
     return _finish(result, time.monotonic() - start, options.require, options.trust)
@@ -75,36 +72,29 @@ def train_command(args: list[str]) -> int:
 
 def resume_command(args: list[str]) -> int:
     """`contraflow resume FOLDER`: as `train_command`, from the newest checkpoint."""
-    options = tyro.cli(Resume, prog="contraflow resume", args=args)
-    folder = options.folder
-    start = time.monotonic()
-    if members := seed_folders(folder):
-        before = [runs.progress(member, options.trust) for member in members]
-        results = resume_seeds(folder, steps=options.steps, trust=options.trust, quiet=options.quiet)
-        if [result.steps for result in results] == before and not results[0].interrupted:
-            print(_finished(folder, before[0]))
-            return 0
-        return _finish_seeds(results, folder, time.monotonic() - start, options.require, options.trust)
-    before = runs.progress(folder, options.trust)
-    result = runs.resume(folder, steps=options.steps, trust=options.trust, quiet=options.quiet)
-    if result.steps == before and not result.interrupted:
-        print(_finished(folder, before))
+    options = read_flags(Resume, args, prog="contraflow resume", registry=registry(False))
+    folder, flags = options.folder, {"steps": options.steps, "trust": options.trust, "quiet": options.quiet}
+    members = runs.seed_folders(folder)
+    start, before = time.monotonic(), [runs.progress(member) for member in members or [folder]]
+    results = runs.resume_seeds(folder, **flags) if members else [runs.resume(folder, **flags)]
+    if [result.steps for result in results] == before and not results[0].interrupted:
+        steps = f"{before[0]:,} steps"
+        print(f"{folder} is finished: {steps}. Extend it with `contraflow resume {shlex.quote(str(folder))} --steps N`")
         return 0
-    return _finish(result, time.monotonic() - start, options.require, options.trust)
+    seconds = time.monotonic() - start
+    if members:
+        return _finish_seeds(results, folder, seconds, options.require, options.trust)
+    return _finish(results[0], seconds, options.require, options.trust)
 
 
 def default_folder(preset: str, options: Any) -> Path:
     """runs/PRESET-ENV-seedN, or -seedsN-M-..., in letters that a path may hold."""
     path = Path(preset)
     name = path.resolve().parent.name if path.name == "config.json" else path.name
-    env = options.env.rpartition(":")[2]
+    env = options.env.rpartition(":")[2] or Path(getattr(options, "data", "")).stem or "run"
     seeds = "-".join(map(str, options.seeds))
     last = f"seeds{seeds}" if seeds else f"seed{options.seed}"
     return Path("runs") / "-".join([name.rpartition(":")[2], env.replace("/", "-"), last])
-
-
-def _finished(folder: Path, steps: int) -> str:
-    return f"{folder} is finished: {steps:,} steps. Extend it with `contraflow resume {folder} --steps N`"
 
 
 def _interrupted(folder: Path, steps: int, what: str) -> int:
@@ -140,11 +130,15 @@ def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, requ
 
 def _report(folder: Path, require: float | None, trust: bool) -> int:
     """Returns of the policies of a run on fresh episodes, and where they are; 1 below `require`."""
+    best = best_evaluation(folder)
+    if best is None:
+        print(f"no environment to evaluate in: `contraflow eval {shlex.quote(str(folder))} --env ID` does it later")
+        print(f"last policy  {folder / 'policy'}")
+        return 0
     table = final_returns(folder, trust)
     for name, returns in table.items():
         print(f"  {name:<42} {_summary(returns)}")
-    step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
-    print(f"best policy  {folder / 'best'}, from step {int(step):,}\nlast policy  {folder / 'policy'}")
+    print(f"best policy  {folder / 'best'}, from step {best['step']:,}\nlast policy  {folder / 'policy'}")
     print(f"curve        {folder / 'curve.png'}")
     mean = float(next(iter(table.values())).mean())
     if require is not None and not mean >= require:

@@ -1,62 +1,155 @@
-"""Settings as JSON and back. A nested dataclass is written with a `kind`, its class name; it is found again through the
-annotation of the field that holds it, so there is no global table."""
+"""Settings as JSON and back. A nested dataclass is written with a `kind`, its class name, and is found again through
+the annotation of the field that holds it; classes of a protocol (the field `agent`) through a table that the reader
+brings along. What is written can be read: `to_json` refuses the rest."""
 
+import collections.abc
 import dataclasses
 import importlib
-import importlib.metadata
+import json
+import math
 import sys
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType, UnionType
 from typing import Any
 
-from contraflow.core.types import UserError
+from contraflow.core.errors import UserError
 
 SCHEMA = 2
-try:
-    VERSION = importlib.metadata.version("contraflow")
-except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
-    VERSION = "0+unknown"
+Classes = Mapping[str, type]
+SCALARS = (bool, int, float, str, type(None))
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses, tuples, numbers, strings, None; a function is written as `module:name`."""
+def version() -> str:
+    """Of the library."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("contraflow")
+    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
+
+
+def to_json(value: Any, where: str = "settings") -> Any:
+    """Dataclasses, tuples, numbers, strings, None; a function is written as `module:name`.
+
+    Raises UserError for what could not be read back: a function or class without a name of its own in a module, a
+    value that its field does not announce, an object of another kind.
+    """
+    own: dict[str, type] = {}
+    data = _written(value, where, own)
+    if dataclasses.is_dataclass(value):
+        again = from_json(json.loads(json.dumps(data)), type(value), True, where, own)
+        if again != value:
+            raise UserError(f"{where}: {value} becomes {again} when it is written and read: give plain values")
+    return data
+
+
+def _written(value: Any, where: str, own: dict[str, type]) -> Any:
+    """The JSON; the classes met on the way go to `own`."""
+    if isinstance(value, SCALARS):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": _kind(type(value)), **fields}
+        cls = type(value)
+        own[cls.__name__] = cls
+        names = [f.name for f in dataclasses.fields(value)]
+        kind = cls.__name__ if cls.__module__.split(".")[0] == "contraflow" else _path(cls, where)
+        return {"kind": kind, **{n: _written(getattr(value, n), f"{where}.{n}", own) for n in names}}
     if isinstance(value, tuple | list):
-        return [to_json(v) for v in value]
+        return [_written(v, where, own) for v in value]
     if callable(value):
-        return f"{_module(value)}:{value.__qualname__}"
-    return value
+        return _path(value, where)
+    raise UserError(f"{where}: a {type(value).__name__} cannot be written: give a number, a string or a dataclass")
+
+
+def _path(value: Any, where: str) -> str:
+    """`module:name`, under which `value` can be imported."""
+    name = getattr(value, "__qualname__", "")
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if not name or getattr(module, name, None) is not value:
+        what = name or type(value).__name__
+        raise UserError(f"{where}: {what} cannot be written, for nobody could import it: define it at the top of a module")
+    return f"{_main() if value.__module__ == '__main__' else value.__module__}:{name}"
+
+
+def _main() -> str:
+    """The name under which others import the module that is running."""
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else "__main__"
 
 
 def from_json(
-    data: Any, annotation: Any, trust: bool = False, where: str = "config", known_kinds: Mapping[str, type] = {}
+    data: Any, annotation: Any, trust: bool = False, where: str = "settings", classes: Classes = MappingProxyType({})
 ) -> Any:
-    """The value of type `annotation` that `to_json` wrote.
+    """The value of type `annotation` that `to_json` wrote; an int may stand for a float.
 
-    Raises UserError for an unknown kind or field, a wrong value, or code outside the library without `trust`.
+    `classes` by name are those that may stand where the annotation is a protocol. Raises UserError for an unknown kind
+    or field, a value of another type or out of range, or code outside the library without `trust`.
     """
-    if isinstance(data, dict) and "kind" in data:
-        cls = _find(data["kind"], annotation, trust, where, known_kinds)
-        hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known - {"kind"})
-        if unknown:
-            raise UserError(f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], known)}")
-        values = {k: from_json(v, hints[k], trust, f"{where}.{k}", known_kinds) for k, v in data.items() if k != "kind"}
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: {error}") from None
+    options = members(annotation)
+    if isinstance(data, dict):
+        return _object(data, options, trust, where, classes)
     if isinstance(data, list):
-        item = _tuple_item(annotation)
-        return tuple(from_json(v, item, trust, where) for v in data)
-    if isinstance(data, str) and ":" in data and _allows_callable(annotation):
+        for option in options:
+            if (items := _items(option, len(data))) is not None:
+                pairs = enumerate(zip(data, items, strict=True))
+                return tuple(from_json(v, item, trust, f"{where}[{i}]", classes) for i, (v, item) in pairs)
+        if Any in options:
+            return tuple(from_json(v, Any, trust, where, classes) for v in data)
+    elif Any in options or type(data) in options or (data is None and None in options):
+        return data
+    elif any(typing.get_origin(o) is typing.Literal and data in typing.get_args(o) for o in options):
+        return data
+    elif type(data) is int and float in options:
+        return float(data)
+    elif isinstance(data, str) and any(_is_callable(o) for o in options):
         return import_path(data, trust)
-    return data
+    raise UserError(f"{where} must be {' or '.join(_words(o) for o in options)}, got {json.dumps(data)[:80]}")
+
+
+def _object(data: dict[str, Any], options: list[Any], trust: bool, where: str, classes: Classes) -> Any:
+    kind = data.get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"{where}: an object without a kind: {json.dumps(data)[:80]}")
+    cls = _find(kind, options, trust, where, classes)
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception as error:  # annotations are code of the user's
+        raise UserError(f"{where}: the annotations of {kind} cannot be read ({error})") from None
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    if unknown := sorted(set(data) - known - {"kind"}):
+        raise UserError(f"{where}: {cls.__name__} has no field {unknown[0]!r}; {suggest(unknown[0], known)}")
+    values = {k: from_json(v, hints[k], trust, f"{where}.{k}", classes) for k, v in data.items() if k != "kind"}
+    try:
+        return cls(**values)
+    except Exception as error:  # whatever a class, perhaps the user's, raises for values that it does not take
+        raise UserError(f"{where}: {error}") from None
+
+
+def _find(kind: str, options: list[Any], trust: bool, where: str, classes: Classes) -> type:
+    if ":" in kind:
+        cls = import_path(kind, trust)
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            raise UserError(f"{where}: {kind} is not a dataclass")
+        return cls
+    known = {o.__name__: o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)}
+    if any(o is Any or getattr(o, "_is_protocol", False) for o in options):
+        known |= classes
+    if kind not in known:
+        raise UserError(f"{where}: unknown kind {kind!r}; {suggest(kind, known)}")
+    return known[kind]
+
+
+def check_schema(data: Any, file: Path) -> None:
+    """Refuse a file that is not ours, or that another release wrote in another form."""
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if type(schema) is not int:
+        raise UserError(f"{file} was not written by contraflow (it names no schema)")
+    if schema != SCHEMA:
+        remedy = "upgrade contraflow" if schema > SCHEMA else "use the release that wrote it, or make it anew"
+        raise UserError(f"{file} uses schema {schema}, this release reads {SCHEMA}: {remedy}")
 
 
 def import_path(path: str, trust: bool) -> Any:
@@ -65,8 +158,10 @@ def import_path(path: str, trust: bool) -> Any:
         raise UserError(f"{path} is code outside the library; pass --trust to import it")
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        # What the running script defines is not imported a second time: classes would be others than its own.
+        found = sys.modules["__main__"] if module == _main() else importlib.import_module(module)
+        return getattr(found, name)
+    except Exception as error:  # importing runs code of the user's
         raise UserError(f"cannot import {path}: {error}; is the module on PYTHONPATH?") from None
 
 
@@ -79,47 +174,45 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _kind(cls: type) -> str:
-    inside = cls.__module__.split(".")[0] == "contraflow"
-    return cls.__name__ if inside else f"{_module(cls)}:{cls.__qualname__}"
-
-
-def _module(value: Any) -> str:
-    """The module to import `value` from; the name of its file for what the script that is running defines."""
-    file = getattr(sys.modules["__main__"], "__file__", None)
-    return Path(file).stem if value.__module__ == "__main__" and file else value.__module__
-
-
 def members(annotation: Any) -> list[Any]:
     """The types that a union is made of."""
     origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if origin in (typing.Union, UnionType):
         return [m for a in typing.get_args(annotation) for m in members(a)]
     if origin is typing.Annotated:
         return members(typing.get_args(annotation)[0])
+    if annotation is object or isinstance(annotation, typing.TypeVar):
+        return [Any]
     return [annotation]
 
 
-def _find(kind: str, annotation: Any, trust: bool, where: str, known_kinds: Mapping[str, type]) -> type:
-    if ":" in kind:
-        return import_path(kind, trust)
-    found = {m.__name__: m for m in members(annotation) if isinstance(m, type) and dataclasses.is_dataclass(m)}
-    if not found:  # a protocol
-        found = dict(known_kinds)
-    if kind not in found:
-        raise UserError(f"{where}: unknown kind {kind!r}; {suggest(kind, found)}")
-    return found[kind]
+def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted name, old, new) of the first field in which two JSON values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if found := first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
+                return found
+        return None
+    same = old == new or (isinstance(old, float) and isinstance(new, float) and math.isnan(old) and math.isnan(new))
+    return None if same else (where, old, new)
 
 
-def _tuple_item(annotation: Any) -> Any:
-    for member in members(annotation):
-        if typing.get_origin(member) is tuple:
-            args = [a for a in typing.get_args(member) if a is not Ellipsis]
-            return args[0] if len(set(args)) == 1 else typing.Union[tuple(args)]  # noqa: UP007
-    return Any
+def _items(option: Any, length: int) -> list[Any] | None:
+    """The annotation of each item of a tuple (or list) type that may have this length, or None."""
+    if option in (tuple, list):
+        return [Any] * length
+    args = typing.get_args(option)
+    if typing.get_origin(option) in (list, collections.abc.Sequence) or args[1:] == (Ellipsis,):
+        return [args[0]] * length
+    return list(args) if typing.get_origin(option) is tuple and len(args) == length else None
 
 
-def _allows_callable(annotation: Any) -> bool:
-    import collections.abc
+def _is_callable(option: Any) -> bool:
+    return collections.abc.Callable in (option, typing.get_origin(option)) or option is type
 
-    return any(m is Any or typing.get_origin(m) is collections.abc.Callable for m in members(annotation))
+
+def _words(option: Any) -> str:
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(option)))
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(option) or getattr(option, "__name__", None) or str(option).replace("typing.", "")

@@ -10,6 +10,8 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
+from contraflow.core.errors import UserError
+
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
 PRNGKeys = Key[Array, " S"]  # one for each of S seeds
@@ -100,10 +102,6 @@ class EnvSpec:
     execute: int = 1
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-
-
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
 
 
 __all__ = ["Batch", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]

@@ -5,7 +5,6 @@ fields are settings. So a policy is read without the agent that trained it.
 """
 
 import importlib
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from contraflow.core.settings import SCHEMA, from_json, import_path, to_json
+from contraflow.core.files import read_json, replacing, write_json
+from contraflow.core.settings import SCHEMA, check_schema, from_json, import_path, to_json
 from contraflow.core.types import EnvSpec, UserError
 
 ROOT = "contraflow."
@@ -28,12 +28,9 @@ def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     config = {"schema": SCHEMA, "env": env, "spec": to_json(spec), "policy": _describe(policy, "", arrays)}
-    temporary = folder / "model.tmp"
-    save_file(arrays, temporary)
-    temporary.rename(folder / "model.safetensors")
-    temporary = folder / "config.tmp"
-    temporary.write_text(json.dumps(config, indent=1))
-    temporary.rename(folder / "config.json")
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(arrays, temporary)
+    write_json(folder / "config.json", config)
 
 
 def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
@@ -45,9 +42,9 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no policy ({name} is missing); give the folder of a run or its policy/")
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
         arrays = load_file(folder / "model.safetensors")
-    except (ValueError, SafetensorError) as error:
+    except (UserError, SafetensorError) as error:
         raise UserError(f"the policy in {folder} is damaged ({error}); save it again from its run") from None
     check_schema(config, folder)
     if not {"policy", "spec", "env"} <= set(config):
@@ -59,19 +56,6 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
     if arrays:
         raise UserError(f"the policy in {folder} has the array {min(arrays)} that its config.json does not mention")
     return jax.device_put(policy), from_json(config["spec"], EnvSpec, where="spec"), config["env"]
-
-
-def check_schema(config: Any, folder: Path) -> None:
-    """Refuse a file that is not ours, or written by another release."""
-    schema = config.get("schema") if isinstance(config, dict) else None
-    if not isinstance(schema, int):
-        raise UserError(f"{folder} was not written by contraflow (its config.json names no schema)")
-    if schema > SCHEMA:
-        raise UserError(f"{folder} uses schema {schema}, this release reads up to {SCHEMA}: upgrade contraflow")
-    if schema < SCHEMA:
-        raise UserError(
-            f"{folder} uses schema {schema} of contraflow 0.1, this release reads {SCHEMA}: train it again, or use 0.1"
-        )
 
 
 def policy_folder(path: Path) -> Path:

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from contraflow.experiments.compare.matrix import Cell, steps_taken
-from contraflow.train.log import read_evaluations
+from contraflow.training.log import read_evaluations
 
 QUIET_SECONDS = 60.0  # between two plain lines
 

@@ -18,8 +18,8 @@ from contraflow.core.types import UserError
 from contraflow.envs import jittable
 from contraflow.rl.critics import Critics
 from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.train import checkpoint
-from contraflow.train.run import Run, write_config
+from contraflow.training import checkpoint
+from contraflow.training.run import Run, write_config
 
 SCHEMA = 1
 FINAL, FAILED, LOG, LOCK = "final.json", "failed.json", "worker.log", "worker.lock"

@@ -29,9 +29,9 @@ from contraflow.policy.select import First
 from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.train.evaluate import evaluate
-from contraflow.train.run import Result, resume
-from contraflow.train.seeds import resume_together
+from contraflow.training.evaluate import evaluate
+from contraflow.training.run import Result, resume
+from contraflow.training.seeds import resume_together
 
 SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
 PACKAGES = (

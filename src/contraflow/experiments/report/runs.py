@@ -9,9 +9,9 @@ from typing import Any
 from contraflow.agents.cost import acting_cost
 from contraflow.core.types import UserError
 from contraflow.experiments.compare.matrix import FAILED, FINAL, cell_folder, failure, read_record, steps_taken
-from contraflow.train.artifact import check_schema
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import read_config
+from contraflow.training.artifact import check_schema
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import read_config
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run looks like from inside: the distribution of its actions, and what the agent tells of itself."""
+"""What a run looks like from inside: how the policy spreads its actions, and what the agent tells of itself."""
 
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.agents.base import Agent
 from contraflow.core.types import PRNGKey
 from contraflow.policy.base import Policy
 
@@ -15,28 +16,28 @@ BINS = 16  # of the action histogram
 STATES = 16
 
 
-def diagnose(agent: Any, state: Any, obs: Any, key: PRNGKey) -> dict[str, float]:
-    """Diagnostics on the first 16 of the observations [B, o], as plain numbers.
+def diagnose(agent: Agent, state: Any, obs: Any, key: PRNGKey) -> dict[str, float]:
+    """Diagnostics on the first 16 of the observations [B, ...], as plain numbers.
 
-    For every agent: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and `action_entropy` (per dimension, from a
-    32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of actions of all dimensions in the i-th of 16
-    bins over [-1, 1]); and what the agent tells of itself (`diagnostics`).
+    For every agent, of actions while exploring: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and
+    `action_entropy` (per dimension, from a 32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of
+    actions of all dimensions in the i-th of 16 bins over [-1, 1]). Then what the agent's own `diagnostics` find.
     """
-    obs = jnp.asarray(obs)[:STATES]
-    out = _action_distribution(agent.policy(state), obs, jr.fold_in(key, 0))
+    obs = jax.tree.map(lambda x: jnp.asarray(x)[:STATES], obs)
+    out = _actions(agent.policy(state), obs, jr.fold_in(key, 0))
     if hasattr(agent, "diagnostics"):
         out |= _own(agent, state, obs, jr.fold_in(key, 1))
     return {f"diagnostics/{name}": float(value) for name, value in jax.device_get(out).items()}
 
 
 @partial(jax.jit, static_argnames=("agent",))
-def _own(agent: Any, state: Any, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
+def _own(agent: Any, state: Any, obs: Any, key: PRNGKey) -> dict[str, Float[Array, ""]]:
     return agent.diagnostics(state, obs, key)
 
 
 @jax.jit
-def _action_distribution(policy: Policy, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
-    keys = jr.split(key, (obs.shape[0], 128))
+def _actions(policy: Policy, obs: Any, key: PRNGKey) -> dict[str, Float[Array, ""]]:
+    keys = jr.split(key, (jax.tree.leaves(obs)[0].shape[0], 128))
     actions = jax.vmap(lambda o, ks: jax.vmap(lambda k: policy(o, k, False))(ks))(obs, keys)
     width = 2.0 / 32
     bins = jnp.clip(jnp.floor((actions + 1.0) / width), 0, 31).astype(jnp.int32)

@@ -4,12 +4,15 @@ import csv
 import importlib
 import importlib.util
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from contraflow.core.types import UserError
+from contraflow.core.errors import UserError
+from contraflow.core.files import read_json, write_json, write_text
 
+TRACKERS = "trackers.json"  # ids of the runs that W&B and Trackio know
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -35,17 +38,25 @@ class _TensorBoard:
 
 
 class _Remote:
-    """W&B, and Trackio, which keeps its interface."""
+    """W&B, and Trackio, which keeps its interface: one run of theirs for each run folder, continued by its id."""
 
-    def __init__(self, module: TrackerName, folder: Path, config: dict[str, Any]):
-        self._client = client = importlib.import_module(module)
-        client.init(project="contraflow", name=folder.name, config=config)
+    def __init__(self, module: TrackerName, folder: Path, group: str | None, config: dict[str, Any]):
+        file = folder / TRACKERS
+        ids = read_json(file) if file.exists() else {}
+        if module not in ids:
+            ids[module] = f"{folder.name}-{uuid.uuid4().hex[:8]}"
+            write_json(file, ids)
+        options: dict[str, Any] = {"project": "contraflow", "group": group, "config": config, "resume": "allow"}
+        if module == "wandb":  # Trackio continues a run by its name, W&B by its id
+            options |= {"id": ids[module], "reinit": "create_new"}  # several runs in one process
+        name = folder.name if module == "wandb" else ids[module]
+        self._run = importlib.import_module(module).init(name=name, **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._client.log(values, step=step)
+        self._run.log(values, step=step)
 
     def close(self) -> None:
-        self._client.finish()
+        self._run.finish()
 
 
 def check_trackers(trackers: tuple[TrackerName, ...]) -> None:
@@ -58,12 +69,20 @@ def check_trackers(trackers: tuple[TrackerName, ...]) -> None:
 class Log:
     """Appends rows; on resume, rows later than the restored checkpoint are dropped first."""
 
-    def __init__(self, folder: Path, trackers: tuple[TrackerName, ...], config: dict[str, Any], step: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        trackers: tuple[TrackerName, ...],
+        config: dict[str, Any],
+        step: int = 0,
+        group: str | None = None,
+    ):
+        """`group` is what the runs of several seeds have in common."""
         self._metrics, self._eval = folder / "metrics.jsonl", folder / "eval.csv"
         _keep(self._metrics, lambda line: json.loads(line)["step"] <= step)
         _keep(self._eval, lambda line: not line[0].isdigit() or int(line.split(",")[0]) <= step)
         self._trackers: list[Tracker] = [
-            _TensorBoard(folder, config, step) if name == "tensorboard" else _Remote(name, folder, config)
+            _TensorBoard(folder, config, step) if name == "tensorboard" else _Remote(name, folder, group, config)
             for name in trackers
         ]
 
@@ -92,7 +111,7 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
     """Keep the wanted lines; one without its end is what a killed process left, and goes."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and wanted(line)))
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and wanted(line)))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, float]]:

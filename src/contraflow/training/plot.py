@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from contraflow.train.log import read_evaluations
+from contraflow.training.log import read_evaluations
 
 
 def plot_curve(folder: Path) -> Path | None:

@@ -1,0 +1,190 @@
+"""Checkpoints of a run: everything training changes, by name, written whole or not at all (Orbax).
+
+`OUT/checkpoints/<step>/` holds the learner (networks, optimisers, replay, counters) and, for jittable environments, the
+environment. Each array is stored under the path of its leaf, `learner/agent/critic/layers/0/weight`, so that a state
+whose fields change places is still read right, and one whose fields have other names is refused. Orbax writes to a
+temporary folder and renames it; `contents.json` comes last and makes the checkpoint complete: names and shapes, the
+digests that show later damage (Orbax returns other numbers for a flipped bit without a word), the settings.
+"""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import PyTree
+
+from contraflow.core.errors import UserError
+from contraflow.core.files import full_disk, read_json, write_json
+from contraflow.core.settings import SCHEMA, first_difference
+
+KEEP = 2
+CONTENTS = "contents.json"
+RENAMED: dict[str, str] = {}
+"""Names of arrays in checkpoints of older releases, and what they are called now."""
+
+
+@contextmanager
+def _manager(folder: Path) -> Iterator[Any]:
+    """Orbax without its log: what goes wrong is raised, its threads need not tell of it as well."""
+    import orbax.checkpoint as ocp  # here, because it takes as long to import as everything else together
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False)
+    try:
+        with ocp.CheckpointManager((folder / "checkpoints").absolute(), options=options) as manager:
+            yield manager
+    finally:
+        logger.setLevel(level)
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, `learner/agent/...`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have one name"
+    return named
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _signature(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
+
+def save(folder: Path, step: int, tree: PyTree, about: dict[str, Any]) -> None:
+    """Write `tree` as the checkpoint of environment step `step`, if that is not there yet, with `about` (JSON)."""
+    import orbax.checkpoint as ocp
+
+    if step in steps(folder):
+        return
+    # Keys (of simulators that carry one) as their raw data, and no empty arrays, which Orbax refuses.
+    arrays = {n: jr.key_data(x) if _is_key(x) else x for n, x in named_leaves(tree).items() if x.size}
+    at = _place(folder, step)
+    shutil.rmtree(at, ignore_errors=True)  # a process died before it was complete
+    with _manager(folder) as manager:
+        _check_room(folder, list(arrays.values()))
+        manager.save(step, args=ocp.args.StandardSave(arrays), force=True)
+    signatures = {name: _signature(x) for name, x in arrays.items()}
+    write_json(at / CONTENTS, {"schema": SCHEMA, "arrays": signatures, "files": _digests(at)} | about)
+
+
+def load(folder: Path, step: int, like: PyTree, about: dict[str, Any]) -> PyTree:
+    """The checkpoint of `step` in the structure of `like` (arrays or shapes). Raises UserError if it is damaged or does
+    not fit; `about` tells in which setting it differs."""
+    contents = _contents(folder, step)
+    wanted = {n: jax.eval_shape(jr.key_data, x) if _is_key(x) else x for n, x in named_leaves(like).items() if x.size}
+    stored = {RENAMED.get(name, name): name for name in contents["arrays"]}
+    _check_fit(folder, step, contents, wanted, stored, about)
+    digests = _digests(_place(folder, step))
+    for name, digest in contents["files"].items():
+        if digests.get(name) != digest:
+            raise _unreadable(folder, step, f"{name} is {'damaged' if name in digests else 'missing'}")
+    import orbax.checkpoint as ocp
+
+    shapes = {stored[name]: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in wanted.items()}
+    try:
+        with _manager(folder) as manager:
+            saved = manager.restore(step, args=ocp.args.StandardRestore(shapes))
+    except Exception as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise _unreadable(folder, step, reason) from None
+
+    def restored(name: str, leaf: Any) -> Any:
+        if not leaf.size:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jr.wrap_key_data(saved[stored[name]]) if _is_key(leaf) else saved[stored[name]]
+
+    return jax.tree.unflatten(jax.tree.structure(like), [restored(*item) for item in named_leaves(like).items()])
+
+
+def latest(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    return max(steps(folder), default=None)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the complete checkpoints that are kept, in order. Raises UserError for those of the first edition.
+
+    By names only: opening Orbax would start JAX, and with it claim a GPU, in processes that only look after others.
+    """
+    places = [p for p in (folder / "checkpoints").glob("*") if p.is_dir() and p.name.isdecimal()]
+    for place in places:
+        if (place / "seal.json").exists():
+            raise UserError(
+                f"the checkpoints in {folder} are of an older release, which stored arrays without names: continue the "
+                "run with that release, or start a new one"
+            )
+    return sorted(int(place.name) for place in places if (place / CONTENTS).exists())
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / str(step)
+
+
+def _contents(folder: Path, step: int) -> dict[str, Any]:
+    try:
+        contents = read_json(_place(folder, step) / CONTENTS)
+        newer = contents["schema"] > SCHEMA
+        if newer or not (isinstance(contents["arrays"], dict) and isinstance(contents["files"], dict)):
+            raise ValueError
+    except (UserError, ValueError, KeyError, TypeError):
+        raise _unreadable(folder, step, f"{CONTENTS} is damaged, or of a newer release") from None
+    return contents
+
+
+def _check_fit(
+    folder: Path, step: int, contents: Any, wanted: dict[str, Any], stored: dict[str, str], about: dict[str, Any]
+) -> None:
+    """Refuse a checkpoint that was written on other data, or by other settings or another version of the code."""
+    if contents.get("data") != about.get("data"):
+        raise UserError(
+            f"the dataset of {folder} is not the one that checkpoint {step} was trained on: restore it, or start a new run"
+        )
+    have = {name: contents["arrays"][old] for name, old in stored.items()}
+    want = {name: _signature(x) for name, x in wanted.items()}
+    if have == want:
+        return
+    name = next(n for n in (*want, *have) if have.get(n) != want.get(n))
+    if name not in have:
+        what = f"lacks {name}"
+    elif name not in want:
+        what = f"holds {name}, which this run has not"
+    else:
+        what = f"holds {name} as {have[name]} where this run needs {want[name]}"
+    changed = first_difference(contents.get("settings"), about.get("settings"))
+    why = f"; {changed[0]} was {changed[1]} and is {changed[2]}" if changed else "; it is of another version"
+    raise UserError(f"checkpoint {step} in {folder} does not fit: it {what}{why}: start a new run")
+
+
+def _digests(at: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(at.rglob("*")):
+        if path.is_file() and path.name != CONTENTS:
+            with path.open("rb") as file:
+                digests[path.relative_to(at).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _unreadable(folder: Path, step: int, reason: str) -> UserError:
+    return UserError(
+        f"checkpoint {step} in {folder} cannot be read ({reason}); delete {_place(folder, step)} to fall back to the "
+        "one before, or start the run again"
+    )
+
+
+def _check_room(folder: Path, arrays: list[Any]) -> None:
+    """Refuse to begin what the disk cannot hold, rather than to break off in the middle."""
+    usage, needed = shutil.disk_usage(folder), sum(x.nbytes for x in arrays) + 2**20
+    if usage.total > 0 and usage.free < needed:
+        raise full_disk(folder, f"a checkpoint takes up to {needed / 1e6:,.0f} MB, {usage.free / 1e6:,.0f} MB are free")

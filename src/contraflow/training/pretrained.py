@@ -1,0 +1,54 @@
+"""Starting from a policy that exists: its flow, the normalisation that belongs to it, and its chunks."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from contraflow.core.bounds import check_same_range
+from contraflow.core.types import EnvSpec, UserError
+from contraflow.policy.artifact import load_policy, policy_folder
+from contraflow.policy.base import Policy
+
+
+def load(run: Any, trust: bool) -> tuple[Policy, EnvSpec] | None:
+    """The policy that `run` starts from, and its sizes; None where it starts from scratch."""
+    if not run.pretrained:
+        return None
+    policy, spec, _ = load_policy(policy_folder(Path(run.pretrained)), trust)
+    return policy, spec
+
+
+def settle(run: Any, trust: bool) -> Any:
+    """The run with the flow and the chunks of its pretrained policy in place of its own; itself without one.
+
+    Raises UserError for a policy that has no flow, and for an agent that starts from none.
+    """
+    found = load(run, trust)
+    if found is None:
+        return run
+    policy, spec = found
+    if not hasattr(run.agent, "adopt"):
+        raise UserError(f"{type(run.agent).__name__} starts from scratch: leave out --pretrained")
+    chunks = {"horizon": spec.horizon, "execute": spec.execute}
+    own = {field.name for field in fields(run.source)}
+    try:
+        source = replace(run.source, **{name: value for name, value in chunks.items() if name in own})
+        return replace(run, agent=run.agent.starting_from(policy), source=source)
+    except ValueError as error:
+        raise UserError(f"{run.pretrained} does not suit {type(run.agent).__name__}: {error}") from None
+    return replace(run, agent=agent, horizon=spec.horizon, execute=spec.execute)
+
+
+def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
+    """Raise UserError if the policy was made for other sizes, or another range of actions, than `spec`."""
+    found = load(run, trust)
+    if found is None:
+        return
+    other, where = found[1], run.env or run.source.data
+    have, want = (other.obs_dim, other.action_dim), (spec.obs_dim, spec.action_dim)
+    if have != want:
+        raise UserError(
+            f"{run.pretrained} takes {have[0]} observations and gives {have[1] // spec.horizon} actions, {where} has "
+            f"{want[0]} and {want[1] // spec.horizon}: choose the environment that it was trained for"
+        )
+    check_same_range(other, spec, run.pretrained, where)

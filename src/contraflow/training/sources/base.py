@@ -1,0 +1,86 @@
+"""What all sources share."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contraflow.core.types import EnvSpec, PRNGKey, UserError
+from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.replay import Buffer
+from contraflow.envs import close, make
+from contraflow.envs.base import Env
+from contraflow.envs.chunk import chunked
+from contraflow.training.loop import Learner, World
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source at work: what is learned in, the environment of evaluations, and the dataset if there is one."""
+
+    world: World
+    evaluation: Env | None
+    data: Dataset | None = None
+
+    @cached_property
+    def digest(self) -> str | None:
+        """Of the dataset."""
+        return self.data.digest() if self.data else None
+
+    def close(self) -> None:
+        for env in (self.world.env, self.evaluation):
+            if env is not None:
+                close(env)
+
+
+def environment(source: Any, agent: Any, num_envs: int, seed: int, trust: bool) -> Env:
+    """The environment of a source, with chunks of actions where it has any."""
+    env = make(source.env, num_envs, seed, trust=trust)
+    return chunked(env, source.horizon, source.execute, discount(agent) or 1.0)
+
+
+def environments(source: Any, run: Any, trust: bool) -> tuple[Env, Env]:
+    """That of training and that of evaluations."""
+    return (
+        environment(source, run.agent, source.num_envs, run.seed, trust),
+        environment(source, run.agent, run.eval_episodes, run.seed + 10_000, trust),
+    )
+
+
+@partial(jax.jit, static_argnames=("agent", "spec", "buffer_size"))
+def first_learner(agent: Any, spec: EnvSpec, key: PRNGKey, buffer_size: int = 0) -> Learner:
+    """The start of a run: a fresh agent, nothing counted, an empty replay."""
+    buffer = Buffer.empty(buffer_size, spec) if buffer_size else None
+    zero = jnp.zeros((), jnp.int32)
+    return Learner(agent.init(key, spec), buffer, jnp.zeros(spec.num_envs), zero, jnp.copy(zero))
+
+
+def discount(agent: Any) -> float | None:
+    """gamma of an agent that has one."""
+    return getattr(agent, "gamma", None)
+
+
+def check_counts(settings: Any, *names: str) -> None:
+    """Refuse settings that must be at least 1; messages name the flag."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
+
+
+def check_chunk(source: Any) -> None:
+    if not 1 <= source.execute <= source.horizon:
+        raise ValueError(f"chunks need 1 <= --execute <= --horizon, got {source.execute} and {source.horizon}")
+
+
+def iterations(taken: int, until: int, each: int) -> int:
+    """How many iterations of `each` steps reach step `until`; at least one."""
+    return max(1, -(-(until - taken) // each))
+
+
+def need(value: str, flag: str, what: str) -> None:
+    """Raise UserError for a setting without a default that was not given."""
+    if not value:
+        raise UserError(f"{what} is missing: give {flag}")
+

@@ -1,0 +1,126 @@
+"""Offline: gradient steps on recorded data, as single steps or chunks of actions; imitation too."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from contraflow.core.types import Metrics, PRNGKey
+from contraflow.data.datasets import dataset as datasets
+from contraflow.data.datasets.readers import load
+from contraflow.data.rows import Rows
+from contraflow.data.samplers import Chunk
+from contraflow.policy.normalise import RunningMoments
+from contraflow.training.loop import Carry, Learner, World
+from contraflow.training.sources.base import Opened, check_chunk, check_counts, discount, environment, first_learner, need
+
+GLANCE = 64  # observations to look at a policy with
+
+
+@dataclass(frozen=True)
+class Regress:
+    """One gradient step on `batch_size` rows of the data, which counts as one step."""
+
+    batch_size: int
+    sampler: Chunk
+
+    name = "learning"
+    learns = True
+
+    def compiled(self, world: World) -> bool:
+        return True
+
+    def iterate(self, agent: Any, world: World, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
+        learner, metrics = learn(self, agent, world.data, carry.learner, key)
+        return Carry(learner, carry.env, carry.obs), metrics
+
+
+@partial(jax.jit, static_argnames=("stage", "agent"))
+def learn(stage: Regress, agent: Any, rows: Rows, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
+    """The gradient step of one iteration."""
+    k_sample, k_update = jr.split(jr.fold_in(key, learner.steps))
+    batch = stage.sampler(rows, k_sample, stage.batch_size)
+    state, metrics = agent.update(learner.agent, batch, k_update)
+    return Learner(state, learner.buffer, learner.returns, learner.steps + 1, learner.iteration + 1), metrics
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Recorded steps; no environment is needed but for evaluations. Step counts are gradient steps."""
+
+    data: str = ""
+    """A folder, a file, or the id of a Minari dataset (docs/data.md)."""
+    env: str = ""
+    """Environment of the evaluations; empty is the one that the data name, or none."""
+    batch_size: int = 256
+    horizon: int = 1
+    """Actions per chunk."""
+    execute: int = 1
+    """How many of them are carried out before the next decision."""
+    clip: bool = False
+    """Clip actions that lie outside their range, in place of refusing them."""
+
+    def check(self, agent: Any, steps: int) -> None:
+        """Raise ValueError for settings that do not go together."""
+        check_counts(self, "batch_size")
+        check_chunk(self)
+
+    def resolved(self, steps: int) -> "Dataset":
+        return self
+
+    def open(self, run: Any, trust: bool) -> Opened:
+        """The rows on the device, and the environment of evaluations if one is known."""
+        data = read(self)
+        evaluation = None
+        if self.env:
+            evaluation = environment(self, run.agent, run.eval_episodes, run.seed + 10_000, trust)
+            data = data.check(evaluation.spec, self.env, clip=self.clip)
+        world = World(data.spec(self.horizon, self.execute), None, rows_of(data, run.agent))
+        return Opened(world, evaluation, data)
+
+    def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
+        """A fresh one, that knows the moments of the observations."""
+        return knowing(first_learner(agent, opened.world.spec, key), opened.data)
+
+    def total(self, steps: int) -> int:
+        return steps
+
+    def stage(self, agent: Any, taken: int, until: int) -> tuple[Regress, int]:
+        """The stage at step `taken`, and its iterations until step `until`."""
+        return Regress(self.batch_size, sampler(self, agent)), until - taken
+
+    def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
+        """Observations of the data."""
+        return jax.tree.map(lambda x: x[world.data.draw(key, GLANCE)], world.data.obs)
+
+
+def sampler(source: Any, agent: Any) -> Chunk:
+    """Rows of `source.horizon` actions, discounted as the agent does."""
+    gamma = discount(agent)
+    return Chunk(source.horizon, 1.0 if gamma is None else gamma)
+
+
+def read(source: Any) -> datasets.Dataset:
+    """The dataset of a source. Raises UserError if there is none, or no trajectory of it has `horizon` steps."""
+    need(source.data, "--data (`contraflow record` writes one)", "a dataset")
+    data = load(source.data, clip=source.clip)
+    data.spec(source.horizon)
+    return data
+
+
+def rows_of(data: datasets.Dataset, agent: Any) -> Rows:
+    """On the device. An agent without a discount reads no successors, so it keeps the steps whose successor is not
+    recorded."""
+    return Rows.of(data, successor=discount(agent) is not None)
+
+
+def knowing(learner: Learner, data: datasets.Dataset) -> Learner:
+    """The learner with the moments of the recorded observations, where its agent normalises."""
+    if not isinstance(getattr(learner.agent, "stats", None), RunningMoments):
+        return learner
+    mean, std = map(jnp.asarray, data.moments())
+    return eqx.tree_at(lambda x: x.agent.stats, learner, RunningMoments(mean, std**2, jnp.asarray(float(len(data)))))

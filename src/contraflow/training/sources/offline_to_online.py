@@ -1,0 +1,126 @@
+"""Offline, then online: gradient steps on recorded data, then steps of an environment beside the data."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from contraflow.core.types import PRNGKey, UserError
+from contraflow.data.replay import Buffer
+from contraflow.data.rows import Rows
+from contraflow.data.samplers import Mixed, Sampler
+from contraflow.training.loop import Carry, Learner, Stage, World
+from contraflow.training.sources import dataset
+from contraflow.training.sources.base import Opened, environments, first_learner, need
+from contraflow.training.sources.dataset import Dataset
+from contraflow.training.sources.replay import Interact, Replay
+
+
+@dataclass(frozen=True)
+class OfflineToOnline:
+    """`offline_steps` gradient steps on the data, the rest of the run's steps in the environment. Chunks are carried out
+    whole."""
+
+    data: str = ""
+    """A folder, a file, or the id of a Minari dataset (docs/data.md)."""
+    env: str = ""
+    """Environment to go on in; empty is the one that the data name."""
+    offline_steps: int = 20_000
+    """Gradient steps on the data before the first step in the environment."""
+    mix: float | None = 0.5
+    """Share of the data in each batch afterwards; None puts the data into the replay, as its first rows."""
+    num_envs: int = 1
+    """Environments stepped in parallel."""
+    updates: int = 1
+    """Gradient steps after each step of all environments."""
+    batch_size: int = 256
+    n_step: int = 1
+    """Rewards of online rows summed before the value is asked."""
+    buffer_size: int = 250_000
+    """Decisions kept."""
+    horizon: int = 1
+    """Actions per decision; those of the pretrained policy where one is given."""
+    clip: bool = False
+    """Clip actions of the data that lie outside their range, in place of refusing them."""
+
+    @property
+    def execute(self) -> int:
+        return self.horizon
+
+    @property
+    def offline(self) -> Dataset:
+        """The first part."""
+        return Dataset(self.data, self.env, self.batch_size, self.horizon, self.horizon, self.clip)
+
+    @property
+    def online(self) -> Replay:
+        """The second; it begins with the policy, not with random actions."""
+        sizes = self.num_envs, 1, self.updates, self.batch_size, self.n_step, self.buffer_size
+        return Replay(self.env, *sizes, self.horizon, self.horizon)
+
+    def check(self, agent: Any, steps: int) -> None:
+        """Raise ValueError for settings that do not go together."""
+        self.offline.check(agent, steps)
+        replace(self.online, collect=None).check(agent, steps)
+        if not 0 < self.offline_steps < steps:
+            raise ValueError(f"--offline-steps must lie between 0 and --steps {steps}, got {self.offline_steps}")
+        if self.mix is not None and not 0 <= self.mix <= 1:
+            raise ValueError(f"--mix is the share of the data, in [0, 1], got {self.mix}")
+
+    def resolved(self, steps: int) -> "OfflineToOnline":
+        return self
+
+    def open(self, run: Any, trust: bool) -> Opened:
+        """Both parts. Raises UserError where the data do not fit the environment."""
+        data = dataset.read(self)
+        need(self.env, "--env, where the data name none", "the environment to go on in")
+        env, evaluation = environments(self, run, trust)
+        data = data.check(env.spec, self.env, clip=self.clip)
+        if self.mix is None and (len(data) > self.buffer_size or self.horizon > 1):
+            raise UserError(
+                f"the {len(data)} steps of the data do not fit the replay: raise --buffer-size to more"
+                if self.horizon == 1
+                else "chunks of the data cannot be put into the replay: give --mix"
+            )
+        return Opened(World(env.spec, env, dataset.rows_of(data, run.agent)), evaluation, data)
+
+    def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
+        """A fresh one, that knows the moments of the observations; with `mix` None the replay holds the data."""
+        learner = dataset.knowing(first_learner(agent, opened.world.spec, key, self.buffer_size), opened.data)
+        if self.mix is not None:
+            return learner
+        return eqx.tree_at(lambda x: x.buffer, learner, filled(learner.buffer, opened.world.data))
+
+    def total(self, steps: int) -> int:
+        """Steps that a run of `steps` takes: whole iterations."""
+        return self.offline_steps + self.online.total(steps - self.offline_steps)
+
+    def stage(self, agent: Any, taken: int, until: int) -> tuple[Stage, int]:
+        """The stage at step `taken`, and its iterations until step `until` at the most."""
+        if taken < self.offline_steps:
+            return self.offline.stage(agent, taken, min(until, self.offline_steps))
+        stage, n = self.online.stage(agent, taken, until)
+        return Interact(False, self.updates, self.batch_size, self._sampler(agent)), n
+
+    def _sampler(self, agent: Any) -> Sampler:
+        online = self.online.sampler(agent)
+        return online if self.mix is None else Mixed(dataset.sampler(self, agent), online, self.mix)
+
+    def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
+        """Observations of the data."""
+        return self.offline.typical_obs(carry, world, key)
+
+
+@jax.jit
+def filled(buffer: Buffer, rows: Rows) -> Buffer:
+    """An empty replay with recorded rows in it."""
+    n = rows.reward.shape[0]
+    arrays = jax.tree.map(
+        lambda b, r: b.at[:n].set(r),
+        (buffer.rows.obs, buffer.rows.action, buffer.rows.reward, buffer.rows.next_obs, buffer.rows.terminated, buffer.rows.next),
+        (rows.obs, rows.action, rows.reward, rows.next_obs, rows.terminated, rows.next),
+    )
+    size = jnp.asarray(n, jnp.int32)
+    return Buffer(Rows(*arrays, size), buffer.last, size % buffer.rows.reward.shape[0])
