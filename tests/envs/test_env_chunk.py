@@ -1,6 +1,8 @@
 """Chunks of actions: sums, ends within a chunk, copies that wait for each other."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -80,6 +82,69 @@ def test_a_chunk_ends_with_its_episode(kind: str):
     np.testing.assert_array_equal([s.obs[:, 0] for s in seen], [[2, 2], [0, 0], [2, 2], [0, 0]])
     np.testing.assert_array_equal([s.steps for s in seen], [[2, 2], [1, 2], [2, 2], [1, 2]])
     assert all(s.valid.all() and not s.truncated.any() for s in seen)
+
+
+@pytest.mark.parametrize("kind", ["jax", "host"])
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_reward_of_a_chunk_is_the_discounted_sum(kind: str, gamma: float):
+    """Against the environment stepped by hand, copies of different length, ends within chunks, for 24 decisions."""
+    env = Chunked(Count() if kind == "jax" else OnHost(), horizon=4, execute=3, gamma=gamma)
+    state, _ = env.reset(jr.key(0))
+    chunks = np.random.default_rng(0).normal(size=(24, 2, 4)).astype(np.float32)
+    age = [0, 0]
+    for chunk in chunks:
+        state, step = env.step(state, jnp.asarray(chunk) if kind == "jax" else chunk)
+        for copy, life in enumerate((3, 4)):  # what `Count` does: the reward is the action
+            taken = min(3, life - age[copy])
+            earned = chunk[copy, :taken].astype(float)
+            age[copy] = (age[copy] + taken) % life
+            np.testing.assert_allclose(step.reward[copy], (gamma ** np.arange(taken) * earned).sum(), rtol=1e-5)
+            assert step.steps[copy] == taken
+            if gamma == 1:
+                assert step.undiscounted is None, "both are the same"
+            else:
+                np.testing.assert_allclose(step.undiscounted[copy], earned.sum(), rtol=1e-5)
+
+
+class Screen(OnHost):
+    """Whose picture shows the age of copy 0, in tens."""
+
+    spec = replace(Count(1).spec, jittable=False)
+
+    def __init__(self):
+        super().__init__()
+        self.env = Count(1)
+
+    def step(self, state, action, active=None):
+        assert active is None
+        self.state, step = jax.tree.map(np.asarray, self.env.step(self.state, jnp.asarray(action)))
+        return None, step
+
+    def frame(self):
+        return np.full((64, 64, 3), 10 + 40 * int(self.state[0, 0]), np.uint8)
+
+
+@pytest.mark.parametrize(("horizon", "execute"), [(1, 1), (4, 2), (3, 3)])
+def test_a_film_shows_every_step_of_a_chunk(tmp_path, monkeypatch, horizon: int, execute: int):
+    """An episode of three steps: three pictures, also where that is two decisions or one, and none of the next."""
+    imageio = pytest.importorskip("imageio.v2")
+    from contraflow.cli import evaluate
+
+    env = chunked(Screen(), horizon, execute)
+    decisions = []
+
+    def act(agent, state, obs, key, first):
+        decisions.append(first)
+        return np.zeros((1, horizon))
+
+    monkeypatch.setattr(evaluate, "environment", lambda *args, **options: nullcontext(env))
+    monkeypatch.setattr(evaluate, "act_batch", act)
+    monkeypatch.setattr(evaluate, "PATIENCE", -1.0)
+    policy: Any = SimpleNamespace(agent=None, state=None)
+    evaluate.film(policy, "count", 0, tmp_path / "film.gif", 20)
+    frames = [float(frame[..., :3].mean()) for frame in imageio.mimread(tmp_path / "film.gif")]
+    np.testing.assert_allclose(frames, [10, 50, 90], atol=4)  # a palette of 256 colours
+    assert decisions == list(range(-(-3 // execute)))
 
 
 def test_simulators_hold_copies():

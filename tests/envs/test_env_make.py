@@ -4,14 +4,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.envs import available, check, make
-from contraflow.envs.base import rescale
+from contraflow.envs import KINDS, available, check, jittable, make
+from contraflow.envs.base import from_table, rescale
+from contraflow.envs.probe import PROBES
 
 
 class Mine:
@@ -79,7 +81,8 @@ def test_unknown_ids(id, says):
 
 def test_users_class_needs_trust(monkeypatch):
     monkeypatch.setitem(sys.modules, "somebodys_env", sys.modules[__name__])
-    assert make("somebodys_env:Mine", 3, 7, trust=True).arguments == (3, 7)
+    env: Any = make("somebodys_env:Mine", 3, 7, trust=True)
+    assert env.env.arguments == (3, 7)
     for id in ("somebodys_env:Mine", "gym:somebodys_env:Mine-v0"):
         for named in (make, check):
             with pytest.raises(UserError, match="--trust"):
@@ -124,6 +127,18 @@ def test_numbers_and_pictures_are_checked():
         make("probe:obs", 0, 0)
     with pytest.raises(UserError, match="cannot be rendered"):
         make("probe:obs", 1, 0, render=True)
+
+
+def test_a_kind_is_added_in_one_place(monkeypatch):
+    """A row of the table: everything else follows."""
+    monkeypatch.setitem(KINDS, "puzzle", from_table("puzzle", {"first": PROBES["obs"]}))
+    assert make("puzzle:first", 3) == PROBES["obs"](3)
+    assert available()["puzzle"] == ["first"] and jittable("puzzle:first")
+    for call in (make, check, jittable):
+        with pytest.raises(UserError, match="unknown environment puzzle:zzzz; there are first"):
+            call("puzzle:zzzz")
+    with pytest.raises(UserError, match="did you mean puzzle:first"):
+        check("puzzle:firts")
 
 
 def test_available():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from contraflow.envs.bandit import BANDITS, Bandit, Flat, Linear, TwoPeak
-from contraflow.envs.probe import PROBES, Probe, Truncation
+from contraflow.envs.probe import PROBES, Probe, mistaken_value
 
 N, T = 6, 23
 ENVS = {f"probe:{k}": v(N) for k, v in PROBES.items()} | {f"bandit:{k}": Bandit(v(), 3, N) for k, v in BANDITS.items()}
@@ -93,7 +93,7 @@ def test_random_starts_differ_between_copies_and_episodes(name, distinct):
 
 def test_truncation_probe_separates_the_two_treatments():
     """Tabular value iteration over the transitions of one rollout, once right and once with truncation as an end."""
-    env, gamma = Truncation(1), 0.9
+    env, gamma = PROBES["truncation"](1), 0.9
     obs, step = rollout(env, lambda obs: jnp.zeros((1, 1)), steps=15)(jr.key(0))
     assert not step.terminated.any() and step.truncated.sum() == 3
     now, after = (np.round(np.asarray(x)[:, 0, 0] * 5).astype(int) for x in (obs, step.next_obs))
@@ -108,7 +108,7 @@ def test_truncation_probe_separates_the_two_treatments():
     states = jnp.arange(5)[:, None] / 5
     np.testing.assert_allclose(learn(step.terminated), 10, rtol=1e-5)
     np.testing.assert_allclose(jax.vmap(lambda o: env.value(o, gamma))(states), 10, rtol=1e-5)
-    wrong = jax.vmap(lambda o: env.mistaken_value(o, gamma))(states)
+    wrong = jax.vmap(lambda o: mistaken_value(o, gamma))(states)
     np.testing.assert_allclose(learn(step.truncated), wrong, rtol=1e-5)
     np.testing.assert_allclose(wrong[0], sum(gamma**k for k in range(5)), rtol=1e-5)
 

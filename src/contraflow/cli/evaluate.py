@@ -1,9 +1,10 @@
 """`contraflow eval`: returns and videos of a trained policy."""
 
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.random as jr
 import numpy as np
@@ -11,12 +12,14 @@ import tyro
 
 from contraflow.cli.settings import Switch
 from contraflow.core.types import UserError
+from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import evaluate
 
 EPISODES = 10
+PATIENCE = 5.0  # seconds without a word while filming
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
 
 
 def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
-    """Write one episode of the policy, one frame per step. Raises UserError without the packages that it takes."""
+    """Write one episode of the policy, one frame per step of the environment, within a chunk of actions too.
+
+    Raises UserError without the packages that it takes.
+    """
     try:
         import imageio.v2 as imageio
     except ImportError:
@@ -81,17 +87,22 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
     k_reset, k_act = jr.split(jr.key(seed))
     with environment(policy, id, 1, seed, render=True) as env:
         print(f"filming one episode of {id} ...", flush=True)
-        frame: Any = getattr(env, "frame")  # noqa: B009 - not part of the protocol
         state, obs = env.reset(k_reset)
+        frames, said = 0, time.monotonic()
         try:
             with warnings.catch_warnings(), imageio.get_writer(path, fps=fps) as writer:
                 # ffmpeg starts with the first frame: fork and exec at once, which is safe
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 for i in range(env.spec.episode_length or 1000):
-                    writer.append_data(frame())  # pyright: ignore[reportAttributeAccessIssue]
-                    state, step = env.step(state, act_batch(policy.network, obs, k_act, i))
-                    obs = step.obs
-                    if bool((step.terminated | step.truncated)[0]):
-                        break
+                    world, actions = singly(env, act_batch(policy.network, obs, k_act, i))
+                    for action in actions:
+                        writer.append_data(world.frame())  # pyright: ignore[reportAttributeAccessIssue]
+                        state, step = world.step(state, action)
+                        obs, frames = step.obs, frames + 1
+                        if bool((step.terminated | step.truncated)[0]):
+                            return
+                        if time.monotonic() > said + PATIENCE:
+                            print(f"{frames} frames ...", flush=True)
+                            said = time.monotonic()
         except ValueError as error:  # no writer for this ending, or no ffmpeg
             raise UserError(f"{path} cannot be written ({error}); use .mp4 or .gif") from None

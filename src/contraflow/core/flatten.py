@@ -11,3 +11,14 @@ def ordered_leaves(obs: Any) -> list[Any]:
     if isinstance(obs, tuple | list):
         return [leaf for part in obs for leaf in ordered_leaves(part)]
     return [obs]
+
+
+def leaf_names(obs: Any) -> tuple[str, ...]:
+    """Where each of `ordered_leaves` is in a nested observation: "arm/angle", "0"; () for one array."""
+    if isinstance(obs, dict):
+        parts = [(str(key), obs[key]) for key in sorted(obs, key=str)]
+    elif isinstance(obs, tuple | list):
+        parts = [(str(i), part) for i, part in enumerate(obs)]
+    else:
+        return ()
+    return tuple(f"{key}/{rest}" if rest else key for key, part in parts for rest in leaf_names(part) or ("",))

@@ -98,9 +98,7 @@ def from_json(
                 return tuple(from_json(v, item, trust, f"{where}[{i}]", classes) for i, (v, item) in pairs)
         if Any in options:
             return tuple(from_json(v, Any, trust, where, classes) for v in data)
-    elif Any in options or type(data) in options or (data is None and None in options):
-        return data
-    elif any(typing.get_origin(o) is typing.Literal and data in typing.get_args(o) for o in options):
+    elif Any in options or type(data) in options or (data is None and None in options) or any(typing.get_origin(o) is typing.Literal and data in typing.get_args(o) for o in options):
         return data
     elif type(data) is int and float in options:
         return float(data)

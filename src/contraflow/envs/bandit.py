@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step
+from contraflow.envs import base
 
 Reward = Callable[[Float[Array, " a"]], Float[Array, ""]]
 
@@ -72,3 +73,19 @@ class Bandit:
 
 
 BANDITS: dict[str, type[Flat | Linear | TwoPeak]] = {"constant": Flat, "linear": Linear, "two-peak": TwoPeak}
+
+
+def check(name: str) -> tuple[str, int]:
+    """(reward, dimensions) of `linear/8`, or of `linear` with 2. Raises UserError for any other name."""
+    reward, slash, dim = name.partition("/")
+    if reward not in BANDITS or (slash and not (dim.isdecimal() and int(dim) > 0)):
+        raise base.unknown_id(f"bandit:{name}", tuple(BANDITS))
+    return reward, int(dim or 2)
+
+
+def _make(name: str, num_envs: int, seed: int, render: bool) -> Bandit:
+    reward, dim = check(name)
+    return Bandit(BANDITS[reward](), dim, num_envs)
+
+
+KIND = base.Kind(_make, check, lambda: list(BANDITS), jittable=True)

@@ -1,14 +1,24 @@
-"""What every environment adapter promises, and the few lines that the host adapters share."""
+"""What every environment promises, and what the kinds of environment share."""
 
 import difflib
+import logging
 import os
 import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from functools import wraps
+from io import StringIO
+from pathlib import Path
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 
+from contraflow.core.flatten import leaf_names, ordered_leaves
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 
 
@@ -23,6 +33,10 @@ class Env(Protocol):
     - `jittable` environments are pure: `state` carries everything. Host environments keep the simulator on the
       adapter, and `state` is whatever they need between calls.
     - `reset` with the same key starts the same episodes.
+
+    A host environment may have more: `close()`, which may be called twice (`contraflow.envs.close` calls it where it is
+    there); `frame()`, a picture of copy 0; `holds`, True where `step(state, action, active)` can leave out copies;
+    `notes`, lines that the user should read (`contraflow.envs.notes`).
     """
 
     @property
@@ -36,11 +50,103 @@ class Env(Protocol):
         ...
 
 
-def check_finite(name: str, obs: np.ndarray, reward: np.ndarray) -> None:
-    """Raise UserError when a host environment returned NaN or infinity."""
-    if not (np.isfinite(obs).all() and np.isfinite(reward).all()):
-        culprit = "observation" if not np.isfinite(obs).all() else "reward"
-        raise UserError(f"environment {name} returned a non-finite {culprit}; mend the environment or its reward")
+class Kind(NamedTuple):
+    """What is behind a prefix; `name` is the id without it. Nothing imports a simulator before it is called."""
+
+    make: Callable[[str, int, int, bool], Env]
+    """(name, num_envs, seed, render)."""
+    check: Callable[[str], object]
+    """Raises UserError for a name that `make` would not know and a missing package, without building a simulator."""
+    available: Callable[[], list[str]]
+    jittable: bool | None
+    """None where only building one tells."""
+    renders: bool = False
+
+
+def from_table(prefix: str, table: Mapping[str, Callable[[int], Env]]) -> Kind:
+    """The kind whose environments are those of a table, called with num_envs."""
+
+    def check(name: str) -> None:
+        if name not in table:
+            raise unknown_id(f"{prefix}:{name}", tuple(table))
+
+    def make(name: str, num_envs: int, seed: int, render: bool) -> Env:
+        check(name)
+        return table[name](num_envs)
+
+    return Kind(make, check, lambda: list(table), jittable=True)
+
+
+def close(env: Env) -> None:
+    """Release what a host environment holds, threads and windows; environments without `close` hold nothing."""
+    getattr(env, "close", lambda: None)()
+
+
+def notes(env: Env) -> tuple[str, ...]:
+    """Lines about the environment that the user should read once, known when it has been built."""
+    return getattr(env, "notes", ())
+
+
+# errors
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reports(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A method of an adapter in which whatever a simulator raises becomes a UserError; the adapter has a `name`."""
+
+    @wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise failed(self.name, method.__name__.strip("_"), error) from error
+
+    return call
+
+
+def failed(name: str, doing: str, error: Exception) -> UserError:
+    """`error`, which the code of an environment raised, in one line, with the place in the user's own code if any."""
+    paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")] + [str(Path(__file__).parents[1])]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*paths, "<"))]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return UserError(f"environment {name} failed in {doing}{place} ({text}); fix the environment")
+
+
+def unknown_id(name: str, known: tuple[str, ...] = ()) -> UserError:
+    """The error for an id nobody knows, naming the closest ones that exist, else those `known` of its prefix."""
+    from contraflow.envs import available  # here, because that package imports this module
+
+    prefix, _, tail = name.rpartition(":")
+    ids: dict[str, list[str]] = {}
+    for kind, names in available().items():
+        for id in names:
+            ids.setdefault(id.lower(), []).append(f"{kind}:{id}")
+    close = difflib.get_close_matches(tail.lower(), ids, n=3, cutoff=0.5)
+    # The prefix that was asked for comes first: many tasks are known under several.
+    found = sorted((full for id in close for full in ids[id]), key=lambda full: not full.startswith(prefix + ":"))
+    hint = f"there are {', '.join(known)}" if known else "contraflow.envs.available() lists the known ones"
+    return UserError(f"unknown environment {name}; " + (f"did you mean {', '.join(found)}?" if found else hint))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps off the screen what simulators say while they are imported, looked up and built; errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# checks
 
 
 def check_num_envs(name: str, num_envs: int) -> None:
@@ -49,40 +155,102 @@ def check_num_envs(name: str, num_envs: int) -> None:
         raise UserError(f"environment {name} needs num_envs >= 1, got {num_envs}; set num_envs to 1 or more")
 
 
-def unknown_id(name: str) -> UserError:
-    """The error for an id nobody knows, naming the closest ones that exist."""
-    from contraflow.envs import available  # here, because that package imports this module
+def check_obs(name: str, spec: EnvSpec, obs: Any) -> None:
+    """Raise UserError unless first observations of a host environment are [N, o] and finite."""
+    _check_shape(name, "obs", obs, (spec.num_envs, spec.obs_dim))
+    _check_finite(name, "observation", obs)
 
-    prefix, _, tail = name.rpartition(":")
-    known: dict[str, list[str]] = {}
-    everything = available()
-    for kind, ids in everything.items():
-        for id in ids:
-            known.setdefault(id.lower(), []).append(f"{kind}:{id}")
-    close = difflib.get_close_matches(tail.lower(), known, n=3, cutoff=0.5)
-    # The prefix that was asked for comes first: many tasks are known under several.
-    names = sorted((full for id in close for full in known[id]), key=lambda full: not full.startswith(prefix + ":"))
-    hint = f"did you mean {', '.join(names)}?" if names else "contraflow.envs.available() lists the known ones"
-    if not names and prefix in ("jax", "probe", "bandit"):
-        hint = f"there are {', '.join(everything[prefix])}"
-    return UserError(f"unknown environment {name}; {hint}")
+
+ROWS = ("obs", "next_obs", "reward", "terminated", "truncated", "valid")
+
+
+def check_shapes(name: str, spec: EnvSpec, step: Step) -> None:
+    """Raise UserError unless observations are [N, o] and all else is [N]."""
+    n, both = (spec.num_envs,), (spec.num_envs, spec.obs_dim)
+    a, b, c, d, e, f = step.obs, step.next_obs, step.reward, step.terminated, step.truncated, step.valid
+    if not (a.shape == b.shape == both and c.shape == d.shape == e.shape == f.shape == n):
+        for part, x in zip(ROWS, (a, b, c, d, e, f), strict=True):
+            _check_shape(name, part, x, both if "obs" in part else n)
+
+
+def checked(name: str, spec: EnvSpec, step: Step) -> Step:
+    """The step of a host environment, if it has the shapes of the spec and finite numbers; else UserError."""
+    check_shapes(name, spec, step)
+    _check_finite(name, "observation", step.next_obs)
+    if step.obs is not step.next_obs:
+        _check_finite(name, "observation", step.obs)
+    _check_finite(name, "reward", step.reward)
+    return step
+
+
+def _check_shape(name: str, part: str, x: Any, want: tuple[int, ...]) -> None:
+    if np.shape(x) != want:
+        raise UserError(
+            f"environment {name} returned {part} of shape {np.shape(x)}, its spec says {want}; fix one of the two"
+        )
+
+
+def _check_finite(name: str, part: str, x: Any) -> None:
+    if not np.isfinite(x).all():
+        raise UserError(f"environment {name} returned a non-finite {part}; fix the environment or its reward")
+
+
+# spaces
+
+
+def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...]]:
+    """(numbers in one observation, names of its parts in their order) of a Gymnasium space.
+
+    Raises UserError unless it is made of numeric arrays of a fixed shape, none of them an image.
+    """
+    from gymnasium.spaces import Box, MultiBinary
+
+    tree = _plain(space)
+    for part in ordered_leaves(tree):
+        if not isinstance(part, Box | MultiBinary):
+            raise UserError(f"environment {name} observes {part}; wrap it so that it returns arrays (Box observations)")
+        if _is_image(part.shape, part.dtype):
+            raise UserError(
+                f"environment {name} observes images {part.shape}, which need an encoder and are not read online yet; "
+                "choose one with states, or wrap it so that it returns features"
+            )
+    return sum(int(np.prod(part.shape)) for part in ordered_leaves(tree)), leaf_names(tree)
+
+
+def _plain(space: Any) -> Any:
+    """A Dict space as a dict, a Tuple space as a tuple, any other as it is."""
+    from gymnasium.spaces import Dict, Tuple
+
+    if isinstance(space, Dict):
+        return {key: _plain(part) for key, part in space.spaces.items()}
+    return tuple(map(_plain, space.spaces)) if isinstance(space, Tuple) else space
+
+
+def _is_image(shape: Any, dtype: Any) -> bool:
+    """Bytes on a grid, or numbers on two long axes and a third, as of [64, 64, 3] and [4, 84, 84]."""
+    return len(shape) > 1 and (dtype == np.uint8 or (len(shape) > 2 and sorted(shape)[-2] >= 16))
 
 
 def flatten(obs: Any, n: int) -> np.ndarray:
-    """A batch of n observations as one fresh float32 array [n, o].
-
-    Dict entries follow each other in sorted key order, tuple entries in their own order, nested ones depth first.
-    """
-    parts = _leaves(obs, n)
+    """A batch of n observations as one fresh float32 array [n, o], in the order of `ordered_leaves`."""
+    parts = [np.asarray(leaf).reshape(n, -1) for leaf in ordered_leaves(obs)]
     return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
 
 
-def _leaves(obs: Any, n: int) -> list[np.ndarray]:
-    if isinstance(obs, dict):
-        return [leaf for name in sorted(obs) for leaf in _leaves(obs[name], n)]
-    if isinstance(obs, tuple):
-        return [leaf for part in obs for leaf in _leaves(part, n)]
-    return [np.asarray(obs).reshape(n, -1)]
+def notes_on(name: str, obs: Any) -> tuple[str, ...]:
+    """A line for the user where float32 loses the differences between observations: from 2^24 on it skips integers."""
+    top = [
+        np.abs(x).max(initial=0) for x in map(np.asarray, ordered_leaves(obs)) if x.dtype.kind in "iu" or x.itemsize > 4
+    ]
+    most = max(top, default=0)
+    if most < 2**24:
+        return ()
+    gap = np.spacing(np.float32(most))
+    return (f"observations of {name} reach {most:.3g}, where float32 tells apart only what differs by {gap:.3g}",)
+
+
+# The largest number whose square is a float32: what lies beyond stands for "no bound".
+UNBOUNDED = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +262,7 @@ def action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
 
     if not isinstance(space, Box) or not np.issubdtype(space.dtype, np.floating):
         raise UserError(f"environment {name} has the action space {space}; choose one with continuous (Box) actions")
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+    if not (np.abs([space.low, space.high]) < UNBOUNDED).all():
         raise UserError(f"environment {name} has unbounded actions; give its Box action space finite bounds")
     return space.low, space.high
 

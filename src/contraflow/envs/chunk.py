@@ -1,8 +1,9 @@
 """Several actions per decision: a chunk of `horizon` actions, of which the first `execute` are carried out.
 
-The policy sees one decision as one step: its action is the chunk, flat; the reward is the sum over the actions carried
-out (undiscounted, as in DPPO, 2409.00588), and `next_obs` what follows the last of them. A chunk ends with its
-episode: the rest is not carried out, and the copy stands still until the others have finished theirs.
+The policy sees one decision as one step: its action is the chunk, flat; the reward is sum_k gamma^k r_k over the
+actions carried out (gamma = 1 in DPPO, 2409.00588; that of the agent in Q-chunking, 2507.07969), and `next_obs` what
+follows the last of them. A chunk ends with its episode: the rest is not carried out, and the copy is held until the
+others have finished theirs.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
-from contraflow.envs.base import Env
+from contraflow.envs.base import Env, close, notes
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Chunked:
     env: Env
     horizon: int
     execute: int
+    gamma: float = 1.0
 
     def __post_init__(self):
         if not 1 <= self.execute <= self.horizon:
@@ -62,19 +64,25 @@ class Chunked:
         return self.env.reset(key)
 
     def step(self, state: Any, action: Any) -> tuple[Any, Step]:
-        """Carry out the first `execute` actions of each chunk; `reward` is their sum."""
+        """Carry out the first `execute` actions of each chunk; `reward` is their discounted sum."""
         n = self.env.spec.num_envs
         xp: Any = jnp if self.env.spec.jittable else np
-        chunk = xp.asarray(action).reshape(n, self.horizon, -1)
-        state, step = self._advance(state, chunk[:, 0], xp.ones(n, bool))
-        total = replace(step, steps=xp.ones(n, int))
-        for i in range(1, self.execute):
+        first, *rest = self.actions(action)
+        state, step = self._advance(state, first, xp.ones(n, bool))
+        total = replace(step, steps=xp.ones(n, int), undiscounted=None if self.gamma == 1 else step.reward)
+        for i, single in enumerate(rest, 1):
             active = ~(total.terminated | total.truncated)
             if not self.env.spec.jittable and not active.any():
                 break
-            state, step = self._advance(state, chunk[:, i], active)
-            total = _joined(xp, total, step, active)
+            state, step = self._advance(state, single, active)
+            total = _joined(xp, total, step, active, self.gamma**i)
         return state, total
+
+    def actions(self, action: Any) -> list[Any]:
+        """The actions [N, a] that a chunk [N, horizon * a] carries out in `env`, one after the other."""
+        xp: Any = jnp if self.env.spec.jittable else np
+        chunk = xp.asarray(action).reshape(self.env.spec.num_envs, self.horizon, -1)
+        return [chunk[:, i] for i in range(self.execute)]
 
     def _advance(self, state: Any, action: Any, active: Any) -> tuple[Any, Step]:
         if self.env.spec.jittable:
@@ -88,28 +96,40 @@ class Chunked:
         return env.frame()
 
     def close(self) -> None:
-        getattr(self.env, "close", lambda: None)()
+        close(self.env)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return notes(self.env)
 
 
-def chunked(env: Env, horizon: int, execute: int) -> Env:
+def chunked(env: Env, horizon: int, execute: int, gamma: float = 1.0) -> Env:
     """`env` with chunks of actions, or itself for single ones."""
-    return env if horizon == 1 else Chunked(env, horizon, execute)
+    return env if horizon == 1 else Chunked(env, horizon, execute, gamma)
 
 
-def _joined(xp: Any, total: Step, step: Step, active: Any) -> Step:
-    """Both as one step: what is active goes on from `total`, the rest stays."""
+def singly(env: Env, action: Any) -> tuple[Any, list[Any]]:
+    """The environment without chunks, and the actions that a decision carries out in it, for one copy: of several,
+    those whose episode ends within the chunk would run on."""
+    return (env.env, env.actions(action)) if isinstance(env, Chunked) else (env, [action])
+
+
+def _joined(xp: Any, total: Step, step: Step, active: Any, weight: float) -> Step:
+    """Both as one step: what is active goes on from `total`, the reward of `step` by its weight; the rest stays."""
 
     def pick(new, old):
         return xp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
+    earned = xp.where(active, step.reward, xp.zeros_like(step.reward))
     return Step(
         pick(step.obs, total.obs),
         pick(step.next_obs, total.next_obs),
-        total.reward + xp.where(active, step.reward, xp.zeros_like(step.reward)),
+        total.reward + (earned if weight == 1 else weight * earned),
         pick(step.terminated, total.terminated),
         pick(step.truncated, total.truncated),
         pick(step.valid, total.valid),
         total.steps + xp.where(active, 1, 0),
+        None if total.undiscounted is None else total.undiscounted + earned,
     )
 
 

@@ -14,6 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step
+from contraflow.envs.base import from_table
 
 
 class ControlState(eqx.Module):
@@ -199,3 +200,4 @@ def _step(env: Any, state: ControlState, action: Float[Array, "N a"]) -> tuple[C
 
 
 CONTROL = {"pendulum": Pendulum, "cartpole-swingup": CartpoleSwingup}
+KIND = from_table("jax", CONTROL)

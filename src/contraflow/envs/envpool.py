@@ -1,6 +1,5 @@
 """EnvPool: C++ simulators on threads; the default for dm_control, MuJoCo v5, MetaWorld, Adroit and Kitchen tasks."""
 
-import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,8 @@ from contraflow.envs import base
 def check_id(id: str) -> Any:
     """The package, once it is there and knows the id. Raises UserError if not."""
     try:
-        import envpool
+        with base.quiet():
+            import envpool
     except ImportError as error:
         raise UserError(f'environment envpool:{id} needs EnvPool: pip install "contraflow[envpool]"') from error
     if id not in envpool.list_all_envs():
@@ -20,20 +20,43 @@ def check_id(id: str) -> Any:
     return envpool
 
 
+def available() -> list[str]:
+    """The continuous-control families; [] where EnvPool is not installed."""
+    try:
+        import envpool
+        from envpool.registration import registry
+    except ImportError:
+        return []
+    ids = []
+    for id in envpool.list_all_envs():
+        family = registry.specs[id][0].removeprefix("envpool.mujoco.")
+        if (
+            family in ("dmc", "metaworld")
+            or (family == "gym" and id.endswith("-v5"))
+            or (family == "playground" and "/" not in id)  # each is registered twice, once with a namespace
+            or (family == "robotics" and id.startswith(("AdroitHand", "FrankaKitchen")))
+        ):
+            ids.append(id)
+    return sorted(ids)
+
+
 class EnvPool:
     """N copies of one EnvPool task.
 
-    - Dict observations are flattened in sorted key order; the bounds EnvPool declares for them are wrong and unused.
+    - Dict observations are flattened in the order of `spec.obs_keys`; the bounds EnvPool declares for them are wrong
+      and unused.
     - An ended copy is reset within the same `step`, so EnvPool's dummy transition after an end never happens.
     - `truncated` marks the time limit, `terminated` the task's own end; both are True when they coincide.
     - EnvPool seeds a pool at construction only, so `reset` builds a new pool, seeded from `seed` and its key.
 
-    Raises UserError when EnvPool is missing, the id is unknown, or its actions are not continuous and bounded.
+    Raises UserError when EnvPool is missing, the id is unknown, its actions are not continuous and bounded, it observes
+    images, or whatever goes wrong in a simulator.
     """
 
     holds: ClassVar[bool] = True
     """`step` can leave out some copies."""
 
+    @base.reports
     def __init__(
         self,
         id: str,
@@ -50,9 +73,10 @@ class EnvPool:
 
         `render_size` is (height, width) of `frame()`; `camera` -1 is the task's default view.
         """
-        base.check_num_envs(id, num_envs)
-        envpool = check_id(id)
         self.name, self._seed, self._gl = f"envpool:{id}", seed, None
+        self._pool: Any = None
+        base.check_num_envs(self.name, num_envs)
+        envpool = check_id(id)
         self._make = envpool.make_gymnasium
         self._settings: dict[str, Any] = {"task_id": id, "num_envs": num_envs, "num_threads": num_threads}
         if render:
@@ -64,26 +88,24 @@ class EnvPool:
         limit = episode_length or int(envpool.make_spec(id).config.max_episode_steps)
         # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.
         self._settings["max_episode_steps"] = limit + 1
-        self._pool = self._build(0)
-        self._low, self._high = base.action_bounds(self.name, self._pool.single_action_space)
-        obs_dim = base.flatten(self._pool.reset()[0], num_envs).shape[1]
-        self._spec = base.with_bounds(
-            EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False), self._low, self._high
-        )
+        space, actions = self._build(0)
+        obs_dim, keys = base.observation_layout(self.name, space)
+        self._low, self._high = base.action_bounds(self.name, actions)
+        spec = EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False, obs_keys=keys)
+        self._spec = base.with_bounds(spec, self._low, self._high)
+        self._start()
 
     @property
     def spec(self) -> EnvSpec:
         return self._spec
 
+    @base.reports
     def reset(self, key: PRNGKey) -> tuple[None, np.ndarray]:
         """Start N episodes that depend on the adapter's seed and `key` only; returns (None, obs [N, o])."""
-        self._pool.close()
-        del self._pool  # two pools at once would double the memory, some 30 MiB per copy of a MuJoCo task
-        self._pool = self._build(base.derive_seed(self._seed, key))
-        obs = base.flatten(self._pool.reset()[0], self._spec.num_envs)
-        base.check_finite(self.name, obs, np.zeros(1))
-        return None, obs
+        self._build(base.derive_seed(self._seed, key))
+        return None, self._start()
 
+    @base.reports
     def step(self, state: None, action: Any, active: np.ndarray | None = None) -> tuple[None, Step]:
         """Advance all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once.
 
@@ -102,22 +124,29 @@ class EnvPool:
             at = info["env_id"]  # rows come back in the order in which threads finish
             rows = next_obs, reward, terminated, truncated, valid[: len(at)]
             next_obs, reward, terminated, truncated, valid = (_placed(n, at, row) for row in rows)
-        base.check_finite(self.name, next_obs, reward)
         obs, ended = next_obs, np.flatnonzero(terminated | truncated).astype(np.int32)
         if ended.size:
             fresh, info = self._pool.reset(ended)
             obs = next_obs.copy()
             obs[info["env_id"]] = base.flatten(fresh, ended.size)  # in the order in which threads finish
-            base.check_finite(self.name, obs, reward)
-        return None, Step(obs, next_obs, reward, terminated, truncated, valid)
+        return None, base.checked(self.name, self._spec, Step(obs, next_obs, reward, terminated, truncated, valid))
 
-    def _build(self, seed: int) -> Any:
-        pool = self._make(seed=seed, **self._settings)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the first look at the spaces complains of EnvPool's own bounds
-            _ = pool.single_observation_space, pool.single_action_space
-        return pool
+    def _build(self, seed: int) -> tuple[Any, Any]:
+        """A new pool in place of the old one: two would double the memory, some 30 MiB per copy of a MuJoCo task.
+        Returns its spaces."""
+        self._release()
+        with base.quiet():  # the first look at the spaces complains of EnvPool's own bounds
+            self._pool = self._make(seed=seed, **self._settings)
+            return self._pool.single_observation_space, self._pool.single_action_space
 
+    def _start(self) -> np.ndarray:
+        raw = self._pool.reset()[0]
+        obs = base.flatten(raw, self._spec.num_envs)
+        base.check_obs(self.name, self._spec, obs)
+        self.notes = base.notes_on(self.name, raw)
+        return obs
+
+    @base.reports
     def frame(self) -> np.ndarray:
         """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""
         if self._gl is None:
@@ -126,12 +155,16 @@ class EnvPool:
         return np.asarray(self._pool.render(env_ids=0))[0]
 
     def close(self) -> None:
-        """Release the simulators and the OpenGL context."""
-        self._pool.close()
+        """Release the simulators and the OpenGL context; may be called twice."""
+        self._release()  # its renderer must go while the context still exists
         if self._gl is not None:
-            del self._pool  # its renderer must go while the context still exists
             self._gl.free()
             self._gl = None
+
+    def _release(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 def _placed(n: int, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -152,3 +185,12 @@ def _gl_context(width: int, height: int) -> Any:
     except Exception as error:
         raise UserError(f"no OpenGL context for rendering ({error}); set MUJOCO_GL=egl and start again") from error
     return context
+
+
+KIND = base.Kind(
+    lambda name, num_envs, seed, render: EnvPool(name, num_envs, seed, render=render),
+    check_id,
+    available,
+    jittable=False,
+    renders=True,
+)

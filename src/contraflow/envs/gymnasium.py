@@ -1,8 +1,7 @@
 """Gymnasium: any id it can make (dm_control through Shimmy included) and any vector environment of the user's."""
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,70 +15,122 @@ class Gymnasium:
     """N copies of a Gymnasium environment.
 
     - `env` is an id, a VectorEnv, or a callable without arguments that builds one environment or a VectorEnv.
-    - Dict observations are flattened in sorted key order, tuples in their own.
+    - Dict and tuple observations are flattened in the order of `spec.obs_keys`.
     - Copies made here never waste a step. A VectorEnv in NEXT_STEP mode does: those rows have `valid` False.
     - `state` is which copies a NEXT_STEP environment will reset at the coming step, [N] bool.
 
-    Raises UserError when a package is missing, the id is unknown, actions are not continuous and bounded,
-    observations are not numeric arrays, or a VectorEnv does not say how it resets ended copies.
+    Raises UserError when a package is missing, the id is unknown, actions are not continuous and bounded, observations
+    are not numeric arrays or are images, a VectorEnv does not say how it resets ended copies, or whatever goes wrong in
+    the environment's own code.
     """
 
+    @base.reports
     def __init__(self, env: str | Callable[[], Any] | Any, num_envs: int = 1, seed: int = 0, *, render: bool = False):
         """`num_envs` must agree with a ready VectorEnv; `render` concerns ids (build your own with render_mode)."""
+        self.name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        self._seed, self._closed = seed, False
+        base.check_num_envs(self.name, num_envs)
         try:
             from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
         except ImportError as error:
             raise UserError(f'environment {env} needs Gymnasium: pip install "contraflow[mujoco]"') from error
-        self.name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
-        self._seed = seed
-        base.check_num_envs(self.name, num_envs)
-        if isinstance(env, str) and render:
-            base.prefer_egl()
+        self._vector: Any = env
+        self._mode, self._modes = None, AutoresetMode
+        self._copies: list[Any] = []  # plain environments, stepped one after the other; else there is a vector one
         if not isinstance(env, VectorEnv):
             build = partial(_make, env, render) if isinstance(env, str) else env
-            env = build()
-            if not isinstance(env, VectorEnv):
-                # copy=False: `flatten` copies anyway. DISABLED with a masked reset: no dummy steps, plain arrays.
-                copies = [lambda first=env: first, *[build] * (num_envs - 1)]
-                env = SyncVectorEnv(copies, copy=False, autoreset_mode=AutoresetMode.DISABLED)
-        if env.num_envs != num_envs:
-            raise UserError(f"environment {self.name} holds {env.num_envs} copies, not {num_envs}; change num_envs")
-
-        mode = env.metadata.get("autoreset_mode")
-        if not isinstance(mode, AutoresetMode):
-            raise UserError(f"environment {self.name} does not state its reset mode; set metadata['autoreset_mode']")
-        self._env, self._mode, self._modes = env, mode, AutoresetMode
-        self.holds = mode is AutoresetMode.DISABLED and isinstance(env, SyncVectorEnv)
-        _check_observations(self.name, env.single_observation_space)
-        self._low, self._high = base.action_bounds(self.name, env.single_action_space)
-        obs_dim = base.flatten(env.reset(seed=0)[0], num_envs).shape[1]
-        self._spec = base.with_bounds(
-            EnvSpec(obs_dim, self._low.size, num_envs, _episode_length(env), jittable=False), self._low, self._high
-        )
+            self._vector = first = build()
+            if not isinstance(first, VectorEnv):
+                self._copies = [first, *(build() for _ in range(num_envs - 1))]
+                if not isinstance(env, str):
+                    self.name = type(first.unwrapped).__name__
+        if self._copies:
+            one, observation, action = self._copies[0], self._copies[0].observation_space, self._copies[0].action_space
+        else:
+            one, many = self._vector, self._vector.num_envs
+            if many != num_envs:
+                raise UserError(f"environment {self.name} holds {many} copies, not {num_envs}; change num_envs")
+            observation, action = one.single_observation_space, one.single_action_space
+            self._mode = one.metadata.get("autoreset_mode")
+            if not isinstance(self._mode, AutoresetMode):
+                raise UserError(
+                    f"environment {self.name} does not state its reset mode; set metadata['autoreset_mode']"
+                )
+            if type(one) is SyncVectorEnv and self._mode is AutoresetMode.DISABLED:
+                self._copies = list(one.envs)
+        self.holds = bool(self._copies)
+        obs_dim, keys = base.observation_layout(self.name, observation)
+        self._low, self._high = base.action_bounds(self.name, action)
+        spec = EnvSpec(obs_dim, self._low.size, num_envs, _episode_length(one), jittable=False, obs_keys=keys)
+        self._spec = base.with_bounds(spec, self._low, self._high)
+        self._start(0)
 
     @property
     def spec(self) -> EnvSpec:
         return self._spec
 
+    @base.reports
     def reset(self, key: PRNGKey) -> tuple[np.ndarray, np.ndarray]:
         """Start N episodes that depend on the adapter's seed and `key` only; returns (state [N], obs [N, o])."""
-        obs = base.flatten(self._env.reset(seed=base.derive_seed(self._seed, key))[0], self._spec.num_envs)
-        base.check_finite(self.name, obs, np.zeros(1))
-        return np.zeros(self._spec.num_envs, bool), obs
+        return np.zeros(self._spec.num_envs, bool), self._start(base.derive_seed(self._seed, key))
 
+    @base.reports
     def step(self, state: np.ndarray, action: Any, active: np.ndarray | None = None) -> tuple[np.ndarray, Step]:
         """Advance all copies by `action` [N, a] in [-1, 1]; ended copies are reset here or by their own rule.
 
         Copies not `active` [N] stand still, where `holds` is True; their rows are zeros with `valid` False.
         """
-        n = self._spec.num_envs
         scaled = base.rescale(action, self._low, self._high)
-        if active is not None:
-            return state, self._step_some(scaled, active)
-        raw, reward, terminated, truncated, info = self._env.step(scaled)
+        if self._copies:
+            step = self._step_copies(scaled, np.ones(len(scaled), bool) if active is None else np.array(active))
+        else:
+            state, step = self._step_vector(state, scaled)
+        return state, base.checked(self.name, self._spec, step)
+
+    def _start(self, seed: int) -> np.ndarray:
+        if self._copies:
+            raw = [copy.reset(seed=seed + i)[0] for i, copy in enumerate(self._copies)]
+            obs = np.array([self._row(one) for one in raw], np.float32)
+        else:
+            raw = self._vector.reset(seed=seed)[0]
+            obs = base.flatten(raw, self._spec.num_envs)
+        base.check_obs(self.name, self._spec, obs)
+        self.notes = base.notes_on(self.name, raw)
+        return obs
+
+    def _step_copies(self, scaled: np.ndarray, active: np.ndarray) -> Step:
+        n = self._spec.num_envs
+        next_obs, reward = np.zeros((n, self._spec.obs_dim), np.float32), np.zeros(n, np.float32)
+        terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
+        for i in active.nonzero()[0]:
+            raw, earned, terminated[i], truncated[i], _ = self._copies[i].step(scaled[i])
+            next_obs[i] = self._row(raw)
+            if getattr(earned, "shape", ()):
+                shape = np.shape(earned)
+                raise UserError(f"environment {self.name} returned a reward of shape {shape}; let it return a number")
+            reward[i] = earned
+        obs, done = next_obs, np.flatnonzero(terminated | truncated)
+        if done.size:
+            obs = next_obs.copy()
+            for i in done:
+                obs[i] = self._row(self._copies[i].reset()[0])
+        return Step(obs, next_obs, reward, terminated, truncated, active)
+
+    def _row(self, raw: Any) -> np.ndarray:
+        """One observation [o]. Raises UserError unless it has as many numbers as its space."""
+        row = np.asarray(raw).reshape(-1) if self._spec.obs_keys == () else base.flatten(raw, 1)[0]
+        if len(row) != self._spec.obs_dim:
+            raise UserError(
+                f"environment {self.name} returned an observation of {len(row)} numbers, its observation_space has "
+                f"{self._spec.obs_dim}; fix the one or the other"
+            )
+        return row
+
+    def _step_vector(self, state: np.ndarray, scaled: np.ndarray) -> tuple[np.ndarray, Step]:
+        n = self._spec.num_envs
+        raw, reward, terminated, truncated, info = self._vector.step(scaled)
         obs, reward = base.flatten(raw, n), np.asarray(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
-        base.check_finite(self.name, obs, reward)
         done = terminated | truncated
         if self._mode is self._modes.NEXT_STEP:
             return done, Step(obs, obs, reward, terminated, truncated, ~state)
@@ -89,95 +140,99 @@ class Gymnasium:
                 raise UserError(f"environment {self.name} resets in the same step; let it give info['final_obs']")
             next_obs = obs.copy()
             for i in np.flatnonzero(done):
-                next_obs[i] = base.flatten(info["final_obs"][i], 1)[0]
-            base.check_finite(self.name, next_obs, reward)
+                next_obs[i] = self._row(info["final_obs"][i])
         elif done.any():
-            fresh = base.flatten(self._env.reset(options={"reset_mask": done})[0], n)
+            fresh = base.flatten(self._vector.reset(options={"reset_mask": done})[0], n)
             obs = np.where(done[:, None], fresh, next_obs)
-            base.check_finite(self.name, obs, reward)
         return state, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
 
-    def _step_some(self, scaled: np.ndarray, active: np.ndarray) -> Step:
-        n = self._spec.num_envs
-        next_obs, obs = np.zeros((n, self._spec.obs_dim), np.float32), np.zeros((n, self._spec.obs_dim), np.float32)
-        reward, terminated, truncated = np.zeros(n, np.float32), np.zeros(n, bool), np.zeros(n, bool)
-        copies: Any = getattr(self._env, "envs")  # noqa: B009 - only a SyncVectorEnv, which `holds`, has them
-        for i in np.flatnonzero(active):
-            copy = copies[i]
-            raw, reward[i], terminated[i], truncated[i], _ = copy.step(scaled[i])
-            next_obs[i] = base.flatten(raw, 1)[0]
-            obs[i] = base.flatten(copy.reset()[0], 1)[0] if terminated[i] or truncated[i] else next_obs[i]
-        base.check_finite(self.name, np.concatenate([next_obs, obs]), reward)
-        return Step(obs, next_obs, reward, terminated, truncated, np.array(active))
-
+    @base.reports
     def frame(self) -> np.ndarray:
         """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""
-        frames = self._env.render() if self._env.render_mode == "rgb_array" else None
-        if frames is None:
+        frame = None
+        if self._vector.render_mode == "rgb_array":
+            with _explained(self.name, "frame"):
+                frame = self._copies[0].render() if self._copies else (self._vector.render() or (None,))[0]
+        if frame is None:
             raise UserError(f"environment {self.name} was built without pictures; construct it with render=True")
-        return np.asarray(frames[0])
+        return np.asarray(frame)
 
+    @base.reports
     def close(self) -> None:
-        """Close all copies."""
-        self._env.close()
+        """Close all copies; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            ours = any(env is self._vector for env in self._copies)
+            for env in self._copies if ours else [self._vector]:
+                env.close()
 
 
 def register_shimmy() -> None:
     """Make Gymnasium know the `dm_control/` ids; raises ImportError where Shimmy or dm_control is missing."""
     import gymnasium
+    import shimmy  # dm_control looks for a display and says so when there is none
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dm_control looks for a display and says so when there is none
-        import shimmy
+    gymnasium.register_envs(shimmy)
 
-        gymnasium.register_envs(shimmy)
+
+def available() -> list[str]:
+    """Gymnasium's continuous control, and dm_control's suite through Shimmy; [] where Gymnasium is not installed."""
+    try:
+        import gymnasium
+    except ImportError:
+        return []
+    with base.quiet(), suppress(Exception):  # also where OpenGL is broken
+        register_shimmy()
+    suite = {id for id in gymnasium.registry if id.startswith("dm_control/") and id[11].islower()}
+    small = {"Pendulum-v1", "MountainCarContinuous-v0"}
+    mujoco = {id for id, spec in gymnasium.registry.items() if "mujoco" in str(spec.entry_point) and id.endswith("-v5")}
+    return sorted(small | mujoco | suite - {"dm_control/compatibility-env-v0"})
 
 
 def check_id(id: str) -> None:
     """Raise UserError when Gymnasium is missing or does not know the id."""
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise UserError(f'environment {id} needs Gymnasium: pip install "contraflow[mujoco]"') from error
-    with _explained(id):
-        if id.startswith("dm_control/"):
-            register_shimmy()
+    with _explained(id) as gymnasium:
         gymnasium.spec(id)
 
 
 def _make(id: str, render: bool) -> Any:
-    import gymnasium
-
-    with _explained(id):
-        if id.startswith("dm_control/"):
-            register_shimmy()
-        return gymnasium.make(id, render_mode="rgb_array" if render else None)
+    # Not every constructor takes a render_mode. `base.checked` says in one line what Gymnasium's checker says in many.
+    options = {"render_mode": "rgb_array"} if render else {}
+    with _explained(id) as gymnasium:
+        return gymnasium.make(id, disable_env_checker=True, **options)
 
 
 @contextmanager
-def _explained(id: str) -> Iterator[None]:
-    """Turn what Gymnasium raises for an id into a UserError that names the remedy."""
-    import gymnasium
-
+def _explained(id: str, doing: str = "init") -> Iterator[Any]:
+    """Gymnasium, which knows the id by then if it ever does; what it raises becomes a UserError with the remedy."""
     try:
-        yield
+        with base.quiet():
+            import gymnasium
+    except ImportError as error:
+        raise UserError(f'environment {id} needs Gymnasium: pip install "contraflow[mujoco]"') from error
+    try:
+        with base.quiet():
+            if id.startswith("dm_control/"):
+                register_shimmy()
+            yield gymnasium
     except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
-        extra = "dmc" if id.startswith("dm_control/") else "mujoco"
-        raise UserError(f'environment {id} cannot be built ({error}): pip install "contraflow[{extra}]"') from error
+        text = " ".join(str(error).split())
+        extra = "dmc" if id.startswith("dm_control/") else "mujoco" if "mujoco" in text.lower() else ""
+        remedy = f'pip install "contraflow[{extra}]"' if extra else "install what it names"
+        raise UserError(f"environment {id} lacks a package ({text}): {remedy}") from error
     except gymnasium.error.UnregisteredEnv as error:
         raise base.unknown_id(f"gym:{id}") from error
     except (ImportError, gymnasium.error.Error) as error:
-        raise UserError(f"environment {id} cannot be built ({error}); use another id or version") from error
-
-
-def _check_observations(name: str, space: Any) -> None:
-    """Raise UserError unless `space` is made of numeric arrays of a fixed shape."""
-    from gymnasium.spaces import Box, Dict, MultiBinary, Tuple
-
-    for part in space.values() if isinstance(space, Dict) else space if isinstance(space, Tuple) else ():
-        _check_observations(name, part)
-    if not isinstance(space, Box | MultiBinary | Dict | Tuple):
-        raise UserError(f"environment {name} observes {space}; wrap it so that it returns arrays (Box observations)")
+        text = " ".join(str(error).split())
+        raise UserError(f"environment {id} cannot be built ({text}); use another id or version") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and "argument 'render_mode'" in str(error):
+            raise UserError(
+                f"environment {id} takes no render_mode, so it cannot be filmed; leave out the video"
+            ) from error
+        raise base.failed(id, doing, error) from error
 
 
 def _episode_length(env: Any) -> int | None:
@@ -187,3 +242,12 @@ def _episode_length(env: Any) -> int | None:
     if limit is None:  # Shimmy registers dm_control tasks without the limit; only the task itself holds it.
         limit = getattr(getattr(first.unwrapped, "_env", None), "_step_limit", None)
     return int(limit) if limit is not None and np.isfinite(limit) else None
+
+
+KIND = base.Kind(
+    lambda name, num_envs, seed, render: Gymnasium(name, num_envs, seed, render=render),
+    check_id,
+    available,
+    jittable=False,
+    renders=True,
+)

@@ -41,13 +41,18 @@ def check_id(id: str) -> None:
         raise UserError(f'environment playground:{id} needs Playground: pip install "contraflow[playground]"')
     if id in SUITE:
         return
-    package: Any = import_module("mujoco_playground")
+    package: Any = _package()
     if id not in package.registry.ALL_ENVS:
         raise base.unknown_id(f"playground:{id}")
     own = id in package.dm_control_suite.ALL_ENVS  # what the user registered there
     if not own and not (Path(package.__file__).parent / "external_deps/mujoco_menagerie").exists():
         load = f"from mujoco_playground import registry; registry.load('{id}')"
         raise UserError(f'environment playground:{id} needs robot models; fetch them once with: python -c "{load}"')
+
+
+def _package() -> Any:
+    with base.quiet():
+        return import_module("mujoco_playground")
 
 
 class PlaygroundState(eqx.Module):
@@ -135,7 +140,7 @@ def _flat(obs: Any) -> Any:
 def _load(id: str) -> tuple[Any, EnvSpec]:
     """Playground's environment, built once per process, and the spec of one copy of it."""
     check_id(id)
-    registry = import_module("mujoco_playground").registry
+    registry = _package().registry
     try:
         env = registry.load(id, config_overrides={"impl": "jax"})
         obs = jax.eval_shape(env.reset, jr.key_data(jr.key(0))).obs
@@ -147,3 +152,6 @@ def _load(id: str) -> tuple[Any, EnvSpec]:
         raise UserError(f"environment playground:{id} has no flat observation or entry `state`; use another task")
     length = int(registry.get_default_config(id).episode_length)
     return env, EnvSpec(flat.shape[0], env.action_size, 1, length, jittable=True)
+
+
+KIND = base.Kind(lambda name, num_envs, seed, render: Playground(name, num_envs), check_id, available, jittable=True)

@@ -1,7 +1,6 @@
 """What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -12,8 +12,8 @@ from contraflow.core import settings
 from contraflow.core.errors import UserError
 from contraflow.core.files import read_json, write_json
 from contraflow.core.types import PRNGKey
-from contraflow.training import checkpoint
 from contraflow.policy.artifact import save_policy
+from contraflow.training import checkpoint
 from contraflow.training.diagnostics import diagnose
 from contraflow.training.log import Log, read_evaluations
 from contraflow.training.loop import Carry, World

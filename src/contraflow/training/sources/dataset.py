@@ -16,7 +16,15 @@ from contraflow.data.rows import Rows
 from contraflow.data.samplers import Chunk
 from contraflow.policy.normalise import RunningMoments
 from contraflow.training.loop import Carry, Learner, World
-from contraflow.training.sources.base import Opened, check_chunk, check_counts, discount, environment, first_learner, need
+from contraflow.training.sources.base import (
+    Opened,
+    check_chunk,
+    check_counts,
+    discount,
+    environment,
+    first_learner,
+    need,
+)
 
 GLANCE = 64  # observations to look at a policy with
 
