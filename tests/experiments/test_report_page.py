@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.cli_helpers import assert_refused, cli
-from tests.experiments.report_helpers import AGENTS, loose, write_matrix, write_run
+from tests.experiments.helpers import AGENTS, loose, write_matrix, write_run
 
 from contraflow.experiments.compare.matrix import FINAL, cell_folder
 from contraflow.experiments.report import page as writer

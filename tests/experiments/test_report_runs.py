@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.cli_helpers import Guess
-from tests.experiments.report_helpers import AGENTS, final, loose, write_matrix, write_run
+from tests.experiments.helpers import AGENTS, final, loose, write_matrix, write_run
 
 from contraflow import SAC, SIR, UserError
 from contraflow.experiments.compare.matrix import FAILED, FINAL, cell_folder
