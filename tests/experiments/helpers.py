@@ -1,4 +1,4 @@
-"""Run folders as training and `compare` leave them, written by hand in a millisecond each; and workers of a few lines."""
+"""Run folders as training and `compare` leave them, written by hand in milliseconds; and workers of a few lines."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.cli_helpers import SMALL, TINY
 
-from contraflow.agents import RFM
+from contraflow.agents.online.rfm import RFM
 from contraflow.experiments.bridge import cost
 from contraflow.experiments.compare import runner
 from contraflow.experiments.compare.matrix import FINAL, Cell, Matrix, Settings

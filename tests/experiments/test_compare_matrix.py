@@ -111,7 +111,10 @@ def test_a_second_call_may_add_but_not_change(tmp_path: Path):
         (({"sir": default_run(SIR(kappa=0.5))}, SETTINGS, frozenset()), "agent sir: kappa = 1.0, not 0.5"),
         ((SIR_ONLY, SETTINGS, frozenset({"sir"})), "agent sir: own = False, not True"),
         (({"sir": PRESETS["sac"]}, SETTINGS, frozenset()), "agent sir: kind = SIR, not SAC"),
-        (({"ppo": replace(PRESETS["ppo"], source=replace(PRESETS["ppo"].source, unroll=64))}, SETTINGS, frozenset()), "agent ppo: unroll = 128, not 64"),
+        (
+            ({"ppo": replace(PRESETS["ppo"], source=replace(PRESETS["ppo"].source, unroll=64))}, SETTINGS, frozenset()),
+            "agent ppo: unroll = 128, not 64",
+        ),
     ):
         agents, settings, own = change
         with pytest.raises(UserError, match=f"{says}: use the same settings, or another --out"):

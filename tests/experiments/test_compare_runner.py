@@ -84,7 +84,9 @@ def test_ctrl_c_lets_the_workers_save(
 
 
 def test_a_second_ctrl_c_kills_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fake(monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); (folder / 'ready').write_text(''); time.sleep(60)")
+    fake(
+        monkeypatch, "signal.signal(signal.SIGTERM, signal.SIG_IGN); (folder / 'ready').write_text(''); time.sleep(60)"
+    )
     cells, pressed = sir_cells(tmp_path, 1), []
 
     def refresh(self) -> None:
