@@ -7,7 +7,8 @@ from tests.cli_helpers import assert_refused, cli
 
 from contraflow import UserError
 from contraflow.cli.compare import named_agents
-from contraflow.experiments.compare import pool
+from contraflow.experiments.compare import runner
+from contraflow.experiments.compare.runner import Local, OnRay, Outcome
 from contraflow.presets import PRESETS
 
 GOOD = {"--agents": "sir,sac", "--envs": "probe:action", "--seeds": "1", "--steps": "40", "--collect": "10"}
@@ -23,7 +24,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
     def fail(*args):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(pool, "start", fail)
+    monkeypatch.setattr(runner, "start", fail)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
         ({"envs": "probe:action,some.module:Env"}, ["--trust"]),
         ({"envs": "probe:action,probe:action"}, ["--envs names probe:action twice"]),
         ({"own": "rfm"}, ["--own rfm is not one of the agents"]),
+        ({"agents": "bc"}, ["agent bc: it learns from a dataset: give --data, one for probe:action"]),
+        ({"agents": "bc", "data": "a,b"}, ["--data names 2 datasets for 1 environments"]),
         ({"collect": "40"}, ["agent sir: collect must lie between 0 and steps=40"]),
         ({"critic.width": "0"}, ["width must be positive"]),
         ({"seeds": "0"}, ["seeds and jobs must be at least 1"]),
@@ -69,24 +72,26 @@ def test_simulators_are_looked_up_not_built(package, env, says, tmp_path: Path, 
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: pool.Outcome(0, 2, {}, False))
+    monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: Outcome(0, 2, {}))
     assert cli(*flags(tmp_path / "m"))[0] == 0
     assert_refused(flags(tmp_path / "m", steps="50"), "steps = 40, not 50", "another --out")
     assert_refused(flags(tmp_path / "m", **{"critic.gamma": "0.9"}), "gamma = 0.99, not 0.9")
     assert cli(*flags(tmp_path / "m", agents="rfm,sir", seeds="3"))[0] == 0
 
 
-def test_seeds_are_trained_together_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_where_and_how_the_cells_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def run_cells(*args):
-        asked.append(args[-1])
-        return pool.Outcome(0, 1, {}, False)
+        asked.append(args[2:])
+        return Outcome(0, 1, {})
 
     monkeypatch.setattr("contraflow.cli.compare.run_cells", run_cells)
-    for more in ([], ["--together"]):
+    for more in (["--jobs", "3"], ["--together", "--quiet"], ["--ray", "auto", "--trust"]):
         assert cli(*flags(tmp_path / "m"), *more)[0] == 0
-    assert asked == [False, True]
+    rest = [(10, False, False, False), (10, False, True, True), (10, True, False, False)]
+    assert [given[1:] for given in asked] == rest, "episodes, trust, quiet, together"
+    assert asked[0][0] == Local(3) and isinstance(asked[2][0], OnRay)
 
 
 def test_help_shows_the_selection_before_the_settings():
@@ -99,12 +104,12 @@ def test_help_shows_the_selection_before_the_settings():
 
 def test_names_and_sources_of_agents():
     agents = named_agents("rfm,paper=rfm-paper,tests.cli_helpers:Guess", True)
-    assert list(agents) == ["rfm", "paper", "Guess"] and agents["paper"] == PRESETS["rfm-paper"].agent
+    assert list(agents) == ["rfm", "paper", "Guess"] and agents["paper"] == PRESETS["rfm-paper"]
     with pytest.raises(UserError, match="cannot import"):
         named_agents("x=tests.cli_helpers:NoAgent", True)
 
 
 def test_a_note_without_the_actor_free_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: pool.Outcome(0, 1, {}, False))
+    monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: Outcome(0, 1, {}))
     assert "note: without `sir`" in cli(*flags(tmp_path / "a", agents="sac"))[1]
     assert "note:" not in cli(*flags(tmp_path / "b"))[1]

@@ -1,32 +1,37 @@
 """Cells as tasks of Ray: what is refused and what a task says, without Ray; kills and Ctrl-C on a local cluster."""
 
+import importlib.util
 import os
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.cli_helpers import COMMAND, ENVIRON, ROOT, assert_refused, cli
+from tests.cli_helpers import ROOT, TINY, Guess, assert_refused
+from tests.experiments.helpers import calls, fake, sir_cells
 
-from contraflow import SIR
-from contraflow.experiments.compare import on_ray, pool
-from contraflow.experiments.compare.matrix import FINAL, LOCK, Cell, Settings, at_work, plan, state, steps_taken
-from contraflow.training.log import read_evaluations
-from contraflow.training.run import progress
+from contraflow.experiments.compare import runner
+from contraflow.experiments.compare.matrix import FINAL, LOCK, Cell, at_work, failure, prepare, state
+from contraflow.experiments.compare.runner import OnRay, run_cells
 
 GOOD = ["compare", "--agents", "sir", "--envs", "probe:action", "--seeds", "1", "--steps", "40", "--collect", "10"]
 
 
 def cell_in(out: Path) -> Cell:
-    (cell,) = plan({"sir": SIR()}, ["probe:action"], 1, Settings(steps=40, collect=10), frozenset(), out)
-    cell.folder.mkdir(parents=True)
+    (cell,) = sir_cells(out, 1)
+    prepare(cell)
     return cell
+
+
+GUESS = replace(TINY, agent=Guess())
 
 
 class RayError(Exception): ...
@@ -80,21 +85,21 @@ def test_what_a_task_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def attempt(body: str) -> str | None:
         code = f"import os, pathlib, sys; folder = pathlib.Path(sys.argv[1]); {body}"
-        monkeypatch.setattr(pool, "WORKER", (sys.executable, "-S", "-c", code))
-        return on_ray.attempt(folder, tmp_path, 1, False)
+        monkeypatch.setattr(runner, "WORKER", (sys.executable, "-S", "-c", code))
+        return runner.attempt(folder, tmp_path, 1, False)
 
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(ChildProcessError, match="killed by signal 9"):
         attempt("os.kill(os.getpid(), 9)")
-    assert state(folder) == "new", "that it may yet be done is not said to have failed"
+    assert state(folder) == "started", "that it may yet be done is not said to have failed"
     with pytest.raises(ChildProcessError, match="exit code 130"):
         attempt("sys.exit(130)")
     assert attempt("(folder / 'failed.json').write_text('{\"reason\": \"nan\"}'); sys.exit(1)") == "nan"
     words = "os.getcwd(), os.environ['JAX_PLATFORMS'], os.environ['XLA_FLAGS']"
     assert attempt(f"print({words}); (folder / 'final.json').write_text('{{}}')") is None
-    assert (folder / "worker.log").read_text() == f"{tmp_path} cpu {pool.ONE_THREAD}\n"
+    assert (folder / "worker.log").read_text() == f"{tmp_path} cpu {runner.ONE_THREAD}\n"
 
 
 def test_a_cancelled_task_lets_its_worker_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -105,15 +110,15 @@ def test_a_cancelled_task_lets_its_worker_save(tmp_path: Path, monkeypatch: pyte
         "def save(*args): time.sleep(.3); (folder / 'saved').write_text(''); sys.exit(130)\n"
         "signal.signal(signal.SIGTERM, save); (folder / 'ready').write_text(''); time.sleep(60)"
     )
-    monkeypatch.setattr(pool, "WORKER", (sys.executable, "-S", "-c", code))
+    monkeypatch.setattr(runner, "WORKER", (sys.executable, "-S", "-c", code))
 
     def cancel(seconds: float) -> None:
         if (folder / "ready").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(on_ray, "time", SimpleNamespace(sleep=cancel))
+    monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=cancel))
     with pytest.raises(KeyboardInterrupt):
-        on_ray.attempt(folder, tmp_path, 1, False)
+        runner.attempt(folder, tmp_path, 1, False)
     assert (folder / "saved").exists()
 
 
@@ -127,7 +132,10 @@ def test_what_becomes_of_a_task_that_says_nothing(tmp_path: Path, monkeypatch: p
         def get(reference):
             raise error
 
-        return on_ray._result(fake_ray(monkeypatch, get=get), None, cell)
+        on_ray = OnRay("auto")
+        on_ray._ray = fake_ray(monkeypatch, get=get)
+        (reason,) = on_ray.reasons(None, (cell,))
+        return reason
 
     cell = cell_in(tmp_path)
     reason = result(RayTaskError("a traceback\nof many lines"))
@@ -151,9 +159,7 @@ def test_a_worker_holds_the_lock_of_its_cell(tmp_path: Path):
 
 
 # A token of our own: Ray would leave one in the home folder, and a command does not ask for it when it has an address.
-RAY_ENVIRON = ENVIRON | {
-    "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
-}  # fmt: skip
+RAY_ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 HEAD = """
 import sys
 import ray
@@ -161,112 +167,81 @@ ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR")
 print("address", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
-ARGS = [
-    "compare", "--agents", "tests.cli_helpers:Guess", "--collect", "10", "--num-envs", "2", "--batch-size", "8",
-    "--buffer-size", "64", "--eval-episodes", "1", "--log-every", "50", "--final-episodes", "2", "--trust",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a Ray with two workers."""
-    pytest.importorskip("ray")
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
     command = [sys.executable, "-c", HEAD]
-    # From another folder, without ours on the path: tasks must find the code that the command finds in its own.
-    environ = RAY_ENVIRON | {"PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(
-        command, env=environ, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as head:
-        assert head.stdout is not None
-        try:
-            yield next(line.split()[1] for line in head.stdout if line.startswith("address "))
-        finally:
-            head.communicate()
-
-
-def deadly(num_envs: int, seed: int):
-    """An environment that takes its process along."""
-    print("killing myself", flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def worker_of(folder: Path) -> tuple[int, int]:
-    """(process id, that of its parent) of the worker of a cell."""
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = file.read_bytes().split(b"\0")
-            if str(folder).encode() in words and b"contraflow.experiments.compare.worker" in words:
-                parent = (file.parent / "stat").read_text().rpartition(")")[2].split()[1]
-                return int(file.parent.name), int(parent)
-        except OSError:  # it ended meanwhile
-            continue
-    raise AssertionError(f"nobody is at work in {folder}")
-
-
-def wait(condition, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    with pytest.MonkeyPatch.context() as patch:  # Ray reads these when it is imported
+        for name, value in RAY_ENVIRON.items():
+            patch.setenv(name, value)
+        # Tasks import the library; what else the command finds in its folder, only its workers do.
+        environ = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        with subprocess.Popen(
+            command, env=environ, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as head:
+            assert head.stdout is not None
+            try:
+                yield next(line.split()[1] for line in head.stdout if line.startswith("address "))
+            finally:
+                head.communicate()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_killed_cells_are_retried_from_their_checkpoints(cluster: str, tmp_path: Path):
+def test_killed_cells_are_tried_again(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two are killed by SIGKILL, in one its worker, in the other the task's own process; one is killed every time, one
     fails by itself. The first two are done, each once; the others do not stop them."""
-    envs = ["probe:constant", f"{__name__}:deadly", "tests.cli_helpers:nan_soon"]
-    args = [*ARGS, "--envs", ",".join(envs), "--seeds", "2", "--steps", "2000", "--eval-every", "100"]
-    args += ["--out", str(tmp_path / "m"), "--ray", cluster]
-    cells = [tmp_path / "m/Guess/probe-constant" / f"seed{seed}" for seed in (0, 1)]
-    command = subprocess.Popen([*COMMAND, *args], env=RAY_ENVIRON, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    history = {}
-    try:
-        for cell in cells:
-            # The checkpoint of step 100 is there when the evaluation of step 200 is.
-            wait(lambda cell=cell: len(read_evaluations(cell)) >= 2, command)
-            worker, task = worker_of(cell)
-            os.kill(worker if cell is cells[0] else task, signal.SIGKILL)
-            history[cell] = read_evaluations(cell)[:2]
-            assert state(cell) == "started"
-        out = command.communicate(timeout=300)[0]
-    finally:
-        command.kill()
-        command.communicate()
-    assert command.returncode == 1
-    assert "2 of 6 cells done, 2 of them now, 4 failed" in out
-    for seed, cell in enumerate(cells):
-        assert out.count(f"Guess on probe:constant, seed {seed}: done") == 1
-        rows = read_evaluations(cell)
-        assert [row["step"] for row in rows] == list(range(100, 2001, 100)), "every evaluation once"
-        assert rows[0] == history[cell][0], "that of before the kill, its seconds included"
-    for seed in (0, 1):
-        assert f"failed: Guess on {envs[1]}, seed {seed}: the worker was killed by signal 9 (out of memory?)" in out
-        assert f"failed: Guess on {envs[2]}, seed {seed}: environment <lambda> returned a non-finite" in out
-        log = tmp_path / f"m/Guess/{__name__}-deadly/seed{seed}/worker.log"
-        assert log.read_text().count("killing myself") == 1 + on_ray.RETRIES
-    before = [(cell / FINAL).stat().st_mtime_ns for cell in cells]
-    again = [word.split(",")[0] for word in args]
-    code, out, _ = cli(*again[: again.index("--ray")])
-    assert code == 0 and "2 of 2 cells done, 0 of them now, 0 failed" in out
-    assert before == [(cell / FINAL).stat().st_mtime_ns for cell in cells]
+    fake(monkeypatch, """
+        first = not (folder / "tried").exists()
+        (folder / "tried").write_text("")
+        if seed == 3:
+            (folder / "failed.json").write_text(json.dumps({"reason": "nan"}))
+            sys.exit(1)
+        if seed == 2 or first:
+            os.kill(os.getppid() if seed == 1 else os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
+            sys.exit(130)
+        done()
+    """)  # fmt: skip
+    cells = sir_cells(tmp_path, 4)
+    outcome = run_cells(cells, tmp_path, OnRay(cluster), 1, quiet=True)
+    assert (outcome.before, outcome.done, outcome.interrupted) == (0, 2, False)
+    assert outcome.failed[cells[3]] == "nan"
+    assert outcome.failed[cells[2]].startswith("the worker was killed by signal 9 (out of memory?); its log is")
+    assert sorted(seed for seed, *_ in calls(tmp_path, "ends")) == ["0", "1"], "each once"
+    tries = [seed for seed, *_ in calls(tmp_path)]
+    assert [tries.count(seed) for seed in "0123"] == [2, 2, 1 + runner.RETRIES, 1]
 
 
 @pytest.mark.slow
-def test_ctrl_c_lets_the_tasks_save(cluster: str, tmp_path: Path):
-    """Three cells on two workers: two save, far from the next evaluation; one is left as it was."""
-    args = [*ARGS, "--envs", "probe:constant", "--seeds", "3", "--steps", "200000", "--eval-every", "200000"]
-    args += ["--out", str(tmp_path / "m"), "--ray", cluster]
-    cells = [tmp_path / "m/Guess/probe-constant" / f"seed{seed}" for seed in range(3)]
-    command = subprocess.Popen([*COMMAND, *args], env=RAY_ENVIRON, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        wait(lambda: sum((steps_taken(cell) or 0) >= 100 for cell in cells) == 2, command)
-        command.send_signal(signal.SIGINT)
-        out = command.communicate(timeout=120)[0]
-    finally:
-        command.kill()
-        command.communicate()
-    assert command.returncode == 130 and "0 of 3 cells done, 0 of them now, 0 failed" in out
-    assert "the same command continues" in out
-    assert [state(cell) for cell in cells] == ["started"] * 3 and not any(at_work(cell) for cell in cells)
-    assert sorted(progress(cell, trust=True) >= 100 for cell in cells) == [False, True, True]
+def test_ctrl_c_lets_the_tasks_save(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three cells on two workers: two save; one is left as it was. And what fails on the way back is said."""
+    fake(monkeypatch, "wait()")
+    cells = sir_cells(tmp_path)
+
+    def press() -> None:
+        deadline = time.monotonic() + 240
+        while sum((cell.folder / "ready").exists() for cell in cells) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    outcome = run_cells(cells, tmp_path, OnRay(cluster), 1, quiet=True)
+    thread.join()
+    assert outcome.interrupted and outcome.done == 0 and outcome.failed == {}
+    assert [state(cell.folder) for cell in cells] == ["started"] * 3
+    assert sorted((cell.folder / "saved").exists() for cell in cells) == [False, True, True]
+
+
+@pytest.mark.slow
+def test_a_cell_that_ray_trains(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real worker, with code of the user that lies in the folder of the command."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    cell = Cell("guess", TINY.env, 0, GUESS, tmp_path / "cell")
+    assert run_cells([cell], tmp_path, OnRay(cluster), 1, trust=True, quiet=True).done == 1, failure(cell.folder)
+    assert (cell.folder / FINAL).exists() and not at_work(cell.folder)

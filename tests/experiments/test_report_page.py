@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.cli_helpers import assert_refused, cli
-from tests.experiments.report_helpers import AGENTS, loose, write_matrix, write_run
+from tests.experiments.helpers import AGENTS, loose, write_matrix, write_run
 
 from contraflow.experiments.compare.matrix import FINAL, cell_folder
-from contraflow.experiments.report import page as writer
-from contraflow.experiments.report.charts import styles
-from contraflow.experiments.report.page import CAPTIONS
+from contraflow.experiments.report import charts
+from contraflow.experiments.report.charts import CAPTIONS, styles
 from contraflow.experiments.report.runs import read
 from contraflow.presets import PRESETS
 
@@ -89,8 +88,9 @@ def test_what_the_page_says(page: Path):
     for text in (
         "29 runs: 3 agents, 2 environments, 5 seeds",
         "sac/probe-action/seed4 is trained, but not evaluated yet",
-        "sac: 1 runs are left out of the aggregates",
+        "sac: 1 run is left out of the aggregates, since",
         "mean over 2 fresh episodes",
+        "runs 1 task 2 tasks 4 tasks 8 tasks 2 48 66 73 81 3 74 85 86 89",
         "A step is one decision of the agent",
         "rfm, one particle", "rfm, uniform actions instead of its actor", "32 x 4 NFE, 32 Q", "1 x 1 NFE, 0 Q",
         "sir 32 x 0 NFE, 32 Q 220 ± 15.81 (5) 22 ± 1.581 (5)",
@@ -100,7 +100,7 @@ def test_what_the_page_says(page: Path):
         "has too few seeds (fewer than 5) for a verdict against sir",
         "rfm is behind sir: -",
         "Critic, widths, batch, updates per step, clipping and evaluation are the same for all agents.",
-        "agent.critic.width 64", "agent.estimator Gibbs - -",
+        "agent.critic.width 64", "agent.target.estimator Gibbs - -", "agent.actor.width 64 64 -",
         "rfm/probe-action/seed0 rfm probe:action 0 40 45 0.2 0 contraflow",
         "cpu: Abacus 3, cores: 2", "jax 0.9.9",
     ):  # fmt: skip
@@ -110,11 +110,11 @@ def test_what_the_page_says(page: Path):
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch):
     """For tests of the text: charts take seconds."""
-    monkeypatch.setattr(writer, "draw", lambda *args: {})
+    monkeypatch.setattr(charts, "draw", lambda *args: {})
 
 
 def test_settings_that_are_not_the_same_are_told(tmp_path: Path, no_charts: None):
-    agents = {"paper": PRESETS["rfm-paper"].agent, "sir": AGENTS["sir"]}
+    agents = {"paper": PRESETS["rfm-paper"], "sir": AGENTS["sir"]}
     write_matrix(tmp_path / "m", ["probe:action"], 2, agents, frozenset({"paper"}))
     assert cli("report", tmp_path / "m", "--out", tmp_path / "r.html")[0] == 0
     words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
@@ -124,12 +124,24 @@ def test_settings_that_are_not_the_same_are_told(tmp_path: Path, no_charts: None
 
 def test_runs_without_a_matrix_without_an_actor_free_agent(tmp_path: Path):
     """One agent, one seed, one task, no diagnostics that differ: the page says what it cannot say."""
-    write_run(tmp_path / "runs/a", loose(agent=AGENTS["sac"]), [1.0, 2.0])
+    write_run(tmp_path / "runs/a", loose(agent=AGENTS["sac"].agent), [1.0, 2.0])
     code, _, err = cli("report", tmp_path / "runs", "--out", tmp_path / "r.html")
     assert code == 0 and err == ""
     words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
-    assert "No run here is of the actor-free agent" in words and "one run: no interval" in words
+    assert "1 run: 1 agent, 1 environment, 1 seed." in words and "`" not in words
+    assert "No run here is of the actor-free agent sir : nothing" in words and "one run: no interval" in words
     assert not (tmp_path / "r-by-time.png").exists() and not (tmp_path / "r-against.png").exists()
+
+
+def test_agents_of_every_kind(tmp_path: Path, no_charts: None):
+    agents = {name: PRESETS[name] for name in ("sir", "ppo", "bc")}
+    write_matrix(tmp_path / "m", ["probe:action"], 2, agents, data={"probe:action": "set"})
+    assert cli("report", tmp_path / "m", "--out", tmp_path / "r.html")[0] == 0
+    words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
+    assert "6 runs: 3 agents, 1 environment, 2 seeds" in words and "take no environment steps" in words
+    assert "early stops are not counted" in words and "the same for all agents that have them." in words
+    assert "source Dataset Rollouts Replay" in words and "bc/probe-action/seed0 bc probe:action 0 - 40" in words
+    assert "Some agents have only 2 complete seeds" in words
 
 
 def test_names_cannot_break_the_page(tmp_path: Path, no_charts: None):
@@ -166,7 +178,7 @@ def test_bad_input(page: Path, tmp_path: Path):
     assert_refused(["report", str(matrix), *scores], "names probe:acton", "did you mean 'probe:action'?")
     (tmp_path / "m").mkdir()
     (tmp_path / "m/matrix.json").write_text("{")
-    assert_refused(["report", str(tmp_path / "m"), "--out", str(out)], "matrix.json is damaged")
+    assert_refused(["report", str(tmp_path / "m"), "--out", str(out)], "matrix.json is not valid JSON")
     assert list(tmp_path.glob("r*")) == []
 
 

@@ -5,17 +5,18 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from contraflow.cli.settings import Switch, find_preset
+from contraflow.cli.settings import Switch, find_preset, read_flags, registry
 from contraflow.core.settings import suggest
 from contraflow.core.types import UserError
 from contraflow.envs import check
-from contraflow.experiments.compare import matrix
-from contraflow.experiments.compare.on_ray import run_on_ray
-from contraflow.experiments.compare.pool import Outcome, run_cells
+from contraflow.experiments import bridge
+from contraflow.experiments.compare.matrix import Matrix, Settings
+from contraflow.experiments.compare.runner import Local, OnRay, Outcome, run_cells
+from contraflow.train.run import Run
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 
@@ -34,6 +35,8 @@ class Selection:
     """Environments, separated by commas; `contraflow list envs` shows them."""
     out: Path
     """Folder of the matrix; a run goes to OUT/AGENT/ENV/seedK."""
+    data: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = ""
+    """Datasets of agents that learn from one: one for each environment, in their order."""
     seeds: int = 5
     """Seeds 0, 1, ... of each agent on each environment."""
     own: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = ""
@@ -51,7 +54,7 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(matrix.Settings, Selection):
+class Compare(Settings, Selection):
     """Fields in the order of `--help`: the selection first."""
 
     def __post_init__(self):
@@ -66,29 +69,35 @@ class Compare(matrix.Settings, Selection):
 
 def compare_command(args: list[str]) -> int:
     """`contraflow compare`: 0, 1 when a cell failed, 130 after Ctrl-C."""
-    options = tyro.cli(Compare, prog="contraflow compare", description=DESCRIPTION, args=args)
+    options = read_flags(Compare, args, prog="contraflow compare", description=DESCRIPTION, registry=registry(False))
     agents = named_agents(options.agents, options.trust)
     envs = _names("envs", options.envs)
     own = frozenset(_names("own", options.own)) if options.own else frozenset()
+    data = options.data.split(",") if options.data else []
+    if data and len(data) != len(envs):
+        raise UserError(f"--data names {len(data)} datasets for {len(envs)} environments: give one for each, in order")
     for name in own - agents.keys():
         raise UserError(f"--own {name} is not one of the agents; {suggest(name, agents)}")
     for env in envs:
         check(env, trust=options.trust)
-    settings = matrix.Settings(**{name: getattr(options, name) for name in matrix.Settings.__dataclass_fields__})
-    cells = matrix.plan(agents, envs, options.seeds, settings, own, options.out)
-    matrix.record(agents, envs, options.seeds, settings, own, options.out)
-    if not any(type(agent).__name__ == "SIR" for agent in agents.values()) and not options.quiet:
+    settings = Settings(**{name: getattr(options, name) for name in Settings.__dataclass_fields__})
+    named = dict(zip(envs, data, strict=False))
+    matrix = Matrix(options.out, agents, envs, settings, options.seeds, own, named, options.trust)
+    cells = matrix.cells()
+    matrix.record()
+    costs = [bridge.cost(run.agent) for run in agents.values()]
+    if not options.quiet and not any(cost is not None and cost["nfe"] == 0 for cost in costs):
         print("note: without `sir`, the actor-free agent, nothing shows what the critic does alone")
-    rest = options.final_episodes, options.trust, options.quiet
-    if options.ray is not None:
-        outcome = run_on_ray(cells, options.out, options.ray, *rest)
-    else:
-        outcome = run_cells(cells, options.out, options.jobs or cores(), *rest, options.together)
-    return _finish(outcome, len(cells), options.out, args)
+    runner = Local(options.jobs or cores()) if options.ray is None else OnRay(options.ray)
+    rest = options.final_episodes, options.trust, options.quiet, options.together
+    return _finish(run_cells(cells, options.out, runner, *rest), len(cells), options.out, args)
 
 
-def named_agents(text: str, trust: bool) -> dict[str, Any]:
-    """Agents by name, from `rfm,mine=runs/a/config.json,...`. Raises UserError for one that does not exist."""
+def named_agents(text: str, trust: bool) -> dict[str, Run]:
+    """Agents by name, each in the run of its preset, from `rfm,mine=runs/a/config.json,...`.
+
+    Raises UserError for one that does not exist.
+    """
     agents = {}
     for item in _names("agents", text):
         name, _, source = item.partition("=") if "=" in item else (item.rpartition(":")[2], "", item)
@@ -96,7 +105,7 @@ def named_agents(text: str, trust: bool) -> dict[str, Any]:
             raise UserError(f"agent {item} needs a name for its folder, of letters, digits and .-_: give NAME={source}")
         if name in agents:
             raise UserError(f"two agents are called {name}: give one another name, as NAME={source}")
-        agents[name] = find_preset(source, trust).agent
+        agents[name] = find_preset(source, trust)
     return agents
 
 
@@ -126,6 +135,6 @@ def _finish(outcome: Outcome, total: int, out: Path, args: list[str]) -> int:
         print(f"interrupted; what was done is saved, the same command continues: {again}")
         return 130
     if outcome.failed:
-        print(f"once it is mended, the same command tries the failed cells again: {again}")
+        print(f"once it is fixed, the same command tries the failed cells again: {again}")
     print(f"report  contraflow report {shlex.quote(str(out))} --out report.html")
     return 1 if outcome.failed else 0

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import tyro
 
+from contraflow.cli.settings import read_flags
 from contraflow.experiments.report.page import write_report
-from contraflow.experiments.report.scores import read_scales
+from contraflow.experiments.report.scores import plural, read_scales
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class Report:
 
 def report_command(args: list[str]) -> int:
     """`contraflow report DIR`: write the page, and say what was left out of it; the exit code."""
-    options = tyro.cli(Report, prog="contraflow report", args=args)
+    options = read_flags(Report, args, prog="contraflow report")
     scale = read_scales(options.scores) if options.scores else {}
     files, left = write_report(options.folder, options.out, scale, options.against)
-    for item in left:
-        print(f"left out  {item.place}: {item.reason}")
-    print(f"report    {shlex.quote(str(files[0]))}, and {len(files) - 1} charts beside it")
+    for place, reason in left.items():
+        print(f"left out  {place}: {reason}")
+    *charts, page = files
+    print(f"report    {shlex.quote(str(page))}, and {plural(len(charts), 'chart')} beside it")
     return 0

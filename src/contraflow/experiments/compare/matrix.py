@@ -4,26 +4,24 @@
 folder of an ordinary run, so nothing is lost with the process that looks after the matrix.
 """
 
-import dataclasses
 import fcntl
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from contraflow.core.settings import VERSION, to_json
+from contraflow.core.files import make_folder, read_json, write_json
+from contraflow.core.settings import SCHEMA, check_schema, from_json, to_json, version
 from contraflow.core.types import UserError
-from contraflow.envs import jittable
+from contraflow.experiments import bridge
 from contraflow.rl.critics import Critics
-from contraflow.rl.flow_policy import FlowPolicy
-from contraflow.training import checkpoint
-from contraflow.training.run import Run, write_config
+from contraflow.train.run import Run, read_config, write_config
 
-SCHEMA = 1
 FINAL, FAILED, LOG, LOCK = "final.json", "failed.json", "worker.log", "worker.lock"
-OURS = {FAILED, LOG, LOCK, "config.json.tmp"}  # what may lie in a folder that has no config.json yet
+OURS = {FAILED, LOG, LOCK}  # what may lie in a folder that has no config.json yet, beside half-written files
+State = Literal["new", "started", "failed", "done"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Settings:
     """What all cells of a matrix share, whatever their presets say: the comparison is of agents, not of settings."""
 
     steps: int
-    """Environment steps of a run, summed over `num_envs`; one step is one decision of the agent."""
+    """Environment steps of a run, summed over `num_envs`; one step is one decision of the agent. For agents that learn
+    from a dataset, gradient steps."""
     collect: int = 5_000
     """Steps of uniformly random actions before learning starts."""
     num_envs: int = 1
@@ -63,12 +62,6 @@ class Settings:
             raise ValueError(f"final_episodes must be at least 1, got {self.final_episodes}")
 
 
-NETWORK = ("critic", "width", "depth", "decay_steps", "max_grad_norm")
-"""The settings that are fields of agents; the others are fields of `Run`, but for `final_episodes`."""
-
-State = Literal["new", "started", "failed", "done"]
-
-
 @dataclass(frozen=True)
 class Cell:
     """One agent on one environment with one seed; `run` is the whole of its settings."""
@@ -83,37 +76,67 @@ class Cell:
         return f"{self.agent} on {self.env}, seed {self.seed}"
 
 
-def plan(
-    agents: Mapping[str, Any], envs: Sequence[str], seeds: int, settings: Settings, own: frozenset[str], out: Path
-) -> list[Cell]:
-    """All cells, seed by seed, so that a matrix broken off early still compares all agents on all environments.
+@dataclass(frozen=True)
+class Matrix:
+    """Agents by name, each a run of its preset; those in `own` keep their networks and optimiser. `data` gives the
+    datasets of environments, for agents that learn from one."""
 
-    `agents` by name; those in `own` keep their own networks and optimiser, the others take them from `settings`.
-    Raises UserError for settings that do not fit an agent.
-    """
-    shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    network = {name: shared.pop(name) for name in NETWORK}
-    del shared["final_episodes"]
-    cells = []
-    for seed in range(seeds):
-        for env in envs:
-            for name, agent in agents.items():
-                try:
-                    agent = agent if name in own else with_networks(agent, network)
-                    run = Run(env=env, agent=agent, seed=seed, trackers=(), **shared)
-                except (TypeError, ValueError) as error:
-                    raise UserError(f"agent {name}: {error}") from None
-                cells.append(Cell(name, env, seed, run, cell_folder(out, name, env, seed)))
-    return cells
+    out: Path
+    agents: Mapping[str, Run]
+    envs: Sequence[str]
+    settings: Settings
+    seeds: int = 5
+    own: frozenset[str] = frozenset()
+    data: Mapping[str, str] = field(default_factory=dict)
+    trust: bool = False
 
+    def cells(self) -> list[Cell]:
+        """All of them, seed by seed, so that a matrix broken off early still compares all agents on all environments.
 
-def with_networks(agent: Any, network: Mapping[str, Any]) -> Any:
-    """The agent with those settings of `NETWORK` that it has itself or, for the size of the actor, in its policy."""
-    mine = {f.name for f in dataclasses.fields(agent)}
-    policy = getattr(agent, "policy", None)
-    if isinstance(policy, FlowPolicy):
-        agent = replace(agent, policy=replace(policy, **{k: network[k] for k in ("width", "depth") if k in network}))
-    return replace(agent, **{k: v for k, v in network.items() if k in mine})
+        Raises UserError for settings that do not fit an agent.
+        """
+        shared = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        cells = []
+        for seed in range(self.seeds):
+            for env in self.envs:
+                for name, run in self.agents.items():
+                    keeps, data = name in self.own, self.data.get(env, "")
+                    try:
+                        run = bridge.cell_run(run, env, seed, data, shared, keeps, self.trust)
+                    except (TypeError, ValueError, UserError) as error:
+                        raise UserError(f"agent {name}: {error}") from None
+                    cells.append(Cell(name, env, seed, run, cell_folder(self.out, name, env, seed)))
+        return cells
+
+    def record(self) -> None:
+        """Write `out`/matrix.json, or check the one that is there.
+
+        A later call may add agents, environments and seeds, and may name fewer. Raises UserError when the settings, or
+        those of an agent of the same name, are others than recorded, or when `out` is something else.
+        """
+        out, file = self.out, self.out / "matrix.json"
+        if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} already exists and holds no matrix: choose another --out")
+        shared = to_json(self.settings)
+        agents = {name: {"own": name in self.own, **bridge.brings(run, shared)} for name, run in self.agents.items()}
+        new = {"settings": shared, "agents": agents, "envs": [*self.envs], "seeds": self.seeds, "data": dict(self.data)}
+        if file.exists():
+            old = read_record(out)
+            pairs = [("", to_json(from_json(old["settings"], Settings, where="matrix.json")), shared)]
+            pairs.append(("data of ", old["data"], old["data"] | new["data"]))
+            for name in sorted(old["agents"].keys() & agents.keys()):
+                pairs.append((f"agent {name}: ", bridge.brought(old["agents"][name], self.trust), agents[name]))
+            for where, was, now in pairs:
+                if found := first_difference(was, {key: now[key] for key in was}):
+                    field = re.sub(r"^(agent|source)\.", "", found[0])
+                    raise UserError(
+                        f"{out} holds a matrix with {where}{field} = {found[1]}, not {found[2]}: "
+                        "use the same settings, or another --out"
+                    )
+            new |= {key: old[key] | new[key] for key in ("agents", "data")}
+            new |= {"envs": list(dict.fromkeys([*old["envs"], *self.envs])), "seeds": max(old["seeds"], self.seeds)}
+        make_folder(out)
+        write_json(file, {"schema": SCHEMA, "version": version()} | new)
 
 
 def cell_folder(out: Path, agent: str, env: str, seed: int) -> Path:
@@ -121,90 +144,17 @@ def cell_folder(out: Path, agent: str, env: str, seed: int) -> Path:
     return out / agent / re.sub(r"[^\w.-]", "-", env) / f"seed{seed}"
 
 
-def record(
-    agents: Mapping[str, Any], envs: Sequence[str], seeds: int, settings: Settings, own: frozenset[str], out: Path
-) -> None:
-    """Write `out`/matrix.json, or check the one that is there.
-
-    A later call may add agents, environments and seeds, and may name fewer. Raises UserError when the settings, or
-    those of an agent of the same name, are others than recorded, or when `out` is something else.
-    """
-    file = out / "matrix.json"
-    have = read_record(out) if file.exists() else None
-    if have is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists and holds no matrix: choose another --out")
-    wanted: dict[str, Any] = {
-        "settings": to_json(settings),
-        "agents": {name: {"own": name in own, "agent": to_json(agent)} for name, agent in agents.items()},
-    }
-    seen = {"agents": {}, "envs": [], "seeds": 0} if have is None else have
-    if have is not None:
-        both = {name for name in wanted["agents"] if name in have["agents"]}
-        pairs: list[tuple[str, Any, Any]] = [("", have["settings"], settings)]
-        pairs += [(f"agent {name}: ", have["agents"][name]["agent"], agents[name]) for name in sorted(both)]
-        pairs += [(f"agent {name}: own", have["agents"][name]["own"], name in own) for name in sorted(both)]
-        for where, old, new in pairs:
-            if difference := changed(old, new):
-                name, was, now = difference
-                raise UserError(
-                    f"{out} holds a matrix with {where}{name} = {was}, not {now}: "
-                    "use the same settings, or another --out"
-                )
-    data = {
-        "schema": SCHEMA,
-        "version": VERSION,
-        "settings": wanted["settings"],
-        "agents": seen["agents"] | wanted["agents"],
-        "envs": list(dict.fromkeys([*seen["envs"], *envs])),
-        "seeds": max(seen["seeds"], seeds),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, data)
-
-
 def read_record(out: Path) -> dict[str, Any]:
-    """`out`/matrix.json. Raises UserError if it is damaged or of a newer release."""
+    """`out`/matrix.json. Raises UserError if it is damaged or of another release."""
     file = out / "matrix.json"
+    data = read_json(file)
+    check_schema(data, file)
     try:
-        data = json.loads(file.read_text())
-        schema = data["schema"]
-        if schema <= SCHEMA:
-            _ = data["settings"]["steps"], list(data["envs"]), range(data["seeds"])
-            _ = [(agent["own"], agent["agent"]) for agent in data["agents"].values()]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        _ = data["settings"]["steps"], list(data["envs"]), range(data["seeds"]), dict(data["data"])
+        _ = [(agent["own"], agent["agent"], agent["source"]) for agent in data["agents"].values()]
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: restore it, or compare anew with another --out") from None
-    if schema > SCHEMA:
-        raise UserError(f"{file} has schema {schema}, this release reads up to {SCHEMA}: upgrade contraflow")
     return data
-
-
-def write_json(path: Path, data: Any) -> None:
-    """All of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1))
-    temporary.rename(path)
-
-
-def changed(old: Any, value: Any) -> tuple[str, Any, Any] | None:
-    """The first field, as `first_difference`, in which the JSON `old` does not describe `value`.
-
-    A field that `old` lacks had no name when `old` was written, and the effect that its default has now.
-    """
-    return first_difference(_completed(old, value), json.loads(json.dumps(to_json(value))))
-
-
-def _completed(old: Any, value: Any) -> Any:
-    if isinstance(old, list) and isinstance(value, tuple) and len(old) == len(value):
-        return [_completed(*pair) for pair in zip(old, value, strict=True)]
-    if not isinstance(old, dict) or not dataclasses.is_dataclass(value):
-        return old
-    out = dict(old)
-    for field in dataclasses.fields(value):
-        if field.name in old:
-            out[field.name] = _completed(old[field.name], getattr(value, field.name))
-        elif field.default is not dataclasses.MISSING:
-            out[field.name] = json.loads(json.dumps(to_json(field.default)))
-    return out
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
@@ -226,24 +176,20 @@ def state(folder: Path) -> State:
     return "started" if (folder / "config.json").exists() else "new"
 
 
-def prepare(cell: Cell) -> State:
+def prepare(cell: Cell, trust: bool = False) -> State:
     """Make the folder of a cell ready for a worker; its state. Raises UserError when it is not this cell's."""
-    folder = cell.folder
-    now = state(folder)
+    folder, now = cell.folder, state(cell.folder)
     if (folder / "config.json").exists():
-        try:
-            have = json.loads((folder / "config.json").read_text())["run"]
-        except (ValueError, KeyError, TypeError):
-            have = {}
-        if difference := changed(have, cell.run):
+        # Read as the run that it is now: a field that was unknown when it was written has the effect of its default.
+        if found := first_difference(to_json(read_config(folder, trust)), to_json(cell.run)):
             raise UserError(
-                f"{folder} belongs to another run ({difference[0]} = {difference[1]}, not {difference[2]}): "
+                f"{folder} belongs to another run ({found[0]} = {found[1]}, not {found[2]}): "
                 "move it away, or choose another --out"
             )
         return now
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - OURS):
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir() if p.suffix != ".tmp"} - OURS):
         raise UserError(f"{folder} holds something else than a run: move it away, or choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_config(cell.run, folder)
     return now
 
@@ -260,27 +206,6 @@ def at_work(folder: Path) -> bool:
     return False
 
 
-def grouped(cells: Sequence[Cell], trust: bool) -> list[tuple[Cell, ...]]:
-    """The cells in groups that one program can train: one agent on one environment written in JAX, at the same step.
-
-    Seeds that have parted, and cells of other environments, are groups of their own.
-    """
-    in_jax = {env: _in_jax(env, trust) for env in dict.fromkeys(cell.env for cell in cells)}
-    groups: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        # The start is checkpoint 0, also where it has not been written yet.
-        alike = (cell.agent, cell.env, checkpoint.latest(cell.folder) or 0) if in_jax[cell.env] else cell
-        groups.setdefault(alike, []).append(cell)
-    return [tuple(group) for group in groups.values()]
-
-
-def _in_jax(env: str, trust: bool) -> bool:
-    try:
-        return jittable(env, trust=trust)
-    except Exception:  # whatever the user's own code raises: its cells will fail, each with the reason
-        return False
-
-
 def failure(folder: Path) -> str:
     """Why the last attempt failed, in one line."""
     try:
@@ -289,17 +214,13 @@ def failure(folder: Path) -> str:
         return f"unknown; see {folder / LOG}"
 
 
-def steps_taken(folder: Path) -> int | None:
-    """Environment steps of the last complete line of metrics.jsonl; cheap enough to ask every second."""
-    return _last(folder).get("step")
-
-
-def _last(folder: Path) -> dict[str, Any]:
+def steps_taken(folder: Path) -> int:
+    """Steps by the last complete line of metrics.jsonl; cheap enough to ask every second."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 16_384))
             lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-        return json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError):
-        return {}
+        return json.loads(lines[-1])["step"]
+    except (OSError, ValueError, LookupError):
+        return 0

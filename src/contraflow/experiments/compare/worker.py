@@ -14,39 +14,24 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.random as jr
 
-from contraflow.agents import SIR
-from contraflow.agents.cost import acting_cost
+from contraflow.core.files import write_json
+from contraflow.core.settings import SCHEMA
 from contraflow.core.types import UserError
-from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK, SCHEMA, write_json
-from contraflow.policy.select import First
-from contraflow.rl.critics import Critics
-from contraflow.runtime.policy import load
-from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.training.evaluate import evaluate
-from contraflow.training.run import Result, resume
-from contraflow.training.seeds import resume_together
+from contraflow.experiments.bridge import final_evaluations
+from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK
+from contraflow.train.run import Result, resume_together
 
 SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
 PACKAGES = (
-    "contraflow",
-    "jax",
-    "jaxlib",
-    "equinox",
-    "optax",
-    "numpy",
-    "envpool",
-    "gymnasium",
-    "mujoco",
-    "dm_control",
-    "playground",
-)
+    "contraflow", "jax", "jaxlib", "equinox", "optax", "numpy", "envpool", "gymnasium", "mujoco", "dm_control",
+    "playground", "minari",
+)  # fmt: skip
 DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 
@@ -65,9 +50,7 @@ def work(folders: Sequence[Path], episodes: int, trust: bool) -> int:
 def _train(folders: list[Path], trust: bool) -> list[Result | Exception]:
     """For each folder the result of its training, or why it failed."""
     try:
-        if len(folders) > 1:
-            return list(resume_together(folders, trust=trust).values())
-        return [resume(folder, trust=trust, quiet=True) for folder in folders]
+        return list(resume_together(folders, trust=trust).values()) if folders else []
     except Exception as error:
         _trace(error)
         return [error] * len(folders)
@@ -79,22 +62,15 @@ def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: boo
         if outcome.interrupted:
             return INTERRUPTED
         try:
-            rows = final_evaluations(folder, episodes, trust)
+            rows = final_evaluations(folder, episodes, SEED, trust)
+            final = {"schema": SCHEMA, "episodes": episodes, "seed": SEED, "evaluations": rows}
+            write_json(folder / FINAL, final | {"machine": machine(), "versions": versions()})
+            return DONE
         except Exception as error:
             _trace(error)
             outcome = error
-        else:
-            write_json(
-                folder / FINAL,
-                {
-                    "schema": SCHEMA, "episodes": episodes, "seed": SEED, "evaluations": rows, "machine": machine(),
-                    "versions": versions(),
-                },
-            )  # fmt: skip
-            return DONE
     name = "" if isinstance(outcome, UserError) else f"{type(outcome).__name__}: "
-    reason = " ".join(str(outcome).split())[:400]
-    write_json(folder / FAILED, {"schema": SCHEMA, "reason": name + reason})
+    write_json(folder / FAILED, {"schema": SCHEMA, "reason": name + " ".join(str(outcome).split())[:400]})
     return BROKEN
 
 
@@ -104,53 +80,24 @@ def _trace(error: Exception) -> None:
         traceback.print_exception(error)
 
 
-def final_evaluations(folder: Path, episodes: int, trust: bool) -> list[dict[str, Any]]:
-    """Returns of the last policy by each of its rules, of the best policy, and of uniformly random actions."""
-    last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
-    rows = [("last", rule, agent, state) for rule, (agent, state) in variants(last).items()]
-    rows.append(("best", OWN, best.agent, best.state))
-    random = SIR(greedy=First(), critic=Critics(width=1, depth=1))
-    rows.append(("random", OWN, random, jax.jit(lambda key: random.init(key, last.spec))(jr.key(0))))
-    out = []
-    with environment(last, last.env, episodes, SEED, trust) as env:
-        for policy, rule, agent, state in rows:
-            cost = None if policy == "random" else acting_cost(agent)
-            returns = evaluate(agent, state, env, jr.key(SEED), episodes)
-            out.append(
-                {
-                    "policy": policy, "rule": rule, "returns": [float(r) for r in returns],
-                    "cost": None if cost is None else vars(cost),
-                }
-            )  # fmt: skip
-    return out
-
-
 def machine() -> dict[str, Any]:
     """What the run ran on, without names."""
-    device = jax.devices()[0]
-    cpu = platform.processor()
-    try:
+    device, cpu = jax.devices()[0], platform.processor()
+    with suppress(OSError, StopIteration):  # not Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux
-        pass
     return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "flags": os.environ.get("XLA_FLAGS", ""),
-    }
+        "system": f"{platform.system()} {platform.machine()}", "cpu": cpu, "cores": os.cpu_count(),
+        "device": f"{device.platform}: {device.device_kind}", "flags": os.environ.get("XLA_FLAGS", ""),
+    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

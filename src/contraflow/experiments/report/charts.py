@@ -1,207 +1,228 @@
 """The charts of a report: matplotlib figures on white, in colours (Okabe and Ito) that colour-blind readers and grey
 printers can tell apart together with line styles and markers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from contraflow.experiments.report.runs import Record
-from contraflow.experiments.report.scores import Matrix, Scale, Table
+from contraflow.experiments.report.scores import Method, Table
 from contraflow.experiments.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference, profile
-from contraflow.runtime.variants import ONE, OWN, UNIFORM
+from contraflow.policy.best_of import ONE, UNIFORM
+from contraflow.runtime.variants import OWN
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "osD^vP*X"
-RULES = {OWN: "o", ONE: "s", UNIFORM: "X"}
+DASHES, MARKERS, RULES = ("-", "--", "-.", ":"), "osD^vP*X", {OWN: "o", ONE: "s", UNIFORM: "X"}
 STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 WIDTH = 9.0  # inches; every chart is as wide
+CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
+CAPTIONS = {
+    "iqm": "Interquartile mean of the scores, over runs and tasks. Below each name, for one action: particles x "
+    "evaluations of the actor for each (NFE), and critic calls (Q).",
+    "profiles": "Performance profiles: share of runs above a score.",
+    "against": "Against the reference: probability of improvement, averaged over tasks, and difference of the IQMs.",
+    "efficiency": "Scores of the evaluations during training, over environment steps; pointwise 95 % intervals.",
+    "curves-steps": f"Evaluation return against environment steps: {CURVE}",
+    "curves-updates": f"Evaluation return against gradient steps: {CURVE}",
+    "curves-time": f"Evaluation return against wall time: {CURVE}",
+    "by-time": "The regression target by flow time, at the last evaluation: mean, and range over environments.",
+    "by-step": "The distribution of actions during training: mean, and range over environments.",
+    "actions": "Exploratory actions at the end of training, all dimensions together; the grey line is uniform.",
+}
+AXES = {"steps": "environment steps", "updates": "gradient steps", "time": "minutes of wall time"}
+TIMED = {
+    "ess": "effective sample size", "eta": "control weight η", "target_bias": "error of the mean target",
+    "reference_ess": "effective sample size of its reference",
+}  # fmt: skip
+STEPPED = {
+    "action_std": "standard deviation of actions", "saturated": "P(|a| > .95)",
+    "action_entropy": "entropy per dimension, nats", "q_gap": "spread of Q / temperature",
+}  # fmt: skip
 Styles = Mapping[str, dict[str, Any]]
+Line = tuple[np.ndarray, Estimate]
+Panels = dict[str, dict[str, Line]]
+"""title -> agent -> (x, values with a band)"""
+Sample = tuple[str, str, str, Any, Any]
+"""title, agent, environment, x, y: what one run has to show in a panel"""
+
+
+def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, Figure]:
+    """All charts that the runs have data for, by the names in `CAPTIONS`."""
+    look = styles(sorted({record.agent for record in records}))
+    methods = [method for method in table.methods if method.name in table.scores]
+    out: dict[str, Figure | None] = {}
+    with matplotlib.rc_context(STYLE):
+        if methods:
+            rows = {f"{m.name}\n{m.effort}": (m, [estimate(iqm, table.scores[m.name])]) for m in methods}
+            label = "interquartile mean of the scores"
+            out["iqm"] = _bars(rows, {f"{label}, 95 % interval (stratified bootstrap)": None}, look)
+            shares = _profiles(table, methods)
+            out["profiles"] = _lines({"": shares}, look, "score", "share of runs above it", marker="")
+            out["efficiency"] = _lines({"": dict(_efficiency(records, table, look))}, look, AXES["steps"], label)
+        if reference in table.scores and len(methods) > 1:
+            pairs = {m: (table.scores[m.name], table.scores[reference]) for m in methods if m.name != reference}
+            rows = {m.name: (m, [estimate(f, *p) for f in (improvement, iqm_difference)]) for m, p in pairs.items()}
+            label = f"probability that a run is better\nthan one of {reference}"
+            out["against"] = _bars(rows, {label: 0.5, f"IQM minus that of {reference}": 0.0}, look)
+        for by, label in AXES.items():
+            out[f"curves-{by}"] = _lines(_curves(records, by), look, label, "evaluation return")
+        out["by-time"] = _lines(_over_environments(_timed(records)), look, "flow time t", bottom=0.0)
+        out["by-step"] = _lines(_over_environments(_stepped(records)), look, "environment steps")
+        shares = _over_environments(_shares(records))
+        out["actions"] = _lines(shares, look, "action", "density", level=0.5, marker="", drawstyle="steps-mid")
+    return {name: figure for name, figure in out.items() if figure is not None}
 
 
 def styles(agents: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, dash and marker of each agent, the same in every chart; colour and dash together tell 28 agents apart."""
-    return {
-        agent: {
-            "color": COLOURS[i % len(COLOURS)],
-            "ls": DASHES[(i + 2 * (i // len(COLOURS))) % len(DASHES)],
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        for i, agent in enumerate(sorted(agents))
-    }
+    n = len(COLOURS)
+    looks = ((COLOURS[i % n], DASHES[(i + 2 * (i // n)) % len(DASHES)], MARKERS[i % 8]) for i in range(len(agents)))
+    return {a: {"color": c, "ls": d, "marker": m} for a, (c, d, m) in zip(sorted(agents), looks, strict=True)}
 
 
-def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
-def panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with `count` panels, two or three in a row."""
-    columns = 2 if count == 4 else min(count, 3)
-    rows = -(-count // columns)
-    figure, axes = _figure(rows, columns, 0.8 + 2.5 * rows)
-    flat = list(axes.ravel())
-    for axis in flat[count:]:
-        axis.remove()
-    return figure, flat[:count]
-
-
-def legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """One legend below, of all that any panel shows."""
-    entries: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    if entries:
-        labels = sorted(entries)
-        handles = [entries[label] for label in labels]
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
-
-
-def _bar(axis: Any, y: float, value: Estimate, **style: Any) -> None:
-    if np.isfinite(value.low):
-        axis.plot([float(value.low), float(value.high)], [y, y], lw=2.5, color=style["color"], solid_capstyle="butt")
-    axis.plot([float(value.value)], [y], ls="", ms=8, mec="white", mew=0.8, **style)
-
-
-def aggregate(data: Matrix, table: Table, look: Styles) -> Figure:
-    """IQM of the scores of every method with its interval, and what one action costs."""
-    methods = [m for m in table.methods if m.name in data.scores]
-    figure, ((axis,),) = _figure(1, 1, 1.2 + 0.36 * len(methods))
-    for y, method in enumerate(methods):
-        style = {"color": look[method.agent]["color"], "marker": RULES.get(method.rule, "D")}
-        _bar(axis, y, estimate(iqm, data.scores[method.name]), **style)
-    axis.set_yticks(range(len(methods)), [f"{m.name}\n{m.effort}" for m in methods], fontsize=8.5)
-    axis.set_ylim(len(methods) - 0.4, -0.6)
-    axis.set_xlabel("interquartile mean of the scores, 95 % interval (stratified bootstrap)")
-    axis.grid(axis="x", alpha=0.3)
+def _bars(rows: Mapping[str, tuple[Method, list[Estimate]]], zeros: Mapping[str, float | None], look: Styles) -> Figure:
+    """A row for each method, a column for each quantity, with its interval; `zeros` marks no difference."""
+    figure, axes = _figure(1, len(zeros), 1.3 + 0.36 * len(rows), sharey=True)
+    for i, (axis, (label, zero)) in enumerate(zip(axes, zeros.items(), strict=True)):
+        for y, (method, estimates) in enumerate(rows.values()):
+            e, style = estimates[i], {"color": look[method.agent]["color"]}
+            if np.isfinite(e.low):
+                axis.plot([float(e.low), float(e.high)], [y, y], lw=2.5, solid_capstyle="butt", **style)
+            axis.plot([float(e.value)], [y], RULES.get(method.rule, "D"), ms=8, mec="white", mew=0.8, **style)
+        if zero is not None:
+            axis.axvline(zero, color="#777777", lw=1)
+        if zero == 0.5:
+            axis.set_xlim(-0.03, 1.03)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), list(rows), fontsize=8.5)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 
-def profiles(data: Matrix, table: Table, look: Styles) -> Figure:
+def _lines(
+    panels: Panels,
+    look: Styles,
+    x: str,
+    y: str = "",
+    level: float | None = None,
+    bottom: float | None = None,
+    **style: Any,
+) -> Figure | None:
+    """A panel for each title, two or three in a row, and one legend; None without a line."""
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
+        return None
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(rows, columns, 4.0 if "" in panels else 0.8 + 2.5 * rows)
+    handles: dict[str, Any] = {}
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for agent, (places, values) in lines.items():
+            mine = look[agent] | ({"marker": ""} if len(places) > 30 else {}) | style
+            axis.fill_between(places, values.low, values.high, color=mine["color"], alpha=0.15, lw=0)
+            (handles[agent],) = axis.plot(places, values.value, lw=1.6, ms=4, **mine)
+        if level is not None:
+            axis.axhline(level, color="#999999", lw=0.8)
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.set_ylim(bottom=bottom)
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
+    names = sorted(handles)
+    place = {"loc": "outside lower center", "ncols": min(5, len(names)), "frameon": False}
+    figure.legend([handles[name] for name in names], names, **place)
+    return figure
+
+
+def _profiles(table: Table, methods: Sequence[Method]) -> dict[str, Line]:
     """Share of runs with a score above each level, by agent, with its own rule."""
-    figure, ((axis,),) = _figure(1, 1, 4.0)
-    own = {m.agent: data.scores[m.name] for m in table.methods if m.rule == OWN and m.name in data.scores}
+    own = {m.agent: table.scores[m.name] for m in methods if m.rule == OWN}
     low, high = min(s.min() for s in own.values()), max(s.max() for s in own.values())
     margin = 0.05 * max(high - low, 0.1)
     levels = np.linspace(min(low, 0.0) - margin, high + margin, 201)
-    for agent, scores in own.items():
-        at = estimate(lambda s: profile(s, levels), scores, reps=2_000)
-        color, ls = look[agent]["color"], look[agent]["ls"]
-        axis.fill_between(levels, at.low, at.high, color=color, alpha=0.15, lw=0)
-        axis.plot(levels, at.value, color=color, ls=ls, lw=1.8, label=agent)
-    axis.set_xlabel("score")
-    axis.set_ylabel("share of runs above it")
-    axis.set_ylim(-0.02, 1.02)
-    axis.grid(alpha=0.3)
-    legend(figure, [axis])
-    return figure
+    return {a: (levels, estimate(lambda s: profile(s, levels), scores, reps=2_000)) for a, scores in own.items()}
 
 
-def against(data: Matrix, table: Table, reference: str, look: Styles) -> Figure:
-    """Every method against the reference: probability of improvement, and difference of the IQMs."""
-    base = data.scores[reference]
-    methods = [m for m in table.methods if m.name in data.scores and m.name != reference]
-    figure, ((left, right),) = _figure(1, 2, 1.3 + 0.36 * len(methods), sharey=True)
-    for y, method in enumerate(methods):
-        style = {"color": look[method.agent]["color"], "marker": RULES.get(method.rule, "D")}
-        _bar(left, y, estimate(improvement, data.scores[method.name], base), **style)
-        _bar(right, y, estimate(iqm_difference, data.scores[method.name], base), **style)
-    left.set_yticks(range(len(methods)), [m.name for m in methods], fontsize=8.5)
-    left.set_ylim(len(methods) - 0.4, -0.6)
-    left.set_xlim(-0.03, 1.03)
-    left.axvline(0.5, color="#777777", lw=1)
-    right.axvline(0.0, color="#777777", lw=1)
-    left.set_xlabel(f"probability that a run is better\nthan one of {reference}")
-    right.set_xlabel(f"IQM minus that of {reference}")
-    for axis in (left, right):
-        axis.grid(axis="x", alpha=0.3)
-    return figure
-
-
-def _curve(axis: Any, runs: Sequence[tuple[np.ndarray, np.ndarray]], style: Mapping[str, Any], label: str) -> None:
+def _curves(records: Sequence[Record], by: str) -> Panels:
     """Mean over runs with a pointwise bootstrap band, from where all have a value; linear between evaluations.
 
     A run that is finished keeps its last value: a fast one may end before a slow one is evaluated for the first time.
     """
-    grid = np.unique(np.concatenate([x for x, _ in runs]))
-    grid = grid[grid >= max(x[0] for x, _ in runs)]
-    values = np.stack([np.interp(grid, x, y) for x, y in runs])
-    band = estimate(lambda s: s.mean(-2), values, reps=1_000)
-    axis.fill_between(grid, band.low, band.high, color=style["color"], alpha=0.15, lw=0)
-    few = {"marker": style["marker"], "ms": 4} if grid.size <= 30 else {}
-    axis.plot(grid, band.value, color=style["color"], ls=style["ls"], lw=1.6, label=label, **few)
+    panels: Panels = {}
+    for env, agent in sorted({(record.env, record.agent) for record in records}):
+        curves = [r.curve(by) for r in records if (r.env, r.agent) == (env, agent)]
+        if runs := [curve for curve in curves if curve is not None]:
+            grid = np.unique(np.concatenate([x for x, _ in runs]))
+            grid = grid[grid >= max(x[0] for x, _ in runs)]
+            values = np.stack([np.interp(grid, *run) for run in runs])
+            panels.setdefault(env, {})[agent] = grid, estimate(lambda s: s.mean(-2), values, reps=1_000)
+    return panels
 
 
-AXES: dict[str, tuple[str, Callable[[Record, dict[str, float]], float]]] = {
-    "steps": ("environment steps", lambda record, row: row["step"]),
-    "updates": ("gradient steps", lambda record, row: record.updates(row["step"])),
-    "time": ("minutes of wall time", lambda record, row: row["seconds"] / 60),
-}
-
-
-def curves(records: Sequence[Record], by: str, look: Styles) -> Figure:
-    """Evaluation return during training against `by`, a panel for each environment."""
-    name, place = AXES[by]
-    envs = sorted({record.env for record in records})
-    figure, axes = panels(len(envs))
-    for axis, env in zip(axes, envs, strict=True):
-        for agent in look:
-            runs = [r for r in records if r.env == env and r.agent == agent]
-            lines = [
-                (
-                    np.array([place(r, row) for row in r.evaluations]),
-                    np.array([row["return_mean"] for row in r.evaluations]),
-                )
-                for r in runs
-            ]
-            if lines:
-                _curve(axis, lines, look[agent], agent)
-        axis.set_title(env)
-        axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 4))
-        axis.set_xlabel(name)
-        axis.set_ylabel("evaluation return")
-    legend(figure, axes)
-    return figure
-
-
-def efficiency(records: Sequence[Record], data: Matrix, scale: Mapping[str, Scale | None], look: Styles) -> Figure:
+def _efficiency(records: Sequence[Record], table: Table, agents: Iterable[str]) -> Iterator[tuple[str, Line]]:
     """IQM over all runs and tasks of the scores of the evaluations during training, against environment steps."""
-    figure, ((axis,),) = _figure(1, 1, 4.0)
-    for agent in look:
-        runs = {(r.env, r.seed): r for r in records if r.agent == agent}
-        seeds = sorted({seed for _, seed in runs if all((env, seed) in runs for env in data.tasks)})
-        used = [runs[env, seed] for seed in seeds for env in data.tasks]
-        if not used:
-            continue
-        grid = np.unique([row["step"] for r in used for row in r.evaluations])
-        low, high = (f(r.evaluations[i]["step"] for r in used) for f, i in ((max, 0), (min, -1)))
-        grid = grid[(grid >= low) & (grid <= high)]
-        if not grid.size:
-            continue
-        values = [_scored(r, grid, scale[r.env]) for r in used]
-        scores = np.array(values).reshape(len(seeds), len(data.tasks), grid.size)
-        at = [estimate(iqm, scores[..., i], reps=1_000) for i in range(grid.size)]
-        low, value, high = np.array([[a.low, a.value, a.high] for a in at], float).T
-        axis.fill_between(grid, low, high, color=look[agent]["color"], alpha=0.15, lw=0)
-        axis.plot(grid, value, label=agent, ms=4, lw=1.6, **look[agent])
-    axis.set_xlabel("environment steps")
-    axis.set_ylabel("interquartile mean of the scores")
-    axis.grid(alpha=0.3)
-    legend(figure, [axis])
-    return figure
+    for agent in agents:
+        runs = {(r.env, r.seed): curve for r in records if r.agent == agent and (curve := r.curve("steps")) is not None}
+        seeds = sorted({seed for _, seed in runs if all((env, seed) in runs for env in table.tasks)})
+        used = [(table.tasks[env], *runs[env, seed]) for seed in seeds for env in table.tasks]
+        grid = np.unique(np.concatenate([x for _, x, _ in used])) if used else np.zeros(0)
+        grid = grid[[max(x[0] for _, x, _ in used) <= at <= min(x[-1] for _, x, _ in used) for at in grid]]
+        if grid.size:
+            values = [scale(np.interp(grid, x, y)) for scale, x, y in used]
+            scores = np.array(values).reshape(len(seeds), len(table.tasks), grid.size)
+            at = [estimate(iqm, scores[..., i], reps=1_000) for i in range(grid.size)]
+            yield agent, (grid, Estimate(*np.array([[e.value, e.low, e.high] for e in at], float).T))
 
 
-def _scored(record: Record, grid: np.ndarray, scale: Scale | None) -> np.ndarray:
-    """Scores of the evaluations of a run, at the steps of `grid`."""
-    assert scale is not None, "tasks of the matrix have a scale"
-    steps, returns = ([row[name] for row in record.evaluations] for name in ("step", "return_mean"))
-    return scale(np.interp(grid, steps, returns))
+def _over_environments(samples: Iterable[Sample]) -> Panels:
+    """Mean over runs, and as a band the range over environments."""
+    panels: Any = {}
+    for title, agent, env, x, y in samples:
+        panels.setdefault(title, {}).setdefault(agent, {}).setdefault(env, []).append((x, y))
+    for lines in panels.values():
+        for agent, by_env in lines.items():
+            grid = np.unique(np.concatenate([x for runs in by_env.values() for x, _ in runs]))
+            means = np.array([np.mean([np.interp(grid, *run) for run in runs], axis=0) for runs in by_env.values()])
+            lines[agent] = grid, Estimate(means.mean(0), means.min(0), means.max(0))
+    return panels
+
+
+def _timed(records: Sequence[Record]) -> Iterator[Sample]:
+    """ESS, η and target error against flow time at the end of training."""
+    for name, title in TIMED.items():
+        for r in (r for r in records if r.diagnostics):
+            points = {float(k.split("/")[1]): v for k, v in r.diagnostics[-1].items() if k.startswith(f"{name}/")}
+            if points:
+                yield title, r.agent, r.env, *map(np.array, zip(*sorted(points.items()), strict=True))
+
+
+def _stepped(records: Sequence[Record]) -> Iterator[Sample]:
+    """What the distribution of actions did during training."""
+    for name, title in STEPPED.items():
+        for r in records:
+            if points := [(row["step"], row[name]) for row in r.diagnostics if name in row]:
+                yield title, r.agent, r.env, *np.array(points, float).T
+
+
+def _shares(records: Sequence[Record]) -> Iterator[Sample]:
+    """Density of exploratory actions, all dimensions together, at the end of training; a panel per environment."""
+    for r in sorted(records, key=lambda r: r.env):
+        row = r.diagnostics[-1] if r.diagnostics else {}
+        share = np.array([row[f"action_share/{i}"] for i in range(sum(key.startswith("action_share/") for key in row))])
+        if n := len(share):
+            places = np.clip((2 * np.arange(-1, n + 1) + 1) / n - 1, -1, 1)  # the centres, and the two ends
+            yield r.env, r.agent, r.env, places, np.pad(share, 1, "edge") * n / 2

@@ -1,24 +1,26 @@
 """Finished runs below a folder, and what else lies there, with the reason why it is left out."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contraflow.agents.cost import acting_cost
+import numpy as np
+
+from contraflow.core.settings import check_schema
 from contraflow.core.types import UserError
+from contraflow.experiments import bridge
 from contraflow.experiments.compare.matrix import FAILED, FINAL, cell_folder, failure, read_record, steps_taken
-from contraflow.training.artifact import check_schema
-from contraflow.training.log import read_evaluations
-from contraflow.training.run import read_config
+from contraflow.train.log import read_evaluations
+from contraflow.train.run import read_config
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run. `agent` is its name in the comparison; `settings` its config.json as it is.
+    """A finished run of any kind. `agent` is its name in the comparison; `settings` its config.json, flat.
 
-    `evaluations` are the rows of eval.csv, `metrics` those of metrics.jsonl, `final` the file that `compare` leaves.
+    `evaluations` are the rows of eval.csv, `diagnostics` those of metrics.jsonl, `final` what `compare` leaves.
     """
 
     folder: Path
@@ -28,167 +30,122 @@ class Record:
     settings: dict[str, Any]
     version: str
     evaluations: list[dict[str, float]]
-    metrics: list[dict[str, Any]]
+    diagnostics: list[dict[str, float]]
     final: dict[str, Any] | None
     cost: dict[str, int] | None
-    own: bool = False
+    own: bool
 
-    def updates(self, step: float) -> float:
-        """Gradient steps after `step` environment steps: `updates` after each step of all environments."""
-        run = self.settings
-        first = -(-run["collect"] // run["num_envs"]) * run["num_envs"]
-        return max(0.0, step - first) / run["num_envs"] * run["updates"]
+    def place(self, by: str, row: Mapping[str, float]) -> float | None:
+        """Where an evaluation lies by `steps` of the environment, gradient `updates` or `time`; None if not known."""
+        if by == "time":
+            return row["seconds"] / 60
+        count = bridge.gradient_steps if by == "updates" else bridge.env_steps
+        return count(self.settings, row["step"])
+
+    def curve(self, by: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Places and returns of the evaluations during training."""
+        points = [(self.place(by, row), row["return_mean"]) for row in self.evaluations]
+        return None if any(x is None for x, _ in points) else tuple(np.array(points, float).T)
+
+    def after(self, policy: str) -> list[dict[str, Any]]:
+        """The evaluations after training of the `last`, the `best` or a `random` policy."""
+        return [row for row in (self.final or {"evaluations": []})["evaluations"] if row["policy"] == policy]
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    place: str
-    reason: str
-
-
-def read(folder: Path) -> tuple[list[Record], list[LeftOut]]:
+def read(folder: Path) -> tuple[list[Record], dict[str, str]]:
     """Finished runs in or below `folder`, ordered by agent, environment and seed, and what was left out and why.
 
     In a folder of `contraflow compare` agents have the names given there; in any other the name of their kind, numbered
-    when their settings differ in more than environment and seed. Raises UserError when no finished run is found.
+    when their settings differ in more than environment, data and seed. Raises UserError when no finished run is found.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a comparison, or one that holds runs")
-    left: list[LeftOut] = []
-    matrix = read_record(folder) if (folder / "matrix.json").exists() else None
     cells: dict[Path, tuple[str, bool]] = {}
-    if matrix:
+    if (folder / "matrix.json").exists():
+        matrix = read_record(folder)
         for name, entry in matrix["agents"].items():
-            for env in matrix["envs"]:
-                for seed in range(matrix["seeds"]):
-                    place = cell_folder(folder, name, env, seed)
-                    cells[place] = name, bool(entry.get("own"))
-                    if not place.is_dir():
-                        left.append(LeftOut(_relative(place, folder), "not started"))
+            places = [cell_folder(folder, name, env, s) for env in matrix["envs"] for s in range(matrix["seeds"])]
+            cells |= dict.fromkeys(places, (name, bool(entry["own"])))
+    left = {place: "not started" for place in cells if not place.is_dir()}
     found = []
     for place in _places(folder):
         try:
-            if matrix and place not in cells:
+            if cells and place not in cells:
                 raise UserError("is not a cell of this matrix")
-            name, own = cells.get(place, ("", False))
-            found.append(_record(place, name, own, bool(matrix)))
+            found.append(_record(place, *cells.get(place, ("", False))))
         except UserError as error:
-            left.append(LeftOut(_relative(place, folder), " ".join(str(error).split())))
-    records, repeated = _unique(found if matrix else _named(found))
-    left += [LeftOut(_relative(place, folder), reason) for place, reason in repeated]
-    if not records:
-        why = f"; {len(left)} left out, the first ({left[0].place}): {left[0].reason}" if left else ""
+            left[place] = " ".join(str(error).split())
+    kept: dict[Any, Record] = {}
+    for record in sorted(found if cells else _named(found), key=lambda r: (r.agent, r.env, r.seed, str(r.folder))):
+        first = kept.setdefault((record.agent, record.env, record.seed), record)
+        if first is not record:
+            left[record.folder] = f"repeats the settings and the seed of {first.folder.name}"
+    reasons = {place.relative_to(folder).as_posix(): left[place] for place in sorted(left)}
+    if not kept:
+        place, reason = next(iter(reasons.items()), ("", ""))
+        why = f"; {len(left)} left out, the first ({place}): {reason}" if left else ""
         raise UserError(f"there is no finished run in {folder}{why}")
-    return records, sorted(left, key=lambda item: item.place)
-
-
-def _relative(place: Path, folder: Path) -> str:
-    return place.relative_to(folder).as_posix() or "."
+    return list(kept.values()), reasons
 
 
 def _places(folder: Path) -> Iterator[Path]:
     """Folders that are runs, or that hold files and no runs below them."""
-    entries = sorted(folder.iterdir())
     if (folder / "config.json").exists():
         yield folder
         return
-    below = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    inside = [place for entry in below for place in _places(entry)]
+    entries = sorted(folder.iterdir())
+    inside = [place for e in entries if e.is_dir() and not e.name.startswith(".") for place in _places(e)]
     yield from inside
     if not inside and any(entry.is_file() for entry in entries) and not (folder / "matrix.json").exists():
         yield folder
 
 
-def _record(folder: Path, name: str, own: bool, in_matrix: bool) -> Record:
-    """The run in `folder`. Raises UserError with the reason to leave it out."""
+def _record(folder: Path, name: str, own: bool) -> Record:
+    """The run in `folder`, a cell if it has a name. Raises UserError with the reason to leave it out."""
+    file, final, rows = folder / "config.json", None, []
     if (folder / FAILED).exists():
         raise UserError(f"failed: {failure(folder)}")
-    if not (folder / "config.json").exists():
+    if not file.exists():
         raise UserError("is not the folder of a run (it has no config.json)")
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise UserError("its config.json is damaged") from None
-    check_schema(config, folder)
-    run = config.get("run")
-    if not isinstance(run, dict) or not {"env", "seed", "steps", "num_envs", "collect", "updates", "agent"} <= set(run):
-        raise UserError("its config.json does not describe a run")
-    taken = steps_taken(folder) or 0
-    try:
+        config = json.loads(file.read_text())
+        check_schema(config, file)
+        run = bridge.flat(config["run"])
+        env, seed, steps, kind = run["env"], run["seed"], run["steps"], str(run["agent"].get("kind", "agent"))
+        file = folder / "eval.csv"
         evaluations = read_evaluations(folder)
-    except (ValueError, TypeError):
-        raise UserError("its eval.csv is damaged") from None
-    if not evaluations or evaluations[-1].get("step", 0) < run["steps"]:
-        raise UserError(f"is not finished ({taken:,} of {run['steps']:,} steps)")
-    final = _final(folder)
-    if in_matrix and final is None:
+        if (file := folder / FINAL).exists():
+            final = json.loads(file.read_text())
+            assert all(row["policy"] and row["rule"] and row["returns"] for row in final["evaluations"])
+        if (file := folder / "metrics.jsonl").exists():  # a killed process may have left a part of a line
+            rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        remedy = ": delete it, and let `contraflow compare` evaluate again" if file.name == FINAL else ""
+        raise UserError(f"its {file.name} is damaged{remedy}") from None
+    if not env:
+        raise UserError("was not evaluated: it has no environment")
+    if not evaluations or evaluations[-1].get("step", 0) < steps:
+        raise UserError(f"is not finished ({steps_taken(folder):,} of {steps:,} steps)")
+    if name and final is None:
         raise UserError("is trained, but not evaluated yet")
-    kind = str(run["agent"].get("kind", "agent")).rpartition(":")[2].lower()
-    return Record(
-        folder, name or kind, run["env"], run["seed"], run, str(config.get("version", "unknown")), evaluations,
-        _metrics(folder), final, _cost(folder), own,
-    )  # fmt: skip
-
-
-def _final(folder: Path) -> dict[str, Any] | None:
-    if not (folder / FINAL).exists():
-        return None
     try:
-        final = json.loads((folder / FINAL).read_text())
-        for row in final["evaluations"]:
-            assert row["policy"] and row["rule"] and len(row["returns"]) > 0
-        return final
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"its {FINAL} is damaged: delete it, and let `contraflow compare` evaluate again") from None
-
-
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; what a killed process left of a line is skipped."""
-    rows = []
-    path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _cost(folder: Path) -> dict[str, int] | None:
-    """Particles, NFE and critic calls of one action; None where the agent is code outside the library."""
-    try:
-        cost = acting_cost(read_config(folder).agent)
-    except UserError:
-        return None
-    return None if cost is None else vars(cost)
+        cost = bridge.cost(read_config(folder).agent)
+    except UserError:  # code outside the library, which is not imported
+        cost = None
+    version, cut = str(config.get("version", "unknown")), "diagnostics/"
+    inside = [{k.removeprefix(cut): v for k, v in row.items()} for row in rows if any(k.startswith(cut) for k in row)]
+    agent = name or kind.rpartition(":")[2].lower()
+    return Record(folder, agent, env, seed, run, version, evaluations, inside, final, cost, own)
 
 
 def _named(records: list[Record]) -> list[Record]:
     """Runs without a matrix: those of one kind with different settings get numbers, in the order of their settings."""
-    from dataclasses import replace
-
-    def signature(record: Record) -> str:
-        return json.dumps({k: v for k, v in record.settings.items() if k not in ("env", "seed")}, sort_keys=True)
-
-    kinds: dict[str, list[str]] = {}
-    for record in records:
-        kinds.setdefault(record.agent, []).append(signature(record))
-    names = {
-        (kind, one): kind if len(set(all)) == 1 else f"{kind} {i + 1}"
-        for kind, all in kinds.items()
-        for i, one in enumerate(sorted(set(all)))
-    }
-    return [replace(record, agent=names[record.agent, signature(record)]) for record in records]
-
-
-def _unique(records: list[Record]) -> tuple[list[Record], list[tuple[Path, str]]]:
-    """Ordered, without those that repeat the agent, environment and seed of another."""
-    kept: dict[tuple[str, str, int], Record] = {}
-    repeated = []
-    for record in sorted(records, key=lambda r: (r.agent, r.env, r.seed, str(r.folder))):
-        key = record.agent, record.env, record.seed
-        if key in kept:
-            repeated.append((record.folder, f"repeats the settings and the seed of {kept[key].folder.name}"))
-        else:
-            kept[key] = record
-    return list(kept.values()), repeated
+    out = []
+    for kind in {record.agent for record in records}:
+        alike: dict[str, list[Record]] = {}
+        for r in (r for r in records if r.agent == kind):
+            mine = {k: v for k, v in r.settings.items() if k not in ("env", "data", "seed")}
+            alike.setdefault(json.dumps(mine, sort_keys=True), []).append(r)
+        for i, text in enumerate(sorted(alike), 1):
+            out += [replace(r, agent=kind if len(alike) == 1 else f"{kind} {i}") for r in alike[text]]
+    return out

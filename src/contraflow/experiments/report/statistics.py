@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 REPS = 5_000
 LEVEL = 0.95
+TASKS = (1, 2, 4, 8)
+COVERAGE = {2: (48, 66, 73, 81), 3: (74, 85, 86, 89), 5: (91, 90, 93, 92), 10: (94, 94, 93, 93), 20: (94, 94, 95, 94)}
+"""How often, in percent, the interval of an IQM holds the true one, by runs and number of `TASKS`: 1500 experiments
+each with Gaussian scores (a standard error of about one). rliable's intervals are the same."""
 Scores = NDArray[np.float64]
+
+
+def coverage() -> list[list[str]]:
+    return [[str(runs), *map(str, shares)] for runs, shares in COVERAGE.items()]
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,8 @@ def estimate(statistic: Callable[..., Any], *samples: Scores, reps: int = REPS, 
     rng = np.random.default_rng([len(samples), *(n for sample in samples for n in sample.shape)])
     draws = []
     for _ in range(-(-reps // 500)):  # in pieces, which bounds the memory
-        pieces = []
-        for sample in samples:
-            rows = rng.integers(len(sample), size=(500, *sample.shape))
-            pieces.append(np.take_along_axis(sample[None], rows, axis=1))
-        draws.append(statistic(*pieces))
-    resampled = np.concatenate(draws)[:reps]
+        rows = [rng.integers(len(sample), size=(500, *sample.shape)) for sample in samples]
+        draws.append(statistic(*(np.take_along_axis(x[None], r, axis=1) for x, r in zip(samples, rows, strict=True))))
     tail = (1 - level) / 2
-    low, high = (np.asarray(np.quantile(resampled, q, axis=0)) for q in (tail, 1 - tail))
-    return Estimate(value, low, high)
+    low, high = np.quantile(np.concatenate(draws)[:reps], (tail, 1 - tail), axis=0)
+    return Estimate(value, np.asarray(low), np.asarray(high))
