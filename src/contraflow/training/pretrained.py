@@ -36,7 +36,6 @@ def settle(run: Any, trust: bool) -> Any:
         return replace(run, agent=run.agent.starting_from(policy), source=source)
     except ValueError as error:
         raise UserError(f"{run.pretrained} does not suit {type(run.agent).__name__}: {error}") from None
-    return replace(run, agent=agent, horizon=spec.horizon, execute=spec.execute)
 
 
 def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
