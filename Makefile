@@ -7,7 +7,7 @@ JOBS ?= 2
 TRAIN_EXTRAS = envpool,mujoco
 DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample
 
-.PHONY: train test test-all lint types docs clean
+.PHONY: train test test-all test-portable planted lint types docs clean
 
 train: .venv/installed-train
 	.venv/bin/python -m contraflow train rfm-cartpole --seed $(SEED) --out $(OUT) --require 750
@@ -17,6 +17,14 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS) -m "not gpu"
+
+# The numerical tests with the machine code of other processors. VARIANTS=avx2,sse TESTS=tests/flow for a part.
+test-portable: .venv/installed-dev
+	.venv/bin/python tests/portable.py --jobs $(JOBS) $(if $(VARIANTS),--only $(VARIANTS)) $(TESTS)
+
+# Does the suite notice what is wrong? BUGS=gae for those whose names contain it.
+planted: .venv/installed-dev
+	.venv/bin/python -m tests.planted --jobs $(JOBS) $(BUGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -1,292 +1,233 @@
-"""Does the ranking of 2601.08136 hold: RFM with 20 solver steps ahead of QNE and iDEM with 100, at equal density calls?
+"""Methods of `contraflow sample` at equal density calls: the tables and the picture of docs/sampling.md.
 
-    python benchmarks/sampling.py            # benchmarks/results/sampling.csv, appended as it goes; run again to resume
-    python benchmarks/sampling.py --report   # only the tables and docs/img/sampling_study.png from what is there
+    python benchmarks/sampling.py equal      # all methods on all targets: docs/data/samplers.csv
+    python benchmarks/sampling.py ranking    # 2601.08136: RFM in 20 solver steps ahead of QNE and iDEM in 100?
 
-For each target, K and method: six settings (three learning rates; estimates projected into the box or not) are tried
-on two seeds, the best by sliced Wasserstein (mean over 20 and 100 solver steps) is trained on five fresh seeds. All
-methods share seeds, network, queries, updates and K, hence the number of density calls. The file sampling_targets.csv
-beside the other holds the cause: squared bias and variance of the velocity target by t, against the closed form.
+Rows are appended as they come, and the same command again continues; `--report-only` prints the tables (and draws the
+picture of "ranking") from what is there. For each target, K and method all settings (learning rates; estimates projected
+into the box or not) are tried on the tuning seeds, and the best by sliced Wasserstein, mean over the numbers of solver
+steps, is trained on fresh seeds. All methods share seeds, network, queries, updates and K. `well_error` is the mean over
+the wells of many-well-32 of |P(x_1 > 0) - exact|, `log_z_error` the estimate of log Z less the exact one (fab only).
 """
 
-import csv
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from tables import append
+from common import DATA, PICTURES, Row, append, figure, read
 
-from contraflow.flow.path import Linear
 from contraflow.flow.solver import Euler
 from contraflow.sampling.compare import floor, interval, judge
 from contraflow.sampling.distances import DISTANCES
 from contraflow.sampling.distances import sliced_wasserstein
+from contraflow.sampling.fab import Buffer
 from contraflow.sampling.methods import METHODS
-from contraflow.sampling.targets import Target, find_target
-from contraflow.sampling.trainer import Estimated, Trainer, draw, train
+from contraflow.sampling.targets import TARGETS, Target, find_target
+from contraflow.sampling.trainer import Estimated, FlowState, Trainer, draw, train
 
-RESULTS = Path(__file__).parent / "results"
-PICTURE = Path(__file__).parents[1] / "docs" / "img" / "sampling_study.png"
-TARGETS = ("two-moons", "eight-gaussians")
-SAMPLES = (8, 32, 128, 500)
 RATES = (1e-3, 3e-3, 1e-2)
-TUNING_SEEDS = (1000, 1001)
-SEEDS = (0, 1, 2, 3, 4)
-SOLVER_STEPS = (20, 100)
-POINTS = 4000
-TIMES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-COLUMNS = ("target", "K", "method", "phase", "learning_rate", "bounded", "seed", "solver_steps", *DISTANCES)
+EXTRA = ("modes", "well_error", "log_z_error")
+COLUMNS = ("target", "K", "method", "learning_rate", "bounded", "seed", "solver_steps", *DISTANCES, *EXTRA)
 RIVALS = ("qne", "idem")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Train, judge, and report."""
+class Study:
+    """`samples` are the K, density calls for each query point; `points` the samples that are compared."""
 
-    report: bool = False
-    """Only report."""
-    methods: tuple[str, ...] = ("rfm", "qne", "idem", "mixture")
-    samples: tuple[int, ...] = SAMPLES
+    file: str
+    targets: tuple[str, ...]
+    methods: tuple[str, ...]
+    samples: tuple[int, ...]
+    bounded: tuple[bool, ...]
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    solver_steps: tuple[int, ...]
+    points: int
     steps: int = 1500
 
 
-def keys_of(seeds) -> tuple[Any, Any]:
+STUDIES = {
+    "equal": Study(
+        "samplers.csv", tuple(TARGETS), tuple(METHODS), (32,), (True,), (1000,), (0, 1, 2), (100,), 2000
+    ),
+    "ranking": Study(
+        "sampling.csv", ("two-moons", "eight-gaussians"), ("rfm", *RIVALS, "mixture"), (8, 32, 128, 500),
+        (False, True), (1000, 1001), (0, 1, 2, 3, 4), (20, 100), 4000,
+    ),
+}  # fmt: skip
+
+
+def keys_of(seeds: Any) -> tuple[Any, Any]:
     """Training keys and judging keys, each [S]: the same for all methods."""
     pairs = jax.vmap(jr.split)(jnp.stack([jr.key(s) for s in seeds]))
     return pairs[:, 0], pairs[:, 1]
 
 
-def estimated(trainer: Trainer) -> Estimated:
-    """Its method, one of those that regress on estimates."""
-    assert isinstance(trainer.method, Estimated)
-    return trainer.method
+def projected(trainer: Trainer, bounded: bool) -> Trainer:
+    """With estimates projected into the box or not, where the method has estimates."""
+    method = trainer.method
+    return replace(trainer, method=replace(method, bounded=bounded)) if isinstance(method, Estimated) else trainer
 
 
-def changed(trainer: Trainer, bounded: bool, **fields: Any) -> Trainer:
-    """The trainer with estimates projected into the box or not, and other settings of its own."""
-    return replace(trainer, method=replace(estimated(trainer), bounded=bounded), **fields)
-
-
-def tune(target: Target, trainer: Trainer) -> tuple[Trainer, list[dict]]:
-    """The best of the six settings, and a row for each."""
-    lanes = list(itertools.product(RATES, TUNING_SEEDS))
+def tuned(study: Study, target: Target, trainer: Trainer) -> tuple[Trainer, bool]:
+    """The trainer of the best of the settings, and whether it projects estimates."""
+    lanes = list(itertools.product(RATES, study.tuning_seeds))
     k_train, k_judge = keys_of([seed for _, seed in lanes])
-    rates = jnp.asarray([rate for rate, _ in lanes])
+    best = (float("inf"), RATES[0], True)
+    for bounded in study.bounded:
+        tried = projected(trainer, bounded)
+        state = train(tried, target.log_density, k_train, jnp.asarray([rate for rate, _ in lanes]), target.dim)
+
+        def score(net, key, steps, tried=tried):
+            k_flow, k_exact, k_slices = jr.split(key, 3)
+            x = draw(tried, net, Euler(steps), k_flow, study.points // 2)
+            return sliced_wasserstein(k_slices, x, target.sample(k_exact, study.points // 2), 64)
+
+        each = [jax.vmap(lambda net, k, n=n: score(net, k, n))(state.net, jr.clone(k_judge)) for n in study.solver_steps]
+        by_rate = np.mean(each, 0).reshape(len(RATES), -1).mean(1)
+        scores = [(float(s), rate, bounded) for s, rate in zip(by_rate, RATES, strict=True) if np.isfinite(s)]
+        best = min([best, *scores])
+    return replace(projected(trainer, best[2]), learning_rate=best[1]), best[2]
+
+
+def extras(target: Target, trainer: Trainer, state: FlowState, steps: int, points: int, keys: Any) -> list[Row]:
+    """What the distances do not say, by seed."""
     rows = []
-    for bounded in (False, True):
-        tried = changed(trainer, bounded)
-        state = train(tried, target.log_density, k_train, rates)
-        for steps in SOLVER_STEPS:
-            for i, ((rate, seed), key) in enumerate(zip(lanes, k_judge, strict=True)):
-                net = jax.tree.map(lambda leaf, i=i: leaf[i], state.net)
-                k_flow, k_exact, k_slices = jr.split(key, 3)
-                x = draw(tried, net, Euler(steps), k_flow, POINTS // 2)
-                score = float(sliced_wasserstein(k_slices, x, target.sample(k_exact, POINTS // 2), 64))
-                setting = {"phase": "tune", "learning_rate": rate, "bounded": bounded}
-                rows.append(setting | {"seed": seed, "solver_steps": steps, "sliced_wasserstein": score})
-
-    def mean_score(setting: tuple[float, bool]) -> float:
-        chosen = [r["sliced_wasserstein"] for r in rows if (r["learning_rate"], r["bounded"]) == setting]
-        return float(np.mean(chosen)) if np.isfinite(chosen).all() else float("inf")
-
-    rate, bounded = min(itertools.product(RATES, (True, False)), key=mean_score)
-    return changed(trainer, bounded, learning_rate=rate), rows
-
-
-def study_cell(target: Target, trainer: Trainer) -> list[dict]:
-    """Tuning and final rows of one method at one K."""
-    best, rows = tune(target, trainer)
-    k_train, k_judge = keys_of(SEEDS)
-    state = train(best, target.log_density, k_train)
-    setting = {"phase": "final", "learning_rate": best.learning_rate, "bounded": estimated(best).bounded}
-    for steps in SOLVER_STEPS:
-        scores = judge(target, best, state, steps, POINTS, k_judge)
-        rows += [setting | {"seed": s, "solver_steps": steps, **d} for s, d in zip(SEEDS, scores, strict=True)]
+    for i, key in enumerate(keys):
+        one, row = jax.tree.map(lambda leaf, i=i: leaf[i], state), {}
+        k_flow, k_exact = jr.split(jr.fold_in(key, 1))
+        if target.name == "many-well-32":
+            x = draw(trainer, one.net, Euler(steps), k_flow, points)
+            exact = jnp.mean(target.sample(k_exact, 200_000)[:, ::2] > 0)
+            row["well_error"] = float(jnp.mean(jnp.abs(jnp.mean(x[:, ::2] > 0, 0) - exact)))
+        if isinstance(one.memory, Buffer) and target.log_z is not None:
+            row["log_z_error"] = float(one.memory.log_z()) - target.log_z
+        rows.append(row)
     return rows
 
 
-def run_study(settings: Settings, file: Path) -> None:
-    """Tune and train what `file` lacks; rows are appended method by method."""
-    rows = read(file)
-    for samples, method, name in itertools.product(settings.samples, ("exact", *settings.methods), TARGETS):
+def cell(study: Study, target: Target, method: str, samples: int) -> list[Row]:
+    """Rows of one method at one K; of exact samples against exact ones."""
+    if method == "exact":
+        return [{"seed": i} | row for i, row in enumerate(floor(target, study.points, jr.key(77), len(study.seeds)))]
+    trainer, bounded = tuned(study, target, replace(METHODS[method].with_samples(samples), steps=study.steps))
+    k_train, k_judge = keys_of(study.seeds)
+    state, rows = train(trainer, target.log_density, k_train, dim=target.dim), []
+    for steps in study.solver_steps:
+        scores = judge(target, trainer, state, steps, study.points, jr.clone(k_judge))
+        more = extras(target, trainer, state, steps, study.points, jr.clone(k_judge))
+        common = {"learning_rate": trainer.learning_rate, "bounded": bounded, "solver_steps": steps}
+        rows += [common | {"seed": s} | a | b for s, a, b in zip(study.seeds, scores, more, strict=True)]
+    return rows
+
+
+def run(study: Study, file: Path) -> None:
+    """Append the rows of what the file lacks."""
+    done = {(row["target"], row["K"], row["method"]) for row in read(file)}
+    for samples, method, name in itertools.product(study.samples, ("exact", *study.methods), study.targets):
         samples = 0 if method == "exact" else samples
-        if any((r["target"], r["K"], r["method"], r["phase"]) == (name, samples, method, "final") for r in rows):
-            continue
-        target = find_target(name, Trainer.box)
-        if method == "exact":
-            common = {"phase": "final", "learning_rate": 0.0, "bounded": False, "solver_steps": 0}
-            new = [common | {"seed": i, **d} for i, d in enumerate(floor(target, POINTS, jr.key(77), pairs=10))]
-        else:
-            new = study_cell(target, replace(METHODS[method].with_samples(samples), steps=settings.steps))
-        new = [{"target": name, "K": samples, "method": method, **row} for row in new]
-        append(file, rounded(new), COLUMNS)
-        rows += new
-        print(
-            name,
-            samples,
-            method,
-            *(f"{r['solver_steps']}:{r['sliced_wasserstein']:.3f}" for r in new[-10:]),
-            flush=True,
-        )
-
-
-def target_errors(settings: Settings, file: Path, queries: int = 128, repeats: int = 32) -> None:
-    """Squared bias and variance per dimension of the velocity target, and the mean effective sample size, by t."""
-    columns = ("target", "K", "method", "bounded", "t", "bias2", "variance", "ess")
-    done = {(r["target"], r["K"], r["method"]) for r in read(file)}
-    path = Linear()
-    for name, samples, method in itertools.product(TARGETS, settings.samples, settings.methods):
         if (name, samples, method) in done:
             continue
-        target = find_target(name, Trainer.box)
-        exact_mean = target.posterior_mean
-        assert exact_mean is not None
-        estimator = estimated(METHODS[method].with_samples(samples)).estimator
-
-        @jax.jit
-        def one_time(key, t, target=target, estimator=estimator, exact_mean=exact_mean):
-            """Squared bias and variance of the velocity target at one time, projected into the box or not; mean ESS."""
-            k_x1, k_x0, k_support, k_mean = jr.split(key, 4)
-            x1 = target.sample(k_x1, queries)
-            x_t = jax.vmap(path.perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
-            support = target.sample(k_support, Estimated.particles)
-            exact = jax.vmap(lambda x: exact_mean(path, x, t))(x_t)
-
-            def repeat(key):
-                return jax.vmap(lambda k, x: estimator(k, path, target.log_density, x, t, support))(
-                    jr.split(key, queries), x_t
-                )
-
-            posterior = jax.lax.map(repeat, jr.split(k_mean, repeats))
-            out = []
-            for mean in (posterior.mean, jnp.clip(posterior.mean, -Trainer.box, Trainer.box)):
-                variance = jnp.mean(jnp.var(mean, 0, ddof=1)) / (1 - t) ** 2
-                bias2 = jnp.mean((jnp.mean(mean, 0) - exact) ** 2) / (1 - t) ** 2 - variance / repeats
-                out.append((bias2, variance))
-            return out, jnp.mean(posterior.ess)
-
-        rows = []
-        for t in TIMES:
-            pairs, ess = one_time(jr.key(5), jnp.asarray(t))
-            for bounded, (bias2, variance) in zip((False, True), pairs, strict=True):
-                common = {"target": name, "K": samples, "method": method, "bounded": bounded, "t": t}
-                rows.append(common | {"bias2": float(bias2), "variance": float(variance), "ess": float(ess)})
-        append(file, rounded(rows), columns)
-        print("targets", name, samples, method, flush=True)
+        rows = cell(study, find_target(name, Trainer.box), method, samples)
+        append(file, [{"target": name, "K": samples, "method": method} | row for row in rows], COLUMNS)
+        done.add((name, samples, method))
+        print(name, samples, method, *(f"{row['sliced_wasserstein']:.3f}" for row in rows), flush=True)
 
 
-def rounded(rows: list[dict]) -> list[dict]:
-    return [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+def values(rows: list[Row], distance: str, **wanted: Any) -> list[float]:
+    """By seed, of the rows that are like `wanted`."""
+    return [row[distance] for row in rows if row[distance] != "" and wanted.items() <= row.items()]
 
 
-def read(file: Path) -> list[dict]:
-    """Rows with numbers for numbers."""
-    if not file.exists():
-        return []
-
-    def value(text: str) -> Any:
-        if text in ("True", "False"):
-            return text == "True"
-        try:
-            return int(text) if text.isdigit() else float(text)
-        except ValueError:
-            return text
-
-    with file.open(newline="") as stream:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+def shown(numbers: list[float], digits: int) -> str:
+    """Mean and 95 % bootstrap interval, or the smallest and largest of fewer than five."""
+    if not numbers:
+        return ""
+    mean, low, high = interval(numbers) if len(numbers) >= 5 else (np.mean(numbers), min(numbers), max(numbers))
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def scores(rows: list[dict], target: str, samples: int, method: str, steps: int, distance: str) -> list[float]:
-    """By seed."""
-    wanted = (target, samples, method, steps, "final")
-    return [r[distance] for r in rows if (r["target"], r["K"], r["method"], r["solver_steps"], r["phase"]) == wanted]
+def report(study: Study, rows: list[Row]) -> None:
+    """Markdown; with several numbers of solver steps also by how much RFM at the smallest is ahead of its rivals at the
+    largest (paired by seed)."""
+    few, many = study.solver_steps[0], study.solver_steps[-1]
+    methods = [m for m in study.methods if any(row["method"] == m for row in rows)]
+    leads = RIVALS if many > few else ()
+    for target, distance in itertools.product(study.targets, (*DISTANCES, *EXTRA)):
+        digits = 4 if distance == "mmd2" else 3
+        exact = shown(values(rows, distance, target=target, method="exact"), digits)
+        heads = [f"{m} {n}" for m in methods for n in study.solver_steps] + [f"lead over {r} {many}" for r in leads]
+        lines = []
+        for k in study.samples:
+            of = lambda m, n, k=k: values(rows, distance, target=target, K=k, method=m, solver_steps=n)  # noqa: B023
+            cells = [of(m, n) for m in methods for n in study.solver_steps]
+            cells += [[b - a for a, b in zip(of("rfm", few), of(r, many), strict=False)] for r in leads]
+            if any(cells):
+                lines.append(f"| {k} | " + " | ".join(shown(c, digits) for c in cells) + " |")
+        if lines:
+            print(f"\n{target}, {distance}; exact samples {exact or '-'}\n")
+            print("| K | " + " | ".join(heads) + " |\n" + "|---" * (1 + len(heads)) + "|", *lines, sep="\n")
 
 
-def print_report(rows: list[dict], distance: str) -> None:
-    """Markdown: mean and 95 % interval by K and method, and by how much RFM at 20 steps leads (paired by seed)."""
-
-    def cell(values: list[float], digits: int = 4 if distance == "mmd2" else 3) -> str:
-        if not values:
-            return ""
-        mean, low, high = interval(values)
-        return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    methods = [m for m in METHODS if any(r["method"] == m for r in rows)]
-    heads = [f"{m} {s}" for m in methods for s in SOLVER_STEPS]
-    for target in TARGETS:
-        print(f"\n{target}, {distance}; floor {cell(scores(rows, target, 0, 'exact', 0, distance))}\n")
-        print("| K | " + " | ".join(heads) + " | " + " | ".join(f"lead over {r} 100" for r in RIVALS) + " |")
-        print("|---" * (1 + len(heads) + len(RIVALS)) + "|")
-        for samples in SAMPLES:
-            cells = [scores(rows, target, samples, m, s, distance) for m in methods for s in SOLVER_STEPS]
-            if not any(cells):
-                continue
-            ours = scores(rows, target, samples, "rfm", 20, distance)
-            leads = [
-                [b - a for a, b in zip(ours, scores(rows, target, samples, r, 100, distance), strict=False)]
-                for r in RIVALS
-            ]
-            print(f"| {samples} | " + " | ".join(map(cell, [*cells, *leads])) + " |")
-
-
-def plot(rows: list[dict], file: Path) -> None:
-    """Sliced Wasserstein distance against K, with 95 % intervals; only what has been run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.1), layout="constrained")
-    FigureCanvasAgg(figure)
+def plot(study: Study, rows: list[Row], file: Path) -> None:
+    """Sliced Wasserstein distance against K, with 95 % intervals."""
+    picture = figure(7.2, 3.1)
     styles = {"rfm": ("#1f4e8c", "o", 20), "qne": ("#d9822b", "s", 100), "idem": ("#7a3e9d", "^", 100)}
     styles |= {"mixture": ("#2e8b57", "D", 20)}
-    for axes, target in zip(figure.subplots(1, 2, sharey=True), TARGETS, strict=True):
+    for axes, target in zip(picture.subplots(1, len(study.targets), sharey=True), study.targets, strict=True):
         for method, (colour, marker, steps) in styles.items():
-            means = {}
-            for samples in SAMPLES:
-                values = scores(rows, target, samples, method, steps, "sliced_wasserstein")
-                if values and np.isfinite(values).all():
-                    means[samples] = interval(values)
-            if not means:
+            found = {"target": target, "method": method, "solver_steps": steps}
+            by_k = {k: values(rows, "sliced_wasserstein", K=k, **found) for k in study.samples}
+            by_k = {k: interval(v) for k, v in by_k.items() if v and np.isfinite(v).all()}
+            k, (mean, low, high) = list(by_k), np.array(list(by_k.values())).reshape(-1, 3).T
+            if not k:
                 continue
-            k = list(means)
-            mean, low, high = np.array([means[s] for s in k]).reshape(-1, 3).T
-            error = [mean - low, high - mean]
-            axes.errorbar(
-                k, mean, error, color=colour, marker=marker, ms=4, lw=1.4, capsize=2, label=f"{method}, {steps} steps"
-            )
-        level = interval(scores(rows, target, 0, "exact", 0, "sliced_wasserstein"))[0]
+            look = {"color": colour, "marker": marker, "ms": 4, "lw": 1.4, "capsize": 2}
+            axes.errorbar(k, mean, [mean - low, high - mean], label=f"{method}, {steps} steps", **look)
+        level = np.mean(values(rows, "sliced_wasserstein", target=target, method="exact"))
         axes.axhline(level, color="0.35", lw=1, ls="--")
         axes.text(8, level * 1.06, "exact samples", fontsize=7.5, color="0.35")
         axes.set(xscale="log", yscale="log", title=target, xlabel="density calls per query, K")
-        run = sorted({int(row["K"]) for row in rows if row["K"] != 0})
-        axes.set_xticks(run, [str(s) for s in run])
+        run = sorted({row["K"] for row in rows} - {0})
+        axes.set_xticks(run, [str(k) for k in run])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("sliced Wasserstein to exact samples")
     ticks = [0.03, 0.05, 0.1, 0.2, 0.5, 1.0]
-    figure.axes[0].set_yticks(ticks, [str(t) for t in ticks])
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    picture.axes[0].set_ylabel("sliced Wasserstein to exact samples")
+    picture.axes[0].set_yticks(ticks, [str(t) for t in ticks])
+    picture.axes[0].legend(frameon=False, fontsize=8)
+    picture.savefig(file, dpi=130)
 
 
-def main() -> None:
-    """The study, its tables and its picture."""
-    settings = tyro.cli(Settings, description=__doc__)
-    RESULTS.mkdir(exist_ok=True)
-    if not settings.report:
-        target_errors(settings, RESULTS / "sampling_targets.csv")
-        run_study(settings, RESULTS / "sampling.csv")
-    rows = read(RESULTS / "sampling.csv")
-    for distance in DISTANCES:
-        print_report(rows, distance)
-    plot(rows, PICTURE)
+def main(
+    which: Literal["equal", "ranking"],
+    /,
+    report_only: bool = False,
+    methods: tuple[str, ...] = (),
+    targets: tuple[str, ...] = (),
+    samples: tuple[int, ...] = (),
+    steps: int | None = None,
+    out: Path = DATA,
+) -> None:
+    """The study `which`, or a part of it, and its tables."""
+    study = STUDIES[which]
+    part = {"methods": methods, "targets": targets, "samples": samples, "steps": steps}
+    study = replace(study, **{k: v for k, v in part.items() if v})
+    file = out / study.file
+    if not report_only:
+        run(study, file)
+    rows = read(file)
+    report(study, rows)
+    if which == "ranking" and out == DATA:
+        plot(study, rows, PICTURES / "sampling_study.png")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

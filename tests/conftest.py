@@ -10,10 +10,11 @@ import signal
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: one thread each, or they wait for one another. Read when the backend starts.
-    # Most of the time goes into compiling: half of it without optimisation.
-    threads = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {threads}"
+    # Both are read when the backend starts, and what the caller sets has the last word. Workers share the cores: a
+    # thread pool of one each, or they wait for one another. Most of the time goes into compiling: half of it without
+    # optimisation.
+    os.environ.setdefault("NPROC", "1")
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest

@@ -198,7 +198,8 @@ def test_what_a_script_defines_is_named_after_its_file(monkeypatch: pytest.Monke
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "__file__", "/somewhere/mine.py", raising=False)
     monkeypatch.setattr(main, "__spec__", None)
-    local = dataclasses.make_dataclass("Local", [("x", int, 1)], frozen=True, namespace={"__module__": "__main__"})
+    local = dataclasses.make_dataclass("Local", [("x", int, 1)], frozen=True)
+    local.__module__ = "__main__"
     monkeypatch.setattr(main, "Local", local, raising=False)
     data = to_json(local())
     assert data["kind"] == "mine:Local"

@@ -1,8 +1,8 @@
 """Demonstrations made on this machine, without a download: scripted controllers, and the oracles of OGBench.
 
-    python benchmarks/demonstrations.py maze --episodes 100 --out maze.npz [--stitch]
-    python benchmarks/demonstrations.py cube --episodes 100 --out cube.npz
-    python benchmarks/demonstrations.py metaworld --task DrawerOpen --episodes 50 --out ./drawer-open
+    python examples/demonstrations.py maze --episodes 100 --out maze.npz [--stitch]
+    python examples/demonstrations.py cube --episodes 100 --out cube.npz
+    python examples/demonstrations.py metaworld --task DrawerOpen --episodes 50 --out ./drawer-open
 
 `maze` and `cube` take the extra `offline`. An OUT that ends in .npz is a file as OGBench publishes it, a row for each
 state and no rewards: name a task when it is read, `contraflow data info cube.npz --task cube-single-singletask-v0`. Any

@@ -1,0 +1,137 @@
+"""In flows and estimators of the posterior mean."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from contraflow.flow.path import VE, AbstractPath, Linear
+from contraflow.flow.posterior import starts, strata
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.rl import energy
+from tests.planted import bug, wrong
+
+POSTERIOR = "flow/test_flow_posterior.py::"
+MARKOV = "flow/test_flow_markov.py::"
+
+
+@bug("flow/test_flow_path.py::test_ends")
+def time_runs_backwards(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Linear, "alpha")
+    def alpha(right, self, t):
+        return 1.0 - t
+
+    @wrong(patch, Linear, "beta")
+    def beta(right, self, t):
+        return t
+
+
+@bug("flow/test_flow_path.py::test_ends")
+def the_source_has_a_deviation_of_one_on_every_path(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(VE, "source_scale", 1.0)
+
+
+@bug("flow/test_flow_path.py::test_every_conversion_to_every_other")
+def a_score_that_points_away_from_the_data(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, AbstractPath, "score_from_velocity")
+    def score(right, self, v, x_t, t):
+        return -right(self, v, x_t, t)
+
+
+@bug("flow/test_flow_path.py::test_every_conversion_to_every_other")
+def the_end_of_a_velocity_without_the_drift_of_the_noise(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, AbstractPath, "x1_from_velocity")
+    def x1(right, self, v, x_t, t):
+        return self.beta(t) * v / self.wronskian(t)
+
+
+@bug("flow/test_flow_loss.py")
+def targets_have_gradients(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jax.lax, "stop_gradient", lambda x: x)
+
+
+@bug(POSTERIOR + "test_consistent")
+def importance_weights_without_the_density_of_the_proposal(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Reverse, "_log_likelihood_ratio")
+    def ratio(right, self, path, x, x_t, t, support):
+        return jnp.zeros(x.shape[0])
+
+
+@bug(POSTERIOR + "test_gradient_expectation")
+def eta_is_taken_for_c(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Fixed, "__call__")
+    def call(right, self, w, x, s, eta_per_c):
+        return right(self, w, x, s, jnp.ones_like(eta_per_c))
+
+
+@bug(POSTERIOR + "test_tuned_rule_in_numpy")
+def the_tuned_control_has_the_other_sign(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, MinVariance, "__call__")
+    def call(right, self, w, x, s, eta_per_c):
+        mean, eta = right(self, w, x, s, eta_per_c)
+        return 2 * (w @ x) - mean, -eta
+
+
+@bug(POSTERIOR + "test_pooled_by_hand")
+def pooled_estimates_count_alike(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Reverse, "__call__")
+    def call(right, self, *args):
+        return eqx.tree_at(lambda post: post.ess, right(self, *args), jnp.asarray(float(self.samples)))
+
+
+@bug(MARKOV + "test_unbiased_where_the_policy_is_right")
+def chains_start_elsewhere_than_at_the_endpoint(patch: pytest.MonkeyPatch) -> None:
+    from contraflow.flow.posterior import gibbs, markov
+
+    for module in (gibbs, markov):
+
+        @wrong(patch, module, "pick_starts")
+        def pick(right, *args):
+            support, places = right(*args)
+            return 0.0 * support, places
+
+
+@bug(MARKOV + "test_unbiased_with_several_endpoints")
+def endpoints_that_do_not_explain_x_t_start_chains(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, starts, "log_normal")
+    def likelihood(right, x, mean, std):
+        return 0.0 * right(x, mean, std)
+
+
+@bug(MARKOV + "test_several_endpoints_are_less_noise")
+def further_endpoints_are_not_used(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, starts, "systematic")
+    def places(right, key, weights, n):
+        return 0 * right(key, weights, n)
+
+
+@bug(MARKOV + "test_unbiased_where_the_policy_is_right")
+def a_sweep_ignores_the_density_of_its_candidates(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, strata.Strata, "_log_ratio")
+    def ratio(right, self, u, cell):
+        return 0.0 * right(self, u, cell)
+
+
+@bug("flow/test_flow_strata.py")
+def strata_forget_the_share_of_their_cell(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, strata.Strata, "_log_ratio")
+    def ratio(right, self, u, cell):
+        return right(self, u, cell) + jnp.log(self.mass[cell] * strata.CELLS)
+
+
+@bug("flow/test_flow_strata.py::test_weights_but_for_the_critic_are_nearly_equal")
+def strata_do_not_follow_the_likelihood(patch: pytest.MonkeyPatch) -> None:
+    right = strata.Strata.fit
+
+    def fit(cls, path, x_t, t):
+        return eqx.tree_at(lambda s: s.x_t, right(path, 0.0 * x_t, t), x_t)
+
+    patch.setattr(strata.Strata, "fit", classmethod(fit))
+
+
+@bug("rl/test_rl_energy.py::test_integrates_to_the_law_over_actions")
+def latent_actions_without_the_jacobian_of_tanh(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, energy, "log_sech2")
+    def jacobian(right, u):
+        return 0.0 * right(u)
