@@ -1,7 +1,8 @@
-"""The agents of the contract battery, small: a new agent adds one line to `TABLE`."""
+"""The agents of the contract battery, small. A new agent is in it by itself, shrunk; what it is worth beside that has a
+line in `TABLE`."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow.agents import needs
+from contraflow.agents import needs, presets
 from contraflow.agents.offline.bc import BC
 from contraflow.agents.online.dacer import DACER
 from contraflow.agents.online.pmd import PMD, Candidates, Selection
@@ -88,6 +89,22 @@ TABLE: dict[str, Any] = {
     "bc": BC(FLOW, optim=FAST),
     "cross-entropy": CrossEntropy(rate=0.3),
 }  # fmt: skip
+
+
+def shrunk(settings: Any) -> Any:
+    """The settings of an agent with the smallest networks and the fewest solver steps, wherever they stand."""
+    small = {ResidualMLP: NET, MLPSpec: MLPSpec(8, 1), Ddim: Ddim(2), Optim: FAST}
+    if type(settings) in small:
+        return small[type(settings)]
+    if not is_dataclass(settings):
+        return settings
+    parts = {f.name: shrunk(getattr(settings, f.name)) for f in fields(settings) if f.init}
+    sizes = {"width": 8, "depth": 1, "tau": 0.1} if isinstance(settings, Critics) else {}
+    return replace(settings, **parts | sizes)
+
+
+_covered = {type(agent) for agent in TABLE.values()}
+TABLE |= {name: shrunk(p.agent) for name, p in presets().items() if type(p.agent) not in _covered}
 FAMILIES = ("rfm", "sac", "sir", "reinflow", "bc", "cross-entropy")  # in the default tests, the rest are slow
 FOREIGN = ("cross-entropy",)
 
