@@ -28,6 +28,7 @@ MODULES = (
     "onpolicy.dppo",
     "onpolicy.fpo",
     "offline.bc",
+    "offline.fql",
 )
 
 

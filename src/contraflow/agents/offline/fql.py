@@ -1,0 +1,153 @@
+"""Flow Q-learning, FQL (arXiv 2502.02538): a one-step policy between a cloned flow and the critic.
+
+    flow      v(x_t, t, s) is matched to the actions of the data: behaviour cloning, which no critic touches;
+    actor     mu(s, z), one evaluation: alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the flow's end of that z;
+    critic    y = r + discount mean_j Q_j(s', mu(s', z')).
+
+A proximal step in the Wasserstein sense, not an exponential tilt: with Q = g.a the actor is the flow shifted by g / w,
+w = 2 alpha / d. Because the distillation is a mean over the d numbers of an action or chunk and Q is not, the same
+alpha pulls less where d is larger.
+"""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PyTree
+
+from contraflow.agents.base import Preset
+from contraflow.core.optim import Optim, check_positive, gradient_step
+from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
+from contraflow.flow.matching import matching_error
+from contraflow.flow.model import EDGE, Flow, FlowSpec
+from contraflow.nets.critic import Mean, QEnsemble
+from contraflow.nets.mlp import MLP, MLPSpec
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.base import Cost, Policy
+from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.rl.critics import Critics
+from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
+
+OPTIM = Optim(3e-4)
+
+
+class OneStep(eqx.Module):
+    """a = clip(mu(s, z), -1, 1), z ~ N(0, I)."""
+
+    net: MLP
+
+    @property
+    def dim(self) -> int:
+        return self.net.last.bias.shape[0]
+
+    def mu(self, obs: Float[Array, " o"], z: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The action before it is clipped."""
+        return self.net(jnp.concatenate([obs, z]))
+
+    def from_noise(self, obs: Float[Array, " o"], z: Float[Array, " d"]) -> Float[Array, " d"]:
+        """The action of z."""
+        return jnp.clip(self.mu(obs, z), -1.0, 1.0)
+
+    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " d"]:
+        return self.from_noise(obs, jr.normal(key, (self.dim,)))
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, 1, 0)
+
+
+class FQLState(eqx.Module):
+    flow: Flow
+    actor: OneStep
+    critic: QEnsemble
+    target: QEnsemble
+    flow_opt: PyTree
+    actor_opt: PyTree
+    critic_opt: PyTree
+    step: Int[Array, ""]
+    stats: RunningMoments | None = None  # of observations, where they are normalised
+
+
+@dataclass(frozen=True)
+class FQL:
+    """Per row of a batch K + 3 evaluations of the flow, three of the actor and one of each critic and its target."""
+
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    """The cloned flow; its solver's K steps (10) make the targets of the actor."""
+    actor: MLPSpec = MLPSpec(512, 4, "gelu")
+    alpha: float = 10.0
+    """Weight of the distillation; 10 to 1000 in the paper, by task."""
+    normalise_q: bool = False
+    """Q is divided by the mean of |Q| in the batch (off, as released): alpha then means the same for all rewards."""
+    normalise_obs: NormaliseObs = "off"
+    """"frozen" normalises by the moments of the data."""
+    critic: Critics = Critics(reduce=Mean(), backup=Mean(), width=512, depth=4, block="normalised", optim=OPTIM)
+    optim: Optim = OPTIM
+    """Of the flow and of the actor, each by itself."""
+
+    def __post_init__(self):
+        check_positive(self, "alpha")
+
+    @property
+    def gamma(self) -> float:
+        return self.critic.gamma
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> FQLState:
+        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        k_flow, k_actor, k_critic = jr.split(key, 3)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
+        actor = OneStep(self.actor.init(k_actor, spec.obs_dim + spec.action_dim, spec.action_dim))
+        critic, target, critic_opt = self.critic.init(k_critic, spec)
+        opts = self.optim.tx.init(flow), self.optim.tx.init(actor), critic_opt
+        stats = initial_moments(self.normalise_obs, spec)
+        return FQLState(flow, actor, critic, target, *opts, jnp.zeros((), jnp.int32), stats)
+
+    def policy(self, state: FQLState) -> Policy:
+        """The actor, in one evaluation; the same while exploring."""
+        return normalised(state.stats, state.actor)
+
+    def update(self, state: FQLState, batch: Batch, key: PRNGKey) -> tuple[FQLState, Metrics]:
+        """One step of the critics, the flow and the actor on a batch [B] (2502.02538, algorithm 1)."""
+        k_next, k_critic, k_flow, k_actor = jr.split(key, 4)
+        n = batch.reward.shape[0]
+        stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
+        count = jnp.maximum(batch.mask.sum(), 1.0)
+
+        # 1. Critic, with a' of the actor.
+        action = jax.vmap(state.actor)(batch.next_obs, jr.split(k_next, n))
+        critic, target, critic_opt, metrics = self.critic.learn(
+            state.critic, state.target, state.critic_opt, batch, action, k_critic
+        )
+
+        # 2. Flow: behaviour cloning.
+        def flow_loss(flow):
+            def one(obs, action, key):
+                k_noise, k_t = jr.split(key)
+                t = jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE)
+                return matching_error(flow, obs, flow.noise(k_noise), flow.spec.support.latent(action), t)
+
+            return jnp.sum(batch.mask * jax.vmap(one)(batch.obs, batch.action, jr.split(k_flow, n)) ** 2) / count
+
+        flow, flow_opt, matching, _ = gradient_step(self.optim.tx, flow_loss, state.flow, state.flow_opt)
+
+        # 3. Actor: towards the flow's end of the same noise, and up Q. The flow is the one before this update.
+        z = state.flow.noise(k_actor, n)
+        teacher = state.flow.action(jax.vmap(state.flow.sample)(z, batch.obs))
+
+        def actor_loss(actor):
+            """(loss, metrics)."""
+            mu = jax.vmap(actor.mu)(batch.obs, z)
+            q = jax.vmap(critic.value)(batch.obs, jnp.clip(mu, -1.0, 1.0))
+            scale = jax.lax.stop_gradient(1.0 / jnp.maximum(jnp.mean(jnp.abs(q)), 1e-6)) if self.normalise_q else 1.0
+            distillation = jnp.sum(batch.mask * (mu - teacher) ** 2) / count
+            return self.alpha * distillation - scale * q.mean()
+
+        actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
+        metrics |= {"actor_loss": loss, "actor_grad_norm": grad_norm, "matching_loss": matching}
+        opts = flow_opt, actor_opt, critic_opt
+        return FQLState(flow, actor, critic, target, *opts, state.step + 1, stats), metrics
+
+
+PRESETS = (Preset("fql", FQL(), "Flow Q-learning", "2502.02538", "a one-step policy beside a cloned flow", "dataset"),)

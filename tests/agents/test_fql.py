@@ -1,0 +1,134 @@
+"""FQL against its closed forms: a proximal step between a cloned flow and the critic."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from contraflow.agents.offline.fql import FQL
+from contraflow.core.optim import Optim
+from contraflow.core.types import Batch, EnvSpec
+from contraflow.flow.model import Ddim, FlowSpec
+from contraflow.nets.critic import Mean
+from contraflow.nets.mlp import MLPSpec
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.rl.critics import Critics
+
+D = 3
+SPEC = EnvSpec(1, D, 1, None, False)
+SMALL = FQL(
+    flow=FlowSpec(solver=Ddim(5), network=ResidualMLP(8, 1, 4)),
+    actor=MLPSpec(16, 1),
+    critic=Critics(reduce=Mean(), backup=Mean(), width=8, depth=1, tau=0.1, optim=Optim(1e-3)),
+    optim=Optim(1e-2),
+)
+
+
+def batch(key, n=32, mask=None):
+    k_action, k_reward = jr.split(key)
+    action = jnp.clip(0.3 + 0.2 * jr.normal(k_action, (n, D)), -1, 1)
+    mask = jnp.ones((n, D)) if mask is None else mask
+    return Batch(jnp.zeros((n, 1)), action, jr.normal(k_reward, (n,)), jnp.full(n, 0.9), jnp.zeros((n, 1)), mask)
+
+
+def with_slope(state, slope):
+    """The state with critics Q(s, a) = slope . a: one hidden unit that is positive all over the box, the others off."""
+    lift = 10.0 * jnp.max(jnp.abs(slope))
+
+    def plane(critic):
+        first, last = critic.first, critic.last
+        weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
+        values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
+        values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
+        where = lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias)
+        return eqx.tree_at(where, critic, values)
+
+    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members))
+    return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
+
+
+class Frozen(Critics):
+    """Critics that do not learn."""
+
+    def learn(self, critic, target, opt, batch, action, key, bonus=0.0):
+        return critic, target, opt, {}
+
+
+FROZEN = Frozen(**vars(SMALL.critic))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0])
+def test_the_actor_is_the_flow_shifted_by_the_slope_over_the_pull(alpha):
+    """Q = g.a and a frozen flow: mu(s, z) = x_1(s, z) + g / w with w = 2 alpha / d, for every z."""
+    slope = jnp.array([0.2, -0.1, 0.05])
+    agent = replace(SMALL, alpha=alpha, critic=FROZEN, optim=Optim(3e-3))
+    state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), slope)
+    # A flow that does not move anything: x_1 = z, kept by giving its own state back after each update.
+    still = jax.tree.map(jnp.zeros_like, state.flow)
+    state = eqx.tree_at(lambda s: s.flow, state, still)
+
+    @jax.jit
+    def run(state):
+        def one(state, key):
+            new, _ = agent.update(state, batch(key, 64), jr.fold_in(key, 1))
+            return eqx.tree_at(lambda s: (s.flow, s.flow_opt), new, (state.flow, state.flow_opt)), None
+
+        return jax.lax.scan(one, state, jr.split(jr.key(1), 3000))[0]
+
+    state = run(state)
+    z = 0.3 * jr.normal(jr.key(2), (256, D))  # within the box, where the gradient of Q passes
+    mu = jax.vmap(lambda z: state.actor.mu(jnp.zeros(1), z))(z)
+    # A small network fits z + g / w to a few hundredths of the shift's size at alpha = 1 (.3, .15, .075).
+    np.testing.assert_allclose(jnp.mean(mu - z, 0), slope * D / (2 * alpha), atol=0.15 * 0.3 / alpha)
+
+
+def test_the_critic_gives_the_flow_no_gradient():
+    """d(loss) / d(flow) is that of matching alone: another critic, alpha or reward moves the flow in no way."""
+    state = jax.jit(lambda k: SMALL.init(k, SPEC))(jr.key(0))
+    rows = batch(jr.key(1))
+    one, _ = jax.jit(SMALL.update)(state, rows, jr.key(2))
+    other, _ = jax.jit(replace(SMALL, alpha=1e3, normalise_q=True).update)(
+        state, replace(rows, reward=5 * rows.reward), jr.key(2)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one.flow, other.flow)
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one.actor, other.actor)), strict=True))
+
+
+def test_teacher_and_actor_see_the_same_noise():
+    """Without it the actor would regress on the mean of the flow: its spread would vanish as alpha grows."""
+    agent = replace(SMALL, alpha=100.0)
+    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
+
+    @jax.jit
+    def run(state):
+        def one(state, key):
+            return agent.update(state, batch(key, 64), jr.fold_in(key, 1))[0], None
+
+        return jax.lax.scan(one, state, jr.split(jr.key(1), 3000))[0]
+
+    state = run(state)
+    z = jr.normal(jr.key(2), (512, D))
+    ends = state.flow.action(jax.vmap(lambda z: state.flow.sample(z, jnp.zeros(1)))(z))
+    actions = jax.vmap(lambda z: state.actor.from_noise(jnp.zeros(1), z))(z)
+    # Both are of the data, N(.3, .2^2): five steps of Euler leave a spread of .74 to 1 of it, alpha = 100 a pull that
+    # the critic's slope (of order one) moves by a hundredth.
+    np.testing.assert_allclose(ends.mean(), 0.3, rtol=0.15)
+    assert jnp.sqrt(jnp.mean((actions - ends) ** 2)) < 0.3 * ends.std()
+    assert 0.6 * 0.2 < float(actions.std(0).mean()) < 1.2 * 0.2
+
+
+def test_normalised_q_makes_the_gradient_free_of_its_scale():
+    """With `normalise_q` critics 1000 times as large move the actor in the same way, without it they do not."""
+    moved = {}
+    for normalise in (True, False):
+        for scale in (1.0, 1000.0):
+            agent = replace(SMALL, critic=FROZEN, normalise_q=normalise, optim=Optim(1e-2))
+            state = with_slope(jax.jit(lambda k, a=agent: a.init(k, SPEC))(jr.key(0)), scale * jnp.ones(D))
+            _, metrics = jax.jit(agent.update)(state, batch(jr.key(1)), jr.key(2))
+            moved[normalise, scale] = float(metrics["actor_grad_norm"])
+    np.testing.assert_allclose(moved[True, 1.0], moved[True, 1000.0], rtol=1e-4)  # float32 sums
+    assert moved[False, 1000.0] > 100 * moved[False, 1.0]
