@@ -102,8 +102,8 @@ def test_what_is_left_without_a_part(flow, critic):
     left = ablations(policy)
     assert list(left) == [ONE, UNIFORM] and all(isinstance(p, Normalised) for p in left.values())
     keys = jr.split(jr.key(2), 200)
-    acts = jax.jit(lambda p: jax.vmap(lambda k: p(OBS, k))(keys))
-    own, one, uniform = (np.asarray(acts(p)).sum(1) for p in (policy, left[ONE], left[UNIFORM]))
+    acts = jax.jit(lambda p, keys: jax.vmap(lambda k: p(OBS, k))(keys))
+    own, one, uniform = (np.asarray(acts(p, jr.clone(keys))).sum(1) for p in (policy, left[ONE], left[UNIFORM]))
     assert own.mean() > one.mean() and left[ONE].cost == Cost(1, 3, 0)
     # The best of 16 by the sum of two uniform numbers on [-1, 1]: P(sum < s) = 1 - (2 - s)^2 / 8 above 0, to the 16th.
     s = np.linspace(0, 2, 2001)
