@@ -111,11 +111,11 @@ def read_flags(cls: Any, args: list[str], **options: Any) -> Any:
 
 
 def _sentence(box: str) -> str:
-    """The message in a box of tyro's."""
-    lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()).strip() for line in box.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"[╭╰+]", line)]
-    end = next((i for i, line in enumerate(lines) if re.match(r"[─-]{4}", line)), len(lines))
-    return re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))
+    """The message in a box of tyro's: its title is in the frame or, where that cannot be drawn, above a first rule."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    parts = re.split(r"\n[─-]{4,}\n", "\n".join(line for line in lines if line and line[0] not in "╭╰"))
+    message = parts[0] if box.lstrip().startswith("╭") else parts[1]
+    return re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(message.split()))
 
 
 def _unknown(flag: str, known: Any) -> str:
@@ -252,22 +252,24 @@ def kebab(name: str) -> str:
 def short_help(preset: str, run: Run, options: Any, default: Any) -> str:
     """The flags that people set, a line each, and the names of the agent's settings."""
     docs = {name: doc for cls in options.__mro__[::-1] for name, doc in field_docs(cls).items()}
-    rows = []
-    for name in OFTEN:
-        if name in {f.name for f in dataclasses.fields(options)}:
-            value = getattr(default, name)
-            shown = "" if value in (None, (), "", False) else f" [{_plain(value)}]"
-            rows.append((f"--{name.replace('_', '-')}", docs.get(name, "").partition(". ")[0].rstrip(".") + shown))
-    width = max(len(flag) for flag, _ in rows)
-    flags = "\n".join(f"  {flag.ljust(width)}  {text}" for flag, text in rows)
-    below = []
-    for f in dataclasses.fields(run.agent):
-        value = getattr(run.agent, f.name)
-        inside = "..." if dataclasses.is_dataclass(value) else f" {_plain(value)}"
-        below.append(f"--agent.{f.name.replace('_', '-')}{'.' * dataclasses.is_dataclass(value)}{inside}".replace("....", ".…"))
+    own = {f.name for f in dataclasses.fields(options)}
+    rows = [(name, getattr(default, name), docs.get(name, "")) for name in OFTEN if name in own]
+    width = max(len(name) for name, *_ in rows)
+    flags = [
+        f"  --{name.replace('_', '-').ljust(width)}  {re.split(r'[.;:] ', doc)[0].rstrip('.')}"
+        + (f" [{_plain(value)}]" if value not in (None, (), "") and value is not False else "")
+        for name, value, doc in rows
+    ]
+    below = [(f.name.replace("_", "-"), getattr(run.agent, f.name)) for f in dataclasses.fields(run.agent)]
+    lines = [
+        f"  --agent.{name}.*  {type(value).__name__}" if dataclasses.is_dataclass(value) else f"  --agent.{name} {value}"
+        for name, value in below
+    ]
     found = presets().get(preset)
-    title = f"{found.title} ({found.paper}). {found.summary}" if found and found.paper else found.title if found else preset
-    return SHORT.format(preset=preset, title=title, flags=flags, agent="  " + "\n  ".join(below))
+    title = type(run.agent).__name__
+    if found:
+        title = f"{found.title} ({found.paper}): {found.summary}" if found.paper else f"{found.title}: {found.summary}"
+    return SHORT.format(preset=preset, title=title, flags="\n".join(flags), agent="\n".join(lines))
 
 
 def _plain(value: Any) -> str:

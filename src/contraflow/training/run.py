@@ -49,8 +49,11 @@ class Run:
     eval_every: int = 10_000
     """Steps between two evaluations, each with a checkpoint."""
     eval_episodes: int = 10
+    """Episodes of each evaluation."""
     log_every: int = 1_000
+    """Steps between two rows of metrics."""
     seed: int = 0
+    """Of everything that is drawn."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl and eval.csv."""
 

@@ -36,6 +36,7 @@ class OfflineToOnline:
     updates: int = 1
     """Gradient steps after each step of all environments."""
     batch_size: int = 256
+    """Rows of one gradient step."""
     n_step: int = 1
     """Rewards of online rows summed before the value is asked."""
     buffer_size: int = 250_000
