@@ -19,9 +19,9 @@ from tests.cli_helpers import COMMAND, ENVIRON, FLAGS, TINY, Constant, Guess, cl
 from contraflow import RFM, EnvSpec, Step, load, train
 from contraflow.cli import evaluate as command
 from contraflow.envs import make
+from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
 from contraflow.training import checkpoint
-from contraflow.policy.artifact import save_policy
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import read_config, write_config
 
@@ -120,7 +120,7 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(command, "evaluate", evaluated)
     table = command.final_returns(tmp_path, False)
-    assert len(table) == 4 and list(table)[0] == "best policy, greedy, 10 episodes"
+    assert len(table) == 4 and next(iter(table)) == "best policy, greedy, 10 episodes"
     assert list(table)[-1] == "last policy, greedy" and all(r.shape == (10,) for r in table.values())
     assert len({(str(key), n) for _, key, n in seen}) == 1, "the same episodes for all"
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(policy)]) for policy, *_ in seen]
@@ -130,7 +130,7 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_a_flow_from_start_to_end(tmp_path: Path):
-    flags = "agent.flow.solver:heun --agent.target.estimator.samples 4".split()
+    flags = ["agent.flow.solver:heun", "--agent.target.estimator.samples", "4"]
     code, out, err = cli("train", "rfm", *FLAGS, "--out", tmp_path / "run", *flags)
     assert code == 0 and err == "" and out.count(" mean ") == 4
 
@@ -144,7 +144,7 @@ def test_without_an_environment_there_is_no_evaluation(tmp_path: Path):
         timeouts=end,
     )  # fmt: skip
     out = tmp_path / "run"
-    flags = "--steps 20 --eval-every 10 --log-every 10 --batch-size 8 --trackers".split()
+    flags = ["--steps", "20", "--eval-every", "10", "--log-every", "10", "--batch-size", "8", "--trackers"]
     code, text, err = cli("train", "bc", "--data", tmp_path / "data.npz", *flags, "--out", out)
     assert code == 0 and err == "", err
     assert text.startswith(f"BC on {tmp_path / 'data.npz'}, 20 steps, seed 0, in {out}\n")

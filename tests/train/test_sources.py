@@ -52,9 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def both(data: Path) -> Run:
-    source = OfflineToOnline(
-        str(data), "probe:obs-action", offline_steps=20, num_envs=2, batch_size=8, buffer_size=64
-    )
+    source = OfflineToOnline(str(data), "probe:obs-action", offline_steps=20, num_envs=2, batch_size=8, buffer_size=64)
     return replace(TINY, agent=Watcher(), source=source)
 
 
@@ -193,9 +191,13 @@ def test_a_policy_of_another_range_is_not_fine_tuned(double: Path, tmp_path: Pat
     pytest.importorskip("gymnasium")
     bc = PRESETS["bc"]
     flow = replace(bc.agent.flow, network=replace(bc.agent.flow.network, width=8, depth=1))
-    run = replace(bc, agent=replace(bc.agent, flow=flow), source=Dataset(str(double)), steps=2, eval_every=2, trackers=())
+    run = replace(
+        bc, agent=replace(bc.agent, flow=flow), source=Dataset(str(double)), steps=2, eval_every=2, trackers=()
+    )
     train(run, tmp_path / "bc", quiet=True)
-    tuned = with_source(replace(PRESETS["reinflow"], trackers=(), pretrained=str(tmp_path / "bc")), env="gym:Pendulum-v1")
+    tuned = with_source(
+        replace(PRESETS["reinflow"], trackers=(), pretrained=str(tmp_path / "bc")), env="gym:Pendulum-v1"
+    )
     with pytest.raises(UserError, match=r"trained for actions in \[-1.05, 1.05\], gym:Pendulum-v1 takes \[-2, 2\]"):
         train(tuned, tmp_path / "tuned", quiet=True)
     assert not (tmp_path / "tuned").exists()
@@ -212,7 +214,7 @@ def test_changed_data_are_not_trained_on(data: Path, tmp_path: Path):
     arrays = dict(np.load(file))
     arrays["reward"][3] += 1
     np.savez(file, **arrays)
-    with pytest.raises(UserError, match="the dataset of .* is not the one that checkpoint 40 was trained on"):
+    with pytest.raises(UserError, match=r"the dataset of .* is not the one that checkpoint 40 was trained on"):
         resume(tmp_path / "run", steps=60, quiet=True, trust=True)
 
 
