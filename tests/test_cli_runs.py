@@ -274,7 +274,8 @@ def test_an_interrupt_before_training_ends_at_once(delay: float, number: signal.
     sent = time.monotonic()
     _, err = process.communicate(timeout=60)
     seconds = time.monotonic() - sent
-    assert process.returncode == 130 and err in ("contraflow: interrupted\n", ""), err
+    begun = "interrupt noted; saving after this step (again to stop at once)\n"  # on a fast machine, after 6 s
+    assert process.returncode == 130 and err in ("contraflow: interrupted\n", "", begun), err
     assert seconds < 5, "a second or so, on a machine that does other things too"
 
 
