@@ -26,7 +26,7 @@ from contraflow.training.run import read_config
         ("train rfn", ["no preset rfn", "did you mean 'rfm'", "contraflow list presets"]),
         ("train --seed 3 rfm", ["the preset comes first"]),
         ("train runs/none", ["runs/none does not exist"]),
-        ("train rfm --agent.critic.gama 0.9", ["there is no flag --agent.critic.gama", "did you mean --agent.critic.gamma?"]),
+        ("train rfm --agent.critic.gama 1", ["no flag --agent.critic.gama", "did you mean --agent.critic.gamma?"]),
         ("train rfm --stepz 9", ["there is no flag --stepz; did you mean --steps?"]),
         ("train rfm agent.flow.solver:huen", ["no kind huen", "did you mean 'heun'"]),
         ("train rfm agent.flow.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
@@ -47,8 +47,8 @@ from contraflow.training.run import read_config
         ("train rfm --agent.critic.width 0", ["width must be positive, got 0"]),
         ("train rfm --agent.critic.tau 0", ["tau is a target-update rate"]),
         ("train rfm agent.temperature:constant --agent.temperature.value -1", ["temperature must be positive"]),
-        ("train rfm --agent.target.estimator.samples 1", ["at least one candidate beside the start"]),
-        ("train rfm --agent.flow.solver.steps 0", ["at least one step"]),
+        ("train rfm --agent.target.estimator.samples 1", ["samples must be a whole number, at least 2, got 1"]),
+        ("train rfm --agent.flow.solver.steps 0", ["steps must be a whole number, at least 1, got 0"]),
         ("train rfm --agent.choose.explore.particles 0", ["at least one particle"]),
         ("train rfm --steps 100 --collect 200", ["--collect must lie between 0 and --steps 100, got 200"]),
         ("train rfm --num-envs 8 --buffer-size 4", ["--buffer-size 4 is smaller than --num-envs 8"]),
@@ -68,7 +68,7 @@ from contraflow.training.run import read_config
         ("train rfm --trust --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),
         ("train rfm --trust --env tests.cli_helpers:unbounded", ["unbounded actions", "finite bounds"]),
         # more parts than rows
-        ("train ppo --num-envs 2 --unroll 8 --agent.ppo.minibatches 32", ["16 rows", "too few for --agent.ppo.minibatches 32"]),
+        ("train ppo --num-envs 2 --unroll 8", ["16 rows", "too few for --agent.ppo.minibatches 32"]),
         ("train bc", ["a dataset is missing", "--data"]),
         # folders that are no runs
         ("resume runs/none", ["runs/none does not exist", "give the folder that --out named"]),
@@ -190,7 +190,7 @@ def test_an_environment_that_raises(moment: str, tmp_path: Path):
     """One line with the place; before the first step nothing is left behind, later what was learned is saved."""
     out = tmp_path / "run"
     args = [*GUESS, "--env", f"tests.cli_helpers:broken_{moment}", "--out", str(out)]
-    err = assert_refused(args, "failed with", "RuntimeError: the arm fell off", "cli_helpers.py:")
+    err = assert_refused(args, "environment Broken failed in", "RuntimeError: the arm fell off", "cli_helpers.py:")
     if moment == "reset":
         assert not out.exists() and "resume" not in err
     else:

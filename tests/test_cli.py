@@ -13,13 +13,15 @@ import contraflow
 from contraflow import RFM, Dataset, OfflineToOnline, Replay, Run
 from contraflow.agents import presets
 from contraflow.cli import COMMANDS
+from contraflow.cli.flags import flag_names
 from contraflow.cli.moved import MOVED
-from contraflow.cli.settings import as_run, flag_names, kebab, parse_train
+from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
 from contraflow.core.settings import members
 from contraflow.flow.path import Cosine
+from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solver import Heun
 from contraflow.policy.best_of import Argmax, First
@@ -47,9 +49,9 @@ ESTIMATOR = AGENT.target.estimator
 assert isinstance(ESTIMATOR, Gibbs)
 
 
-def changed(agent: RFM, path: str, **changes) -> RFM:
+def changed(agent: RFM, place: str, /, **changes) -> RFM:
     """The agent with other fields of the part at a dotted path."""
-    name, _, rest = path.partition(".")
+    name, _, rest = place.partition(".")
     part = getattr(agent, name)
     new = changed(part, rest, **changes) if rest else replace(part, **changes)
     return replace(agent, **{name: new})
@@ -78,9 +80,7 @@ def changed(agent: RFM, path: str, **changes) -> RFM:
         (
             "agent.target.estimator:reverse agent.target.estimator.control:min-variance --agent.critic.gamma 0.5 "
             "--agent.target.estimator.control.clip 1",
-            changed(
-                changed(AGENT, "critic", gamma=0.5), "target", estimator=Reverse(control=MinVariance(clip=1.0))
-            ),
+            changed(changed(AGENT, "critic", gamma=0.5), "target", estimator=Reverse(control=MinVariance(clip=1.0))),
         ),
         (
             "--agent.target.estimator.samples 9 agent.target.estimator.proposal:uniform-action "
@@ -100,7 +100,9 @@ def test_flags_reach_every_setting(args: str, wanted: Run | RFM):
 
 def test_choices_start_from_the_preset():
     paper = PRESETS["rfm-paper"].agent
-    run = parsed("agent.target.estimator.control:fixed", "--agent.target.estimator.control.eta", "1", preset="rfm-paper")
+    run = parsed(
+        "agent.target.estimator.control:fixed", "--agent.target.estimator.control.eta", "1", preset="rfm-paper"
+    )
     assert run.agent == changed(paper, "target", estimator=Reverse(100, Noise(), Fixed(1.0)))
 
 
@@ -182,7 +184,9 @@ def test_help_of_everything_lists_every_setting(name: str):
     assert code == 0 and not [flag for flag in flags if not re.search(rf"{flag}\b", out)]
     assert "--out" in out and "--trust" in out and "--source" not in out
     if name == "rfm":
-        assert all(word in out for word in ("agent.flow.solver:heun", "agent.flow.path:cosine", "agent.temperature:anneal"))
+        assert all(
+            word in out for word in ("agent.flow.solver:heun", "agent.flow.path:cosine", "agent.temperature:anneal")
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)

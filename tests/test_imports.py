@@ -68,7 +68,11 @@ def test_imports_point_one_way(module: str):
         ("agents.rfm", "def f():\n    import contraflow.envs.base", ["envs.base"]),
         ("agents.rfm", "from contraflow import RFM", ["__init__"]),
         ("agents.rfm", "from contraflow import rl\nfrom contraflow.flow.path import Linear", []),
-        ("sampling.run", "from contraflow.core.settings import suggest\nfrom contraflow.training import run", ["training.run"]),
+        (
+            "sampling.run",
+            "from contraflow.core.settings import suggest\nfrom contraflow.training import run",
+            ["training.run"],
+        ),
         ("core.types", "import jax\nfrom contraflow_tools import x", []),
     ],
 )

@@ -30,7 +30,9 @@ def import_names(requirements: list[str]) -> set[str]:
 
 def test_uv_and_pip_use_the_same_pins():
     assert PROJECT["tool"]["uv"]["constraint-dependencies"] == PINS
-    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; python_version [<>]=? \"3\.[0-9]+\")?", pin) for pin in PINS)
+    assert all(
+        re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; python_version [<>]=? \"3\.[0-9]+\")?", pin) for pin in PINS
+    )
 
 
 @pytest.mark.parametrize("python", PYTHONS)

@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-
 from tests.planted import Bug, bugs
 
 TESTS = Path(__file__).parent

@@ -18,7 +18,7 @@ from contraflow.envs import available, check, close, jittable, make, notes
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.envs.probe import PROBES
-from contraflow.train import checkpoint
+from contraflow.training import checkpoint
 
 Box, Dict, Tuple = gymnasium.spaces.Box, gymnasium.spaces.Dict, gymnasium.spaces.Tuple
 Mode = gymnasium.vector.AutoresetMode

@@ -20,7 +20,7 @@ from contraflow.experiments.report.runs import read
 from contraflow.experiments.report.scores import Scale, collect, is_dmc, read_scales
 from contraflow.presets import PRESETS, default_run
 from contraflow.rl.critics import Critics
-from contraflow.train.sources import OfflineToOnline
+from contraflow.training.sources import OfflineToOnline
 
 DMC = "envpool:CheetahRun-v1"
 

@@ -53,7 +53,9 @@ class OnHost:
         return replace(self.env.spec, jittable=False)
 
     def reset(self, key):
-        return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x), self.env.reset(key))
+        return jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x), self.env.reset(key)
+        )
 
     def step(self, state, action):
         state, step = self.env.step(state, jnp.asarray(action))

@@ -82,7 +82,7 @@ def test_another_state_is_refused(like: Any, message: str, written: Path):
     with pytest.raises(UserError, match=f"checkpoint 7 .*{message}; it is of another version: start a new run"):
         checkpoint.load(written, 7, shapes(like), ABOUT)
     other = {"settings": {"agent": {"lr": 0.2}}, "data": None}
-    with pytest.raises(UserError, match="; agent.lr was 0.1 and is 0.2: start"):
+    with pytest.raises(UserError, match=r"; agent\.lr was 0\.1 and is 0\.2: start"):
         checkpoint.load(written, 7, shapes(like), other)
 
 
@@ -93,7 +93,7 @@ def test_a_renamed_field_may_be_migrated(written: Path, monkeypatch: pytest.Monk
 
 
 def test_changed_data_are_refused(written: Path):
-    with pytest.raises(UserError, match="the dataset of .* is not the one that checkpoint 7 was trained on"):
+    with pytest.raises(UserError, match=r"the dataset of .* is not the one that checkpoint 7 was trained on"):
         checkpoint.load(written, 7, shapes(STATE), ABOUT | {"data": "abc"})
 
 

@@ -16,10 +16,15 @@ from contraflow.core import files
 def test_what_fails_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "a.json"
     files.write_json(path, {"x": 1})
-    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
-        temporary.write_text("half")
-        assert files.read_json(path) == {"x": 1}
-        raise RuntimeError
+
+    def break_off():
+        with files.replacing(path) as temporary:
+            temporary.write_text("half")
+            assert files.read_json(path) == {"x": 1}
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
     assert files.read_json(path) == {"x": 1} and os.listdir(tmp_path) == ["a.json"]
     files.write_json(path, {"x": 2})
     assert files.read_json(path) == {"x": 2} and os.listdir(tmp_path) == ["a.json"]
@@ -50,9 +55,9 @@ def test_one_process_in_a_folder(tmp_path: Path):
     assert os.listdir(tmp_path) == []
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], env=ENVIRON, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match=rf"another process \(pid {process.pid}\) is at work in {tmp_path}"):
-        with files.locked(tmp_path):
-            raise AssertionError("both are in")
+    other = rf"another process \(pid {process.pid}\) is at work in {tmp_path}"
+    with pytest.raises(UserError, match=other), files.locked(tmp_path):
+        raise AssertionError("both are in")
     process.kill()
     process.communicate()
     with files.locked(tmp_path):  # what a killed process leaves is no lock

@@ -23,9 +23,8 @@ from contraflow.core.optim import Optim
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.probe import PROBES
-from contraflow.flow.model import FlowSpec
+from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.flow.path import VP
-from contraflow.flow.solver import Ddim
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.base import inner
@@ -142,7 +141,7 @@ def test_imitation(imitated: Path):
     assert policy.spec.horizon == 2 and policy.spec.action_dim == 2
     assert (policy.spec.low, policy.spec.high) == ((-1.0,), (1.0,))  # the range of the data
     obs = np.array([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]], np.float32)
-    first = np.stack([policy(obs)[:, 0] for _ in range(20)])
+    first = np.stack([policy(obs)[:, 0, 0] for _ in range(20)])
     np.testing.assert_allclose(first.mean(0), [0.5, -0.5], atol=0.1)
     assert first.std(0).max() < 0.2
 

@@ -31,8 +31,8 @@ options:
   -h, --help      this text; `contraflow COMMAND --help` explains a command
   --version       version of contraflow
 
-`contraflow train PRESET --help` lists the settings that are changed most, `--help-all` every one. Errors end with exit
-code 2."""
+`contraflow train PRESET --help` lists the settings that are changed most, `--help-all` all.
+Errors end with exit code 2."""
 
 COMMANDS = {
     "train": "contraflow.cli.train:train_command",

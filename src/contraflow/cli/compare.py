@@ -9,14 +9,15 @@ from typing import Annotated
 
 import tyro
 
-from contraflow.cli.settings import Switch, find_preset, read_flags, registry
+from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.settings import find_preset
 from contraflow.core.settings import suggest
 from contraflow.core.types import UserError
 from contraflow.envs import check
 from contraflow.experiments import bridge
 from contraflow.experiments.compare.matrix import Matrix, Settings
 from contraflow.experiments.compare.runner import Local, OnRay, Outcome, run_cells
-from contraflow.train.run import Run
+from contraflow.training.run import Run
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 
@@ -69,7 +70,7 @@ class Compare(Settings, Selection):
 
 def compare_command(args: list[str]) -> int:
     """`contraflow compare`: 0, 1 when a cell failed, 130 after Ctrl-C."""
-    options = read_flags(Compare, args, prog="contraflow compare", description=DESCRIPTION, registry=registry(False))
+    options = read_flags(Compare, args, prog="contraflow compare", description=DESCRIPTION)
     agents = named_agents(options.agents, options.trust)
     envs = _names("envs", options.envs)
     own = frozenset(_names("own", options.own)) if options.own else frozenset()

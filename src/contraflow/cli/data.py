@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from contraflow.cli.settings import Switch
+from contraflow.cli.flags import Switch, read_flags
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import load as load_dataset
@@ -65,7 +65,7 @@ class Data:
 
 def record_command(args: list[str]) -> int:
     """`contraflow record POLICY --out DATASET`: the exit code."""
-    options = tyro.cli(Record, prog="contraflow record", args=args)
+    options = read_flags(Record, args, prog="contraflow record")
     check_target(options.out)  # before the work
     policy = load(options.folder, options.seed, options.trust)
     behaviour = Behaviour(options.explore, options.noise, options.random)
@@ -79,7 +79,7 @@ def record_command(args: list[str]) -> int:
 
 def data_command(args: list[str]) -> int:
     """`contraflow data info DATASET`: the exit code."""
-    options = tyro.cli(Data, prog="contraflow data", args=args)
+    options = read_flags(Data, args, prog="contraflow data")
     reading = {key: getattr(options, key) for key in ("success", "task", "low", "high")}
     data = load_dataset(options.dataset, **reading, clip=True)  # what lies outside is a problem that is printed
     _print(data)

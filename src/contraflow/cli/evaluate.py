@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 
-from contraflow.cli.settings import Switch
+from contraflow.cli.flags import Switch, read_flags
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
@@ -46,7 +46,7 @@ class Eval:
 
 def eval_command(args: list[str]) -> int:
     """`contraflow eval FOLDER`: print the returns of a policy, and film it if asked; the exit code."""
-    options = tyro.cli(Eval, prog="contraflow eval", args=args)
+    options = read_flags(Eval, args, prog="contraflow eval")
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
     if options.video:

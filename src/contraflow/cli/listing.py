@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from contraflow.cli.flags import read_flags
 from contraflow.core.types import UserError
 
 
@@ -19,7 +20,7 @@ class List:
 
 
 def list_command(args: list[str]) -> int:
-    options = tyro.cli(List, prog="contraflow list", args=args)
+    options = read_flags(List, args, prog="contraflow list")
     rows = {"agents": _agents, "envs": _envs, "presets": _presets}[options.kind]()
     rows = [row for row in rows if options.pattern.lower() in row[0].lower()]
     if not rows:

@@ -3,19 +3,19 @@
 from typing import Any
 
 import numpy as np
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from contraflow.cli.flags import read_flags
 from contraflow.sampling.compare import Settings, compare, interval
 from contraflow.sampling.distances import DISTANCES
 
 
 def sample_command(args: list[str]) -> int:
     """`contraflow sample TARGET`: the exit code."""
-    settings = tyro.cli(Settings, args=args, prog="contraflow sample", description=Settings.__doc__)
+    settings = read_flags(Settings, args, prog="contraflow sample", description=Settings.__doc__)
     console = Console(emoji=False, markup=False, highlight=False)  # a target `module:ring:` is no picture of a ring
     with Progress(console=console, disable=not settings.progress) as bar:
         tasks = {}

@@ -1,31 +1,24 @@
 """From `PRESET --flag value ...` to a `Run`: tyro on the settings dataclasses, defaults from the preset."""
 
-import collections.abc
-import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
-import io
 import re
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from contraflow.agents import needs, presets
+from contraflow.cli.flags import Switch, flag_names, read_flags, registry
 from contraflow.cli.moved import moved
 from contraflow.core.settings import import_path, members, suggest
 from contraflow.core.types import UserError
 from contraflow.presets import default_run, preset_run
 from contraflow.training.run import Run, read_config
 from contraflow.training.sources import Source
-
-Switch = tyro.conf.FlagCreatePairsOff
 
 
 @dataclass(frozen=True)
@@ -93,51 +86,6 @@ def parse_train(preset: str, args: list[str]) -> Any:
         config=(tyro.conf.CascadeSubcommandArgs,),
         registry=registry(trust),
     )
-
-
-def read_flags(cls: Any, args: list[str], **options: Any) -> Any:
-    """`tyro.cli`, with each mistake in one line. Raises UserError for it, SystemExit after a help text."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            found, unknown = tyro.cli(cls, args=args, return_unknown_args=True, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_sentence(said.getvalue())) from None
-    if unknown:
-        raise UserError(_unknown(unknown[0].partition("=")[0], options.get("default", found)))
-    return found
-
-
-def _sentence(box: str) -> str:
-    """The message in a box of tyro's."""
-    lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()).strip() for line in box.splitlines()]
-    lines = [line for line in lines if line and not re.match(r"[╭╰+]", line)]
-    end = next((i for i, line in enumerate(lines) if re.match(r"[─-]{4}", line)), len(lines))
-    return re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))
-
-
-def _unknown(flag: str, known: Any) -> str:
-    if not flag.startswith("-"):
-        return f"nothing is called {flag} here: settings are given as --name value"
-    name, names = flag.replace("_", "-"), list(flag_names(known))
-    prefix = "--agent."
-    if name.startswith(prefix):
-        own = {known.removeprefix(prefix) for known in names if known.startswith(prefix)}
-        if new := moved(name.removeprefix(prefix), own):
-            return f"{flag} is now {prefix}{new}"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"there is no flag {flag}; " + (f"did you mean {close[0]}?" if close else "--help-all lists them")
-
-
-def flag_names(settings: Any, prefix: str = "--") -> Iterator[str]:
-    """The flags of a dataclass, and of the dataclasses in its fields."""
-    for f in dataclasses.fields(settings):
-        name, value = f"{prefix}{f.name.replace('_', '-')}", getattr(settings, f.name)
-        yield name
-        if dataclasses.is_dataclass(value):
-            yield from flag_names(value, f"{name}.")
 
 
 def _options(run: Run) -> Any:
@@ -252,22 +200,26 @@ def kebab(name: str) -> str:
 def short_help(preset: str, run: Run, options: Any, default: Any) -> str:
     """The flags that people set, a line each, and the names of the agent's settings."""
     docs = {name: doc for cls in options.__mro__[::-1] for name, doc in field_docs(cls).items()}
-    rows = []
-    for name in OFTEN:
-        if name in {f.name for f in dataclasses.fields(options)}:
-            value = getattr(default, name)
-            shown = "" if value in (None, (), "", False) else f" [{_plain(value)}]"
-            rows.append((f"--{name.replace('_', '-')}", docs.get(name, "").partition(". ")[0].rstrip(".") + shown))
-    width = max(len(flag) for flag, _ in rows)
-    flags = "\n".join(f"  {flag.ljust(width)}  {text}" for flag, text in rows)
-    below = []
-    for f in dataclasses.fields(run.agent):
-        value = getattr(run.agent, f.name)
-        inside = "..." if dataclasses.is_dataclass(value) else f" {_plain(value)}"
-        below.append(f"--agent.{f.name.replace('_', '-')}{'.' * dataclasses.is_dataclass(value)}{inside}".replace("....", ".…"))
+    own = {f.name for f in dataclasses.fields(options)}
+    rows = [(name, getattr(default, name), docs.get(name, "")) for name in OFTEN if name in own]
+    width = max(len(name) for name, *_ in rows)
+    flags = [
+        f"  --{name.replace('_', '-').ljust(width)}  {re.split(r'[.;:] ', doc)[0].rstrip('.')}"
+        + (f" [{_plain(value)}]" if value not in (None, (), "") and value is not False else "")
+        for name, value, doc in rows
+    ]
+    below = [(f.name.replace("_", "-"), getattr(run.agent, f.name)) for f in dataclasses.fields(run.agent)]
+    lines = [
+        f"  --agent.{name}.*  {type(value).__name__}"
+        if dataclasses.is_dataclass(value)
+        else f"  --agent.{name} {value}"
+        for name, value in below
+    ]
     found = presets().get(preset)
-    title = f"{found.title} ({found.paper}). {found.summary}" if found and found.paper else found.title if found else preset
-    return SHORT.format(preset=preset, title=title, flags=flags, agent="  " + "\n  ".join(below))
+    title = type(run.agent).__name__
+    if found:
+        title = f"{found.title} ({found.paper}): {found.summary}" if found.paper else f"{found.title}: {found.summary}"
+    return SHORT.format(preset=preset, title=title, flags="\n".join(flags), agent="\n".join(lines))
 
 
 def _plain(value: Any) -> str:
@@ -287,52 +239,6 @@ def field_docs(cls: type) -> dict[str, str]:
     docs = {}
     for first, second in zip(node.body, node.body[1:], strict=False):
         if isinstance(first, ast.AnnAssign) and isinstance(first.target, ast.Name) and isinstance(second, ast.Expr):
-            if isinstance(second.value, ast.Constant) and isinstance(second.value.value, str):
-                docs[first.target.id] = " ".join(second.value.value.split())
+            value = getattr(second.value, "value", None)
+            docs |= {first.target.id: " ".join(value.split())} if isinstance(value, str) else {}
     return docs
-
-
-def registry(trust: bool) -> ConstructorRegistry:
-    """How flags are read that are functions, or whole numbers."""
-    rules = ConstructorRegistry()
-
-    @rules.primitive_rule
-    def function(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """A setting that may be a function must have a form on the command line: `module:function`."""
-        if collections.abc.Callable not in (info.type, typing.get_origin(info.type)):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="MODULE:FUNCTION",
-            instance_from_str=lambda args: import_path(args[0], trust),
-            is_instance=callable,
-            str_from_instance=lambda f: [f"{f.__module__}:{f.__qualname__}"],
-        )
-
-    @rules.primitive_rule
-    def whole(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-        """Whole numbers may be written 1e5."""
-        if info.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=lambda args: _whole(args[0]),
-            is_instance=lambda value: type(value) is int,
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return rules
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.5
-        if value != int(value):
-            raise ValueError(f"{text} is not a whole number") from None
-        return int(value)

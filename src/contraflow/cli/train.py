@@ -11,7 +11,8 @@ import tyro
 
 from contraflow.agents import presets
 from contraflow.cli.evaluate import final_returns
-from contraflow.cli.settings import Switch, as_run, parse_train, read_flags, registry
+from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
 from contraflow.core.types import UserError
 from contraflow.training import run as runs
@@ -72,7 +73,7 @@ def train_command(args: list[str]) -> int:
 
 def resume_command(args: list[str]) -> int:
     """`contraflow resume FOLDER`: as `train_command`, from the newest checkpoint."""
-    options = read_flags(Resume, args, prog="contraflow resume", registry=registry(False))
+    options = read_flags(Resume, args, prog="contraflow resume")
     folder, flags = options.folder, {"steps": options.steps, "trust": options.trust, "quiet": options.quiet}
     members = runs.seed_folders(folder)
     start, before = time.monotonic(), [runs.progress(member) for member in members or [folder]]

@@ -52,7 +52,7 @@ class Guard:
     def _watch(self, read: int) -> None:
         while received := os.read(read, 64):
             for number in received:
-                if number in self._before and not (self.notice and self.notice.take()):
+                if number in self._before and (self.notice is None or not self.notice.take()):
                     end()
         os.close(read)
 

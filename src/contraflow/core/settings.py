@@ -69,7 +69,9 @@ def _path(value: Any, where: str) -> str:
     module = sys.modules.get(getattr(value, "__module__", None) or "")
     if not name or getattr(module, name, None) is not value:
         what = name or type(value).__name__
-        raise UserError(f"{where}: {what} cannot be written, for nobody could import it: define it at the top of a module")
+        raise UserError(
+            f"{where}: {what} cannot be written, for nobody could import it: define it at the top of a module"
+        )
     return f"{_main() if value.__module__ == '__main__' else value.__module__}:{name}"
 
 
@@ -98,7 +100,12 @@ def from_json(
                 return tuple(from_json(v, item, trust, f"{where}[{i}]", classes) for i, (v, item) in pairs)
         if Any in options:
             return tuple(from_json(v, Any, trust, where, classes) for v in data)
-    elif Any in options or type(data) in options or (data is None and None in options) or any(typing.get_origin(o) is typing.Literal and data in typing.get_args(o) for o in options):
+    elif (
+        Any in options
+        or type(data) in options
+        or (data is None and None in options)
+        or any(typing.get_origin(o) is typing.Literal and data in typing.get_args(o) for o in options)
+    ):
         return data
     elif type(data) is int and float in options:
         return float(data)

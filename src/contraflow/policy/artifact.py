@@ -55,7 +55,11 @@ def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
         raise UserError(f"the policy in {folder} {problem}") from None
     if arrays:
         raise UserError(f"the policy in {folder} has the array {min(arrays)} that its config.json does not mention")
-    return jax.device_put(policy), from_json(config["spec"], EnvSpec, where="spec"), config["env"]
+    return (
+        jax.device_put(policy),
+        from_json(config["spec"], EnvSpec, where="spec"),
+        from_json(config["env"], str, where="env"),
+    )
 
 
 def policy_folder(path: Path) -> Path:

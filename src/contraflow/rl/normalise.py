@@ -68,6 +68,10 @@ class ReturnScale(eqx.Module):
         running, returns = jax.lax.scan(step, self.running, (reward, done))
         return ReturnScale(running, self.stats.update(returns.reshape(-1, 1), valid.reshape(-1)))
 
+    def cut(self) -> "ReturnScale":
+        """The same statistics; what comes next starts new episodes."""
+        return ReturnScale(jnp.zeros_like(self.running), self.stats)
+
     def __call__(self, reward: Float[Array, "T N"]) -> Float[Array, "T N"]:
         """reward / std of the return."""
         return reward / jnp.sqrt(self.stats.var[0] + 1e-8)

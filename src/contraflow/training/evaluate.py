@@ -57,7 +57,7 @@ def evaluate_seeds(
     greedy: bool = True,
     max_steps: int = 100_000,
 ) -> np.ndarray:
-    """`evaluate` for S policies, with keys [S]: returns [S, episodes], in one program where the environment allows it."""
+    """`evaluate` for S policies, with keys [S]: returns [S, episodes], of one program if the environment is JAX."""
     if not env.spec.jittable:
         each = zip(policies, keys, strict=True)
         return np.stack([_on_host(policy, env, key, episodes, greedy, max_steps) for policy, key in each])

@@ -4,7 +4,6 @@ One body for every environment. What is written in JAX runs many iterations in o
 a host environment runs the same jitted pieces with Python between them, one seed at a time.
 """
 
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from contraflow.agents.base import Agent
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, PRNGKeys, Step, UserError
+from contraflow.envs.base import failed
 
 
 class World(eqx.Module):
@@ -170,11 +170,8 @@ def _called(env: Any, method: Callable[..., Any], *args: Any) -> Any:
         return method(*args)
     except UserError:
         raise
-    except Exception as error:  # whatever a simulator raises
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        name = getattr(env, "name", type(env).__name__)
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise UserError(f"environment {name} failed with {reason} ({place.filename}:{place.lineno})") from error
+    except Exception as error:  # of an environment without an adapter, or while it is traced
+        raise failed(getattr(env, "name", type(env).__name__), method.__name__, error) from error
 
 
 def next_due(run: Any, taken: int) -> int:

@@ -49,8 +49,11 @@ class Run:
     eval_every: int = 10_000
     """Steps between two evaluations, each with a checkpoint."""
     eval_episodes: int = 10
+    """Episodes of each evaluation."""
     log_every: int = 1_000
+    """Steps between two rows of metrics."""
     seed: int = 0
+    """Of everything that is drawn."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl and eval.csv."""
 
@@ -171,7 +174,9 @@ def check_run(path: Path) -> Path:
     """The config.json of a run folder, or itself. Raises UserError if there is none."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        what = f"{path} does not exist" if not path.exists() else f"{path} is not the folder of a run ({file} is missing)"
+        what = (
+            f"{path} does not exist" if not path.exists() else f"{path} is not the folder of a run ({file} is missing)"
+        )
         raise UserError(f"{what}: give the folder that --out named")
     return file
 
@@ -353,9 +358,7 @@ def first_carry(run: Run, folder: Path, opened: Opened, key: PRNGKey, step: int 
     if env is None:
         return Carry(learner, None, None)
     # The episodes of a host simulator ended with its process: what was known of them goes.
-    learner = jax.tree.map(
-        lambda x: x.cut() if hasattr(x, "cut") else x, learner, is_leaf=lambda x: hasattr(x, "cut")
-    )
+    learner = jax.tree.map(lambda x: x.cut() if hasattr(x, "cut") else x, learner, is_leaf=lambda x: hasattr(x, "cut"))
     return Carry(replace(learner, returns=learner.returns * 0), *reset(env, jr.fold_in(k_env, step)))
 
 

@@ -25,7 +25,7 @@ from contraflow.experiments import bridge
 from contraflow.experiments.compare import matrix
 from contraflow.experiments.compare.board import Board, last_return
 from contraflow.experiments.compare.matrix import FAILED, LOG, Cell, failure, state
-from contraflow.train import checkpoint
+from contraflow.training import checkpoint
 
 WAIT = 0.2  # seconds between two looks at the workers
 WORKER = (sys.executable, "-m", "contraflow.experiments.compare.worker")

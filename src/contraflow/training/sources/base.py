@@ -83,4 +83,3 @@ def need(value: str, flag: str, what: str) -> None:
     """Raise UserError for a setting without a default that was not given."""
     if not value:
         raise UserError(f"{what} is missing: give {flag}")
-

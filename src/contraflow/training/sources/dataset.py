@@ -65,6 +65,7 @@ class Dataset:
     env: str = ""
     """Environment of the evaluations; empty is the one that the data name, or none."""
     batch_size: int = 256
+    """Rows of one gradient step."""
     horizon: int = 1
     """Actions per chunk."""
     execute: int = 1

@@ -20,8 +20,8 @@ from contraflow.training.sources.replay import Interact, Replay
 
 @dataclass(frozen=True)
 class OfflineToOnline:
-    """`offline_steps` gradient steps on the data, the rest of the run's steps in the environment. Chunks are carried out
-    whole."""
+    """`offline_steps` gradient steps on the data, the rest of the run's steps in the environment. Chunks are carried
+    out whole."""
 
     data: str = ""
     """A folder, a file, or the id of a Minari dataset (docs/data.md)."""
@@ -36,6 +36,7 @@ class OfflineToOnline:
     updates: int = 1
     """Gradient steps after each step of all environments."""
     batch_size: int = 256
+    """Rows of one gradient step."""
     n_step: int = 1
     """Rewards of online rows summed before the value is asked."""
     buffer_size: int = 250_000
@@ -101,7 +102,7 @@ class OfflineToOnline:
         """The stage at step `taken`, and its iterations until step `until` at the most."""
         if taken < self.offline_steps:
             return self.offline.stage(agent, taken, min(until, self.offline_steps))
-        stage, n = self.online.stage(agent, taken, until)
+        _, n = self.online.stage(agent, taken, until)
         return Interact(False, self.updates, self.batch_size, self._sampler(agent)), n
 
     def _sampler(self, agent: Any) -> Sampler:
@@ -119,7 +120,14 @@ def filled(buffer: Buffer, rows: Rows) -> Buffer:
     n = rows.reward.shape[0]
     arrays = jax.tree.map(
         lambda b, r: b.at[:n].set(r),
-        (buffer.rows.obs, buffer.rows.action, buffer.rows.reward, buffer.rows.next_obs, buffer.rows.terminated, buffer.rows.next),
+        (
+            buffer.rows.obs,
+            buffer.rows.action,
+            buffer.rows.reward,
+            buffer.rows.next_obs,
+            buffer.rows.terminated,
+            buffer.rows.next,
+        ),
         (rows.obs, rows.action, rows.reward, rows.next_obs, rows.terminated, rows.next),
     )
     size = jnp.asarray(n, jnp.int32)

@@ -91,6 +91,7 @@ class Replay:
     """Steps of an environment, kept and learned from many times."""
 
     env: str = "envpool:CartpoleSwingup-v1"
+    """Environment; `contraflow list envs` shows them."""
     num_envs: int = 1
     """Environments stepped in parallel."""
     collect: int | None = None
@@ -98,6 +99,7 @@ class Replay:
     updates: int = 1
     """Gradient steps after each step of all environments; updates / num_envs is the update-to-data ratio."""
     batch_size: int = 256
+    """Rows of one gradient step."""
     n_step: int = 1
     """Rewards summed before the value is asked: y = sum_{k<n} gamma^k r_k + gamma^n V(s_n), without correction for the
     actions in between being those of older policies."""

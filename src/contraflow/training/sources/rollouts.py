@@ -87,6 +87,7 @@ class Rollouts:
     """Steps of environments under the newest policy, learned from once."""
 
     env: str = "envpool:CartpoleSwingup-v1"
+    """Environment; `contraflow list envs` shows them."""
     num_envs: int = 8
     """Environments stepped in parallel."""
     unroll: int = 128
