@@ -16,7 +16,7 @@ from contraflow.experiments.bridge import cost
 from contraflow.experiments.compare import runner
 from contraflow.experiments.compare.matrix import FINAL, Cell, Matrix, Settings
 from contraflow.presets import PRESETS, default_run
-from contraflow.train.run import write_config
+from contraflow.training.run import write_config
 
 STEPS = 40
 AGENTS: dict[str, Any] = {name: PRESETS[name] for name in ("rfm", "sac", "sir")}

@@ -27,10 +27,10 @@ from contraflow.policy.artifact import save_policy
 from contraflow.policy.best_of import First
 from contraflow.presets import PRESETS, default_run
 from contraflow.rl.critics import Critics
-from contraflow.train import checkpoint
-from contraflow.train import run as driver
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import Result, write_config
+from contraflow.training import checkpoint
+from contraflow.training import run as driver
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import Result, write_config
 
 GUESS = replace(TINY, agent=Guess(), source=replace(TINY.source, env="probe:constant"))
 RTOL, ATOL = 2e-3, 2e-4  # float32 sums in another order, as in tests/train; another seed is off by the whole range

@@ -16,7 +16,7 @@ from contraflow.envs import check
 from contraflow.experiments import bridge
 from contraflow.experiments.compare.matrix import Matrix, Settings
 from contraflow.experiments.compare.runner import Local, OnRay, Outcome, run_cells
-from contraflow.train.run import Run
+from contraflow.training.run import Run
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 

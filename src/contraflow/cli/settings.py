@@ -114,6 +114,8 @@ def _sentence(box: str) -> str:
     """The message in a box of tyro's."""
     lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()).strip() for line in box.splitlines()]
     lines = [line for line in lines if line and not re.match(r"[╭╰+]", line)]
+    if len(lines) > 1 and re.match(r"[─-]{4}", lines[1]):  # a box without lines has its title inside
+        lines = lines[2:]
     end = next((i for i, line in enumerate(lines) if re.match(r"[─-]{4}", line)), len(lines))
     return re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))
 

@@ -25,8 +25,8 @@ from contraflow.rl.critics import Critics
 from contraflow.rl.ppo import PPOSettings
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.train.evaluate import evaluate
-from contraflow.train.run import Run
+from contraflow.training.evaluate import evaluate
+from contraflow.training.run import Run
 
 NETWORK = ("critic", "width", "depth", "decay_steps", "max_grad_norm")
 """Shared settings that belong to agents; the others are fields of a run or of its source."""

@@ -17,7 +17,7 @@ from contraflow.core.settings import SCHEMA, check_schema, from_json, to_json, v
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.rl.critics import Critics
-from contraflow.train.run import Run, read_config, write_config
+from contraflow.training.run import Run, read_config, write_config
 
 FINAL, FAILED, LOG, LOCK = "final.json", "failed.json", "worker.log", "worker.lock"
 OURS = {FAILED, LOG, LOCK}  # what may lie in a folder that has no config.json yet, beside half-written files

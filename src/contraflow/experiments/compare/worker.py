@@ -25,7 +25,7 @@ from contraflow.core.settings import SCHEMA
 from contraflow.core.types import UserError
 from contraflow.experiments.bridge import final_evaluations
 from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK
-from contraflow.train.run import Result, resume_together
+from contraflow.training.run import Result, resume_together
 
 SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
 PACKAGES = (

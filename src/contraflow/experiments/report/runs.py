@@ -12,8 +12,8 @@ from contraflow.core.settings import check_schema
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.experiments.compare.matrix import FAILED, FINAL, cell_folder, failure, read_record, steps_taken
-from contraflow.train.log import read_evaluations
-from contraflow.train.run import read_config
+from contraflow.training.log import read_evaluations
+from contraflow.training.run import read_config
 
 
 @dataclass(frozen=True)
