@@ -29,7 +29,7 @@ from tables import write
 from timing import paired
 
 from contraflow.agents import SAC
-from contraflow.experiments.compare.matrix import with_networks
+from contraflow.experiments.bridge import with_networks
 from contraflow.presets import PRESETS
 from contraflow.training.run import Run
 

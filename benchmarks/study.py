@@ -17,7 +17,7 @@ from shrink import shrunk
 
 from contraflow.agents import RFM, SAC, SIR
 from contraflow.experiments.compare import matrix
-from contraflow.experiments.compare.pool import run_cells
+from contraflow.experiments.compare.runner import Local, run_cells
 from contraflow.flow.fewstep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
 from contraflow.flow.posterior.importance import Fixed, Reverse
@@ -25,7 +25,7 @@ from contraflow.flow.posterior.markov import Gibbs, Markov
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler, Midpoint
 from contraflow.policy.select import First, Softmax
-from contraflow.presets import PRESETS, STRONG
+from contraflow.presets import PRESETS, STRONG, default_run
 from contraflow.rl.critics import Critics
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
@@ -259,11 +259,14 @@ def main(
     chosen = MATRICES[name]
     named = {agent: chosen.agents[agent] for agent in agents or chosen.agents}
     ids = [env if ":" in env else f"envpool:{env}" for env in envs or chosen.envs]
-    cells = matrix.plan(named, ids, seeds, chosen.settings, frozenset(), out)
-    matrix.record(named, ids, seeds, chosen.settings, frozenset(), out)
+    runs = {agent: default_run(settings) for agent, settings in named.items()}
+    whole = matrix.Matrix(out, runs, ids, chosen.settings, seeds, trust=name == "held")
+    cells = whole.cells()
+    whole.record()
     have = published(name)
     cells = [cell for cell in cells if (cell.agent, cell.env, cell.seed) not in have]
-    outcome = run_cells(cells, out, jobs, chosen.settings.final_episodes, name == "held", not sys.stdout.isatty())
+    rest = chosen.settings.final_episodes, whole.trust, not sys.stdout.isatty()
+    outcome = run_cells(cells, out, Local(jobs), *rest)
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
     return 1 if outcome.failed or outcome.interrupted else 0

@@ -45,7 +45,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
         ({"own": "rfm"}, ["--own rfm is not one of the agents"]),
         ({"agents": "bc"}, ["agent bc: it learns from a dataset: give --data, one for probe:action"]),
         ({"agents": "bc", "data": "a,b"}, ["--data names 2 datasets for 1 environments"]),
-        ({"collect": "40"}, ["agent sir: collect must lie between 0 and steps=40"]),
+        ({"collect": "40"}, ["agent sir: --collect must lie between 0 and --steps 40"]),
         ({"critic.width": "0"}, ["width must be positive"]),
         ({"seeds": "0"}, ["seeds and jobs must be at least 1"]),
         ({"jobs": "0"}, ["seeds and jobs must be at least 1"]),

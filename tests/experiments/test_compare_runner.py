@@ -16,8 +16,9 @@ from tests.cli_helpers import cli
 from tests.experiments.helpers import SCRIPT, calls, fake, sir_cells
 
 from contraflow import UserError
+from contraflow.core.files import locked
 from contraflow.experiments.compare import runner
-from contraflow.experiments.compare.board import Board
+from contraflow.experiments.compare.board import Board, table
 from contraflow.experiments.compare.matrix import FINAL, state
 from contraflow.experiments.compare.runner import Local, run_cells
 
@@ -191,7 +192,7 @@ def test_the_table(tmp_path: Path):
     (cells[1].folder / "eval.csv").write_text("step,return_mean\n1000,5.5\n")
     status = dict(zip(cells, ("done", "running", "waiting"), strict=True))
     text = io.StringIO()
-    Console(file=text, width=120).print(Board(status, True).table())
+    Console(file=text, width=120).print(table(status))
     assert "1 of 3 cells done" in text.getvalue()
     row = next(line for line in text.getvalue().splitlines() if "probe:action" in line)
     assert [word.strip() for word in row.split("│")[1:-1]] == ["sir", "probe:action", "1", "1", "1", "", "1,234", "5.5"]
@@ -199,7 +200,7 @@ def test_the_table(tmp_path: Path):
 
 def test_only_one_process_per_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cells = sir_cells(tmp_path)
-    with runner._alone(tmp_path), pytest.raises(UserError, match="another process is at work"):
+    with locked(tmp_path), pytest.raises(UserError, match=r"another process \(pid \d+\) is at work"):
         run_cells(cells, tmp_path, Local(1), 1, quiet=True)
     assert not cells[0].folder.exists()
 
@@ -239,7 +240,7 @@ def test_a_killed_command_takes_its_workers_along(tmp_path: Path):
     finally:
         process.kill()
         process.communicate()
-    with runner._alone(tmp_path):  # and the lock is free
+    with locked(tmp_path):  # and the lock is free
         assert [state(cell.folder) for cell in cells] == ["started"] * 2
 
 

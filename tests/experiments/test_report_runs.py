@@ -116,8 +116,8 @@ def test_gradient_steps():
 def test_steps_of_every_kind_of_run():
     """An on-policy run takes epochs x minibatches after each rollout; a dataset takes the place of an environment; and
     offline-to-online begins with steps of the one kind and goes on with those of both."""
-    ppo = flat(to_json(with_source(PRESETS["ppo"], num_envs=2, unroll=10)))
-    assert (env_steps(ppo, 40), gradient_steps(ppo, 40)) == (40, 2 * 10 * 32)
+    ppo = flat(to_json(with_source(PRESETS["ppo"], num_envs=2, unroll=16)))
+    assert (env_steps(ppo, 64), gradient_steps(ppo, 64)) == (64, 2 * 10 * 32)
     bc = flat(to_json(with_source(PRESETS["bc"], data="set", env="probe:action")))
     assert (env_steps(bc, 40), gradient_steps(bc, 40)) == (None, 40)
     both = OfflineToOnline("set", "probe:action", offline_steps=30, num_envs=2, updates=3)

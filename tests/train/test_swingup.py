@@ -10,7 +10,7 @@ import jax.random as jr
 import pytest
 
 from contraflow.envs.control import CartpoleSwingup
-from contraflow.experiments.compare.matrix import with_networks
+from contraflow.experiments.bridge import with_networks
 from contraflow.presets import PRESETS
 from contraflow.training.evaluate import evaluate
 from contraflow.training.loop import Carry, epoch

@@ -4,7 +4,6 @@ Workers share nothing but the folders: what is done is read off them, so killing
 only the steps since the last checkpoint.
 """
 
-import fcntl
 import importlib
 import logging
 import os
@@ -12,18 +11,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from contraflow.core.files import write_json
+from contraflow.core.files import locked, write_json
 from contraflow.core.settings import SCHEMA
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.experiments.compare import matrix
-from contraflow.experiments.compare.board import Board, last_return
+from contraflow.experiments.compare.board import board, last_return
 from contraflow.experiments.compare.matrix import FAILED, LOG, Cell, failure, state
 from contraflow.training import checkpoint
 
@@ -56,25 +54,20 @@ class Runner(Protocol):
 
     def __enter__(self) -> str:
         """In words, how many run at a time. Raises UserError if none can."""
-        ...
 
     def __exit__(self, *error: Any) -> None: ...
 
     def start(self, group: Group, episodes: int, trust: bool) -> Any:
         """A handle on a worker for the cells."""
-        ...
 
     def ended(self, running: Running) -> list[Any]:
         """After a moment, the workers that ended."""
-        ...
 
     def reasons(self, worker: Any, group: Group) -> list[str | None]:
         """Why each cell of a worker that ended failed; None for one that is done."""
-        ...
 
     def stop(self, running: Running, force: bool) -> None:
         """Ask the workers to save and stop; with `force`, kill them."""
-        ...
 
 
 def run_cells(
@@ -87,14 +80,14 @@ def run_cells(
     After Ctrl-C the workers save and stop; a second one kills them. Raises UserError, before anything runs, if another
     process is at this matrix or a folder is not a cell's.
     """
-    with runner as words, _alone(out):
+    with runner as words, locked(out):
         status = {cell: "done" if matrix.prepare(cell, trust) == "done" else "waiting" for cell in cells}
         before, failed = sum(s == "done" for s in status.values()), {}
         todo = [cell for cell in cells if status[cell] == "waiting"]
         waiting = grouped(todo, trust) if together else [(cell,) for cell in todo]
         running: Running = {}
-        with Board(status, quiet) as board:
-            board.note(f"{len(cells)} cells, {before} done, {words}, in {out}")
+        with board(status, quiet) as shown:
+            shown.note(f"{len(cells)} cells, {before} done, {words}, in {out}")
             try:
                 while waiting or running:
                     while waiting and len(running) < runner.limit:
@@ -106,12 +99,12 @@ def run_cells(
                             status[cell], score = "failed" if reason else "done", last_return(cell.folder)
                             failed |= {cell: reason} if reason else {}
                             last = "" if score is None else f", last return {score:.1f}"
-                            board.note(f"{cell}: {f'failed: {reason}' if reason else f'done{last}'}")
+                            shown.note(f"{cell}: {f'failed: {reason}' if reason else f'done{last}'}")
                     for cell in (cell for group in running.values() for cell in group):
                         status[cell] = "running" if matrix.at_work(cell.folder) else "waiting"
-                    board.refresh()
+                    shown.refresh()
             except KeyboardInterrupt:
-                board.note("stopping: the workers save first; Ctrl-C again kills them")
+                shown.note("stopping: the workers save first; Ctrl-C again kills them")
                 _stop(runner, running)
                 # Some may have come to an end before they were told to stop.
                 return Outcome(before, sum(state(c.folder) == "done" for c in cells) - before, failed, True)
@@ -128,17 +121,6 @@ def _stop(runner: Runner, running: Running) -> None:
             return
         except KeyboardInterrupt:
             continue
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Only one process at a time looks after a matrix."""
-    with (out / "matrix.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {out}: wait for it, or choose another --out") from None
-        yield
 
 
 def grouped(cells: Sequence[Cell], trust: bool) -> list[Group]:
