@@ -21,8 +21,10 @@ from tables import append
 
 from contraflow import load
 from contraflow.envs import make
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.targets import log_normal
 from contraflow.runtime.policy import Policy

@@ -17,8 +17,10 @@ from contraflow.cli.settings import as_run, kebab, parse_train
 from contraflow.cli.train import default_folder
 from contraflow.core.settings import members
 from contraflow.flow.path import Cosine
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solver import Heun
 from contraflow.policy.select import Argmax, First

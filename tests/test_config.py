@@ -11,7 +11,8 @@ from tests.cli_helpers import Guess
 from contraflow import RFM, Run, UserError
 from contraflow.agents import AnyAgent
 from contraflow.core.settings import from_json, members, to_json
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, TruncatedNoise
 from contraflow.flow.solver import Euler
 from contraflow.presets import PRESETS

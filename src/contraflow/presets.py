@@ -7,7 +7,9 @@ from contraflow.agents import BC, DACER, DPPO, FPO, PMD, PPO, RFM, SAC, SIR, TD3
 from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.likelihood import ChangeOfVariables, Denoising, Hutchinson, Pushforward
 from contraflow.flow.path import VE, VP, Cosine
-from contraflow.flow.posterior.importance import Fixed, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Pooled, Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Noise, TruncatedNoise
 from contraflow.flow.solver import Euler, Midpoint

@@ -11,7 +11,8 @@ import pytest
 
 from contraflow.agents import DACER, PMD, RFM, SAC, SIR, TD3
 from contraflow.core.types import EnvSpec, Transition
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler
 from contraflow.policy.select import Argmax, First, Softmax

@@ -14,7 +14,8 @@ from contraflow.agents.online.rfm import RFM
 from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.likelihood import Denoising, Pushforward, denoising_log_density
 from contraflow.flow.path import VE
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, TruncatedNoise
 from contraflow.flow.solver import Euler
 from contraflow.nets.critic import QEnsemble

@@ -17,7 +17,8 @@ from contraflow.agents.online.td3 import TD3
 from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.likelihood import Pushforward
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Pooled, Reverse
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, UniformAction
 from contraflow.flow.solver import Euler

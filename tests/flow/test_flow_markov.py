@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior.importance import Fixed, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles
 from contraflow.flow.targets import Gaussian, GaussianMixture, Separable, log_normal
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior.importance import Fixed, FromData, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.data import FromData
+from contraflow.flow.posterior.importance import Pooled, Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 from contraflow.flow.targets import Gaussian, GaussianMixture, Separable
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import integrate, stats
 
 from contraflow.flow.path import VE, VP, Cosine, Linear
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 from contraflow.flow.targets import Gaussian, Separable, log_normal
 

@@ -14,7 +14,8 @@ from contraflow.core.types import EnvSpec, Transition
 from contraflow.flow.fewstep import Matching, MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.likelihood import Pushforward
 from contraflow.flow.path import VP
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler, EulerMaruyama, Midpoint
 from contraflow.nets.velocity import Velocity

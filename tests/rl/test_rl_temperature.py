@@ -9,7 +9,9 @@ import pytest
 
 from contraflow.agents import PMD, RFM
 from contraflow.core.types import EnvSpec, Transition
-from contraflow.flow.posterior.importance import Fixed, Local, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.proposal import TruncatedNoise
 from contraflow.flow.solver import Euler
 from contraflow.policy.select import First

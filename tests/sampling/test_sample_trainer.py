@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from contraflow.flow.path import VE, Cosine, Linear, Path
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler
 from contraflow.flow.targets import Gaussian, eight_gaussians, forty_gaussians, two_moons

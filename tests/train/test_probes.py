@@ -16,7 +16,9 @@ from contraflow.agents.online.rfm import RFM
 from contraflow.agents.online.sac import SAC
 from contraflow.agents.online.sir import SIR
 from contraflow.envs.probe import PROBES
-from contraflow.flow.posterior.importance import Fixed, Local, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.proposal import TruncatedNoise
 from contraflow.flow.solver import Euler
 from contraflow.policy.select import Softmax

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.checks import check_count
 from contraflow.core.types import PRNGKey
 from contraflow.flow.path import AbstractPath, Linear, Path, Scalar, Vector
 from contraflow.flow.targets import log_normal
@@ -22,104 +23,75 @@ Drift = Callable[[Vector, Scalar], Vector]
 Time = float | Scalar
 
 
-def _integrate(step: Callable[[Vector, Scalar, Scalar], Vector], steps: int, x: Vector, t0: Time, t1: Time) -> Vector:
-    dt = (jnp.asarray(t1, x.dtype) - t0) / steps
+@dataclass(frozen=True)
+class RungeKutta:
+    """`steps` equal steps x + dt sum_i b_i k_i with k_i = v(x + dt sum_j a_ij k_j, t + dt sum_j a_ij).
 
-    def body(x, i):
-        return step(x, t0 + dt * i, dt), None
+    A method is its tableau: the rows (a_i1, ..., a_i,i-1) of its stages, the first of which is (), then the row b.
+    """
 
-    return jax.lax.scan(body, x, jnp.arange(steps, dtype=x.dtype))[0]
+    steps: int
+    tableau: ClassVar[tuple[tuple[float, ...], ...]]
+    order: ClassVar[int]
 
+    def __post_init__(self):
+        check_count(self, 1, "steps")
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"a solver needs at least one step, got {steps}")
+    @property
+    def nfe(self) -> int:
+        return self.steps * (len(self.tableau) - 1)
+
+    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
+        *stages, last = self.tableau
+        dt = (jnp.asarray(t1, x.dtype) - t0) / self.steps
+
+        def moved(x, row, slopes):
+            # A weight of 0 costs nothing, not even a sum.
+            return x + sum(dt * a * k for a, k in zip(row, slopes, strict=True) if a) if any(row) else x
+
+        def step(x, i):
+            t, slopes = t0 + dt * i, []
+            for row in stages:
+                slopes.append(drift(moved(x, row, slopes), t + dt * sum(row) if any(row) else t))
+            return moved(x, last, slopes), None
+
+        return jax.lax.scan(step, x, jnp.arange(self.steps, dtype=x.dtype))[0]
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(RungeKutta):
     """x + dt v(x, t)."""
 
     steps: int = 10
-    order: ClassVar[int] = 1
-
-    def __post_init__(self):
-        _check_steps(self.steps)
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
-
-    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
-        return _integrate(lambda x, t, dt: x + dt * drift(x, t), self.steps, x, t0, t1)
+    tableau = ((), (1.0,))
+    order = 1
 
 
 @dataclass(frozen=True)
-class Midpoint:
+class Midpoint(RungeKutta):
     """x + dt v(x + dt/2 v(x, t), t + dt/2)."""
 
     steps: int = 5
-    order: ClassVar[int] = 2
-
-    def __post_init__(self):
-        _check_steps(self.steps)
-
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps
-
-    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
-        def step(x, t, dt):
-            return x + dt * drift(x + 0.5 * dt * drift(x, t), t + 0.5 * dt)
-
-        return _integrate(step, self.steps, x, t0, t1)
+    tableau = ((), (0.5,), (0.0, 1.0))
+    order = 2
 
 
 @dataclass(frozen=True)
-class Heun:
+class Heun(RungeKutta):
     """x + dt/2 (v(x, t) + v(x + dt v(x, t), t + dt))."""
 
     steps: int = 5
-    order: ClassVar[int] = 2
-
-    def __post_init__(self):
-        _check_steps(self.steps)
-
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps
-
-    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
-        def step(x, t, dt):
-            v = drift(x, t)
-            return x + 0.5 * dt * (v + drift(x + dt * v, t + dt))
-
-        return _integrate(step, self.steps, x, t0, t1)
+    tableau = ((), (1.0,), (0.5, 0.5))
+    order = 2
 
 
 @dataclass(frozen=True)
-class RK4:
+class RK4(RungeKutta):
     """The classical fourth-order Runge-Kutta method."""
 
     steps: int = 4
-    order: ClassVar[int] = 4
-
-    def __post_init__(self):
-        _check_steps(self.steps)
-
-    @property
-    def nfe(self) -> int:
-        return 4 * self.steps
-
-    def __call__(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None = None) -> Vector:
-        def step(x, t, dt):
-            k1 = drift(x, t)
-            k2 = drift(x + 0.5 * dt * k1, t + 0.5 * dt)
-            k3 = drift(x + 0.5 * dt * k2, t + 0.5 * dt)
-            k4 = drift(x + dt * k3, t + dt)
-            return x + dt / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
-
-        return _integrate(step, self.steps, x, t0, t1)
+    tableau = ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+    order = 4
 
 
 @dataclass(frozen=True)
@@ -162,7 +134,7 @@ class EulerMaruyama:
     order: ClassVar[int] = 1
 
     def __post_init__(self):
-        _check_steps(self.steps)
+        check_count(self, 1, "steps")
 
     @property
     def nfe(self) -> int:

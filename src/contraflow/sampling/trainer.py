@@ -28,7 +28,8 @@ from contraflow.core.optim import start as start_optimiser
 from contraflow.core.types import PRNGKey
 from contraflow.flow.matching import Predict, matching_loss
 from contraflow.flow.path import Linear, Path, Scalar, Vector
-from contraflow.flow.posterior.importance import MinVariance, Reverse
+from contraflow.flow.posterior.control import MinVariance
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.solver import Drift, Euler, ODESolver
 from contraflow.flow.targets import LogDensity
 from contraflow.nets.velocity import Velocity

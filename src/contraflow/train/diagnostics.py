@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from contraflow.agents.base import Agent
 from contraflow.agents.online.rfm import RFM
 from contraflow.core.types import PRNGKey
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.rl.normalise import seen
 

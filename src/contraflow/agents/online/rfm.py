@@ -22,8 +22,9 @@ from contraflow.flow.likelihood import PolicyDensity, Pushforward
 from contraflow.flow.matching import Predict
 from contraflow.flow.path import Linear, Path
 from contraflow.flow.posterior.estimator import Estimator
-from contraflow.flow.posterior.importance import Local, Pooled, Reverse
-from contraflow.flow.posterior.markov import Gibbs
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Pooled, Reverse
+from contraflow.flow.posterior.local import Local
 from contraflow.flow.solver import EulerMaruyama, Midpoint, Solver
 from contraflow.flow.targets import LogDensity
 from contraflow.nets.critic import QEnsemble

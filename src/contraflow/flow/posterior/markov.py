@@ -1,34 +1,19 @@
-"""Estimators of the posterior mean E[x1 | x_t] that move the policy's own endpoints: no bias once the policy is right.
-
-x_t was made from an endpoint x1 of the policy. If the policy's law is pi, then x1 is a draw of the posterior given x_t,
-and stays one under every Markov kernel that leaves the posterior invariant. `Markov` has a kernel for all coordinates
-at once, with gradients of pi; `Gibbs` renews one after another.
-"""
+"""Posterior means by Markov chains from the policy's own endpoints: no bias once the policy is right."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.scipy.stats import norm
-from jaxtyping import Array, Int
 
+from contraflow.core.checks import check_count
 from contraflow.core.types import PRNGKey
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.posterior.importance import Candidates, Posterior
-from contraflow.flow.posterior.proposal import Mixture, Particles, Proposal, Support, systematic
-from contraflow.flow.posterior.strata import Strata
+from contraflow.flow.posterior.base import Posterior, SupportName
+from contraflow.flow.posterior.proposal import Mixture, Particles, Proposal, Support
+from contraflow.flow.posterior.starts import pick_starts
 from contraflow.flow.targets import LogDensity, log_normal
-
-
-def _starts(
-    key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, support: Support
-) -> tuple[Candidates, Int[Array, " p"]]:
-    """The endpoints, and where as many chains start: at each as often as it explains x_t. ValueError without any."""
-    if support is None:
-        raise ValueError("chains start at the endpoint that was noised to x_t: pass support=[P, d], that one first")
-    likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, path.alpha(t) * u, path.beta(t)))(support))
-    return support, systematic(key, likelihood, support.shape[0])
 
 
 @dataclass(frozen=True)
@@ -36,9 +21,9 @@ class Markov:
     """Draws of the posterior by Markov chains that start where x_t came from; the mean of their second halves.
 
     `support[0]` must be the endpoint that was noised to x_t, the others independent endpoints of the same policy. If
-    the policy's law is pi, (support[0], x_t) is a joint draw and support[0] a draw of the posterior. So is one of all
-    endpoints picked with probability ~ N(x_t; alpha u_i, beta^2) (iterated sampling importance resampling), and a
-    kernel that leaves the posterior invariant keeps it one: the estimate is unbiased for any number of candidates,
+    the policy's distribution is pi, (support[0], x_t) is a joint draw and support[0] a draw of the posterior. So is one
+    of all endpoints picked with probability ~ N(x_t; alpha u_i, beta^2) (iterated sampling importance resampling), and
+    a kernel that leaves the posterior invariant keeps it one: the estimate is unbiased for any number of candidates,
     where importance sampling needs a number exponential in d. Otherwise each update moves the policy one kernel towards
     pi. There are as many chains as endpoints, their starts picked by systematic resampling: all different at small t,
     where x_t tells little, and all support[0] at large t. What is averaged over them is variance only.
@@ -55,24 +40,30 @@ class Markov:
     `eta` of the result is that weight times alpha^2 / beta^2 (0 without `sizes`) and `ess` that of the candidates of a
     chain, in [1, samples]. Critic calls with P endpoints: samples - 1 + P, and P (1 + len(sizes)) with gradients.
     The proposal must not depend on `support` (`Particles` does): its density would then be another one after the move,
-    and the kernel no longer leaves the posterior invariant. Raises ValueError for such a proposal, samples < 1, a
-    size <= 0, control < 0, or a call without `support`.
+    and the kernel no longer leaves the posterior invariant; and it must reach every start. Raises ValueError for a
+    proposal that does not, samples < 1, a size <= 0, control < 0, or a call without `support`.
     """
 
     samples: int = 16
     proposal: Proposal = Mixture()
     sizes: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     control: float = 0.0
+    invariant_start: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError(f"Markov(samples={self.samples}): needs at least one candidate")
+        check_count(self, 1, "samples")
         if any(size <= 0 for size in self.sizes):
             raise ValueError(f"Markov(sizes={self.sizes}): step sizes must be positive")
         if self.control < 0:
             raise ValueError(f"Markov(control={self.control}): a standard deviation is not negative")
         if any(isinstance(part, Particles) for part in getattr(self.proposal, "components", (self.proposal,))):
             raise ValueError("Markov needs a proposal that does not depend on the policy's endpoints: not Particles")
+        if self.proposal.boundary:
+            raise ValueError("Markov needs a proposal on the whole space: an endpoint outside it would have no weight")
+
+    def suits(self, support_name: SupportName) -> bool:
+        """Densities on the whole space: its moves are by gradients, which know nothing of the faces of a box."""
+        return support_name != "box"
 
     def __call__(
         self,
@@ -86,7 +77,7 @@ class Markov:
         """x_t: [d], t: [] with beta_t > 0 (and alpha_t > 0 for proposals that invert the noise); support: [P, d], of
         which the first is the endpoint noised to x_t."""
         k_candidates, k_starts, k_pick, k_moves, k_accept = jr.split(key, 5)
-        support, starts = _starts(k_starts, path, x_t, t, support)
+        support, starts = pick_starts(k_starts, path, x_t, t, support)
         a, b, d = path.alpha(t), path.beta(t), x_t.shape[0]
 
         def log_p(u):
@@ -133,83 +124,3 @@ class Markov:
         means, ess = jax.vmap(chain)(starts, *keys)
         eta = weight * (a / b) ** 2 if self.sizes else 0.0
         return Posterior(means.mean(0), jnp.full_like(x_t, eta), ess.mean())
-
-
-@dataclass(frozen=True)
-class Gibbs:
-    """As `Markov`, but the kernel renews one coordinate after another, in random order.
-
-    Coordinate j of the start competes with `samples` - 1 candidates, all other coordinates being as they are by then:
-    one is picked by the weight pi(u) N(x_t,j; alpha u_j, beta^2) / q_j(u_j), and the weighted mean of all is the
-    estimate of E[x1_j | x_t]. q is `Strata`, nearly the posterior but for the critic; of n candidates one lies in each
-    n-th of its probability, the start in its own. That leaves the posterior invariant: wherever a draw of it lies, the
-    other n - 1 are drawn as they would be around any other. So the estimate is unbiased where the policy is right, and
-    its variance is that of a sum over a grid in one dimension, not that of importance sampling in d. Ours: iterated
-    sampling importance resampling within Gibbs sampling, with strata in place of independent draws.
-
-    A sweep forgets its start as far as coordinates are independent given x_t; where the critic ties them, `Markov`'s
-    gradients may move further. Of several sweeps the second half is averaged. `eta` is 0, `ess` the mean over
-    coordinates in [1, samples]. Critic calls for each endpoint: 1 + sweeps d (samples - 1), sweeps d in turn. Raises
-    ValueError for samples < 2, sweeps < 1 or a call without `support`.
-    """
-
-    samples: int = 5
-    sweeps: int = 1
-
-    def __post_init__(self):
-        if self.samples < 2 or self.sweeps < 1:
-            raise ValueError(f"{self}: needs at least one candidate beside the start and one sweep")
-
-    def __call__(
-        self,
-        key: PRNGKey,
-        path: AbstractPath,
-        log_pi: LogDensity,
-        x_t: Vector,
-        t: Scalar,
-        support: Support = None,
-    ) -> Posterior:
-        """x_t: [d], t: [] with beta_t > 0; support: [P, d], of which the first is the endpoint noised to x_t."""
-        k_starts, k_chains = jr.split(key)
-        support, starts = _starts(k_starts, path, x_t, t, support)
-        d, n = x_t.shape[0], self.samples
-        a, b = path.alpha(t), path.beta(t)
-        strata = jax.vmap(lambda x: Strata.fit(path, x, t))(x_t)
-
-        def sweep(state, inputs):
-            """Every coordinate once; state (u, log pi(u))."""
-            place, order, gumbel = inputs
-            rank, log_q = jax.vmap(Strata.rank)(strata, state[0])
-            own, shift = jnp.minimum(jnp.floor(n * rank), n - 1), jnp.arange(1.0, n)
-            ranks = ((own[:, None] + shift[None]) % n + place) / n
-            fresh, log_q_fresh = jax.vmap(lambda q, r: jax.vmap(q.quantile)(r))(strata, ranks)
-            values = jnp.concatenate([state[0][:, None], fresh], axis=1)
-            log_q = jnp.concatenate([log_q[:, None], log_q_fresh], axis=1)
-            log_ratio = norm.logpdf(x_t[:, None], a * values, b) - log_q
-
-            def renew(state, inputs):
-                """One coordinate."""
-                u, p = state
-                j, gumbel = inputs
-                trials = jnp.repeat(u[None], n - 1, axis=0).at[:, j].set(fresh[j])
-                log_p = jnp.concatenate([p[None], jax.vmap(log_pi)(trials)])
-                log_w = log_p + log_ratio[j]
-                w, picked = jax.nn.softmax(log_w), jnp.argmax(log_w + gumbel)
-                state = u.at[j].set(values[j, picked]), log_p[picked]
-                return state, (w @ values[j], 1.0 / jnp.sum(w**2))
-
-            state, (means, ess) = jax.lax.scan(renew, state, (order, gumbel))
-            return state, (jnp.zeros_like(means).at[order].set(means), ess.mean())
-
-        def chain(start, key):
-            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
-            k_fresh, k_order, k_pick = jr.split(key, 3)
-            place = jr.uniform(k_fresh, (self.sweeps, d, n - 1))
-            order = jnp.argsort(jr.uniform(k_order, (self.sweeps, d)), axis=1)
-            gumbel = jr.gumbel(k_pick, (self.sweeps, d, n))
-            u = support[start]
-            _, (means, ess) = jax.lax.scan(sweep, (u, log_pi(u)), (place, order, gumbel))
-            return means[self.sweeps // 2 :].mean(0), ess.mean()
-
-        means, ess = jax.vmap(chain)(starts, jr.split(k_chains, starts.shape[0]))
-        return Posterior(means.mean(0), jnp.zeros_like(x_t), ess.mean())

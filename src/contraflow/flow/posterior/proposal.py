@@ -23,6 +23,7 @@ from contraflow.flow.targets import log_normal, log_sech2
 
 Samples = Float[Array, "n d"]
 Support = Float[Array, "p d"] | None
+Numbers = Float[Array, "*s"]
 
 
 def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
@@ -55,13 +56,15 @@ class TruncatedNoise:
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
         """n draws [n, d], within the box whatever x_t is."""
         mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
-        return jax.vmap(lambda place: _truncated(place, mean, std, self.bound))(jr.uniform(key, (n, *x_t.shape)))
+        return jax.vmap(lambda place: truncated_quantile(place, mean, std, self.bound))(
+            jr.uniform(key, (n, *x_t.shape))
+        )
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
-        return _log_truncated(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t), self.bound)
+        return truncated_log_prob(x1, x_t / path.alpha(t), path.beta(t) / path.alpha(t), self.bound)
 
 
-def _within(mean: Vector, std: Scalar, bound: float) -> tuple[Vector, Vector, Vector]:
+def _within(mean: Numbers, std: Scalar, bound: float) -> tuple[Numbers, Numbers, Numbers]:
     """Sign, lower, upper such that sign (u - mean) / std lies in [lower, upper] where |u| <= bound.
 
     The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
@@ -72,8 +75,11 @@ def _within(mean: Vector, std: Scalar, bound: float) -> tuple[Vector, Vector, Ve
     return sign, jnp.minimum(sign * low, sign * high), jnp.maximum(sign * low, sign * high)
 
 
-def _truncated(place: Vector, mean: Vector, std: Scalar, bound: float) -> Vector:
-    """N(mean, std^2 I) on [-bound, bound]^d by the inverse of its distribution function at `place` in [0, 1)^d."""
+def truncated_quantile(place: Numbers, mean: Numbers, std: Scalar, bound: float) -> Numbers:
+    """N(mean, std^2) on [-bound, bound], elementwise, by the inverse of its distribution function at `place` in [0, 1].
+
+    `place` counts from the end of the box that is farther from the mean.
+    """
     sign, lower, upper = _within(mean, std, bound)
     # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
     log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
@@ -81,7 +87,17 @@ def _truncated(place: Vector, mean: Vector, std: Scalar, bound: float) -> Vector
     return jnp.clip(u, -bound, bound)  # rounding may step over the edge, where the density is 0
 
 
-def _log_truncated(x1: Vector, mean: Vector, std: Scalar, bound: float) -> Scalar:
+def truncated_rank(u: Numbers, mean: Numbers, std: Scalar, bound: float) -> Numbers:
+    """The `place` at which `truncated_quantile` is u in [-bound, bound]."""
+    sign, lower, upper = _within(mean, std, bound)
+    log_upper = norm.logcdf(upper)
+    z = jnp.clip(sign * (u - mean) / std, lower, upper)
+    # Of differences that are small where the box is narrow, and of probabilities that underflow where it is far.
+    above, whole = jnp.expm1(norm.logcdf(z) - log_upper), jnp.expm1(norm.logcdf(lower) - log_upper)
+    return jnp.clip(1.0 - above / whole, 0.0, 1.0)
+
+
+def truncated_log_prob(x1: Numbers, mean: Numbers, std: Scalar, bound: float) -> Scalar:
     """The log-density of N(mean, std^2 I) on [-bound, bound]^d."""
     _, lower, upper = _within(mean, std, bound)
     log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
@@ -89,7 +105,7 @@ def _log_truncated(x1: Vector, mean: Vector, std: Scalar, bound: float) -> Scala
     return jnp.where(jnp.all(jnp.abs(x1) <= bound), log_normal(x1, mean, std) - log_mass.sum(), -jnp.inf)
 
 
-def _log_quantile(log_p: Vector) -> Vector:
+def _log_quantile(log_p: Numbers) -> Numbers:
     """z with log Phi(z) = log_p, also where exp(log_p) underflows."""
     # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function: no step overshoots.
     z = -jnp.sqrt(-2.0 * log_p)
@@ -149,12 +165,12 @@ class Particles:
         if self.bound is None:
             return means[component] + std * jr.normal(k_noise, (n, *x_t.shape))
         place, bound = jr.uniform(k_noise, (n, *x_t.shape)), self.bound
-        return jax.vmap(lambda p, m: _truncated(p, m, std, bound))(place, means[component])
+        return jax.vmap(lambda p, m: truncated_quantile(p, m, std, bound))(place, means[component])
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
         log_pi, means, std = self._mixture(path, x_t, t, support)
         bound = self.bound
-        kernel = lambda m: log_normal(x1, m, std) if bound is None else _log_truncated(x1, m, std, bound)
+        kernel = lambda m: log_normal(x1, m, std) if bound is None else truncated_log_prob(x1, m, std, bound)
         return jax.nn.logsumexp(log_pi + jax.vmap(kernel)(means))
 
 

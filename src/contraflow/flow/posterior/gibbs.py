@@ -1,0 +1,112 @@
+"""Posterior means coordinate by coordinate, from the policy's own endpoints: the default of RFM."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from contraflow.core.checks import check_count
+from contraflow.core.types import PRNGKey
+from contraflow.flow.path import AbstractPath, Scalar, Vector
+from contraflow.flow.posterior.base import Posterior, SupportName
+from contraflow.flow.posterior.proposal import Support
+from contraflow.flow.posterior.starts import pick_starts
+from contraflow.flow.posterior.strata import BoxStrata, Strata
+from contraflow.flow.targets import LogDensity
+
+
+@dataclass(frozen=True)
+class Gibbs:
+    """As `Markov` (flow/posterior/markov.py), but the kernel renews one coordinate after another, in random order.
+
+    Coordinate j of the start competes with `samples` - 1 candidates, all other coordinates being as they are by then:
+    one is picked by the weight pi(u) N(x_t,j; alpha u_j, beta^2) / q_j(u_j), and the weighted mean of all is the
+    estimate of E[x1_j | x_t]. q is `Strata`, nearly the posterior but for the critic; of n candidates one lies in each
+    n-th of its probability, the start in its own. That leaves the posterior invariant: wherever a draw of it lies, the
+    other n - 1 are drawn as they would be around any other. So the estimate is unbiased where the policy is right, and
+    its variance is that of a sum over a grid in one dimension, not that of importance sampling in d. Ours: iterated
+    sampling importance resampling within Gibbs sampling, with strata in place of independent draws.
+
+    With `bound` x1 is the action itself, in a box and without a Jacobian, and q is `BoxStrata`: the likelihood on the
+    box, so that the weights are exactly pi's. Endpoints of a policy that is not right yet are moved into the box.
+
+    A sweep forgets its start as far as coordinates are independent given x_t; where the critic ties them, `Markov`'s
+    gradients may move further. Of several sweeps the second half is averaged. `eta` is 0, `ess` the mean over
+    coordinates in [1, samples]. Critic calls for each endpoint: 1 + sweeps d (samples - 1), sweeps d in turn. Raises
+    ValueError for samples < 2, sweeps < 1, bound <= 0 or a call without `support`.
+    """
+
+    samples: int = 5
+    sweeps: int = 1
+    bound: float | None = None
+    """Half the side of the box that x1 lies in; None: the whole space."""
+    invariant_start: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_count(self, 2, "samples")
+        check_count(self, 1, "sweeps")
+        if self.bound is not None and not self.bound > 0:
+            raise ValueError(f"Gibbs: bound must be positive or None, got {self.bound}")
+
+    def suits(self, support_name: SupportName) -> bool:
+        """A box with `bound`, else the whole space."""
+        return (support_name == "box") == (self.bound is not None)
+
+    def __call__(
+        self,
+        key: PRNGKey,
+        path: AbstractPath,
+        log_pi: LogDensity,
+        x_t: Vector,
+        t: Scalar,
+        support: Support = None,
+    ) -> Posterior:
+        """x_t: [d], t: [] with beta_t > 0 (in a box alpha_t > 0 too); support: [P, d], of which the first is the
+        endpoint noised to x_t."""
+        k_starts, k_chains = jr.split(key)
+        if self.bound is not None and support is not None:
+            support = jnp.clip(support, -self.bound, self.bound)
+        support, starts = pick_starts(k_starts, path, x_t, t, support)
+        d, n = x_t.shape[0], self.samples
+        fit = Strata.fit if self.bound is None else partial(BoxStrata.fit, bound=self.bound)
+        strata = jax.vmap(lambda x: fit(path, x, t))(x_t)
+
+        def sweep(state, inputs):
+            """Every coordinate once; state (u, log pi(u))."""
+            place, order, gumbel = inputs
+            rank, own_ratio = jax.vmap(lambda q, u: q.rank(u))(strata, state[0])
+            own, shift = jnp.minimum(jnp.floor(n * rank), n - 1), jnp.arange(1.0, n)
+            ranks = ((own[:, None] + shift[None]) % n + place) / n
+            fresh, ratio = jax.vmap(lambda q, r: jax.vmap(q.quantile)(r))(strata, ranks)
+            values = jnp.concatenate([state[0][:, None], fresh], axis=1)
+            log_ratio = jnp.concatenate([own_ratio[:, None], ratio], axis=1)
+
+            def renew(state, inputs):
+                """One coordinate."""
+                u, p = state
+                j, gumbel = inputs
+                trials = jnp.repeat(u[None], n - 1, axis=0).at[:, j].set(fresh[j])
+                log_p = jnp.concatenate([p[None], jax.vmap(log_pi)(trials)])
+                log_w = log_p + log_ratio[j]
+                w, picked = jax.nn.softmax(log_w), jnp.argmax(log_w + gumbel)
+                state = u.at[j].set(values[j, picked]), log_p[picked]
+                return state, (w @ values[j], 1.0 / jnp.sum(w**2))
+
+            state, (means, ess) = jax.lax.scan(renew, state, (order, gumbel))
+            return state, (jnp.zeros_like(means).at[order].set(means), ess.mean())
+
+        def chain(start, key):
+            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
+            k_fresh, k_order, k_pick = jr.split(key, 3)
+            place = jr.uniform(k_fresh, (self.sweeps, d, n - 1))
+            order = jnp.argsort(jr.uniform(k_order, (self.sweeps, d)), axis=1)
+            gumbel = jr.gumbel(k_pick, (self.sweeps, d, n))
+            u = support[start]
+            _, (means, ess) = jax.lax.scan(sweep, (u, log_pi(u)), (place, order, gumbel))
+            return means[self.sweeps // 2 :].mean(0), ess.mean()
+
+        means, ess = jax.vmap(chain)(starts, jr.split(k_chains, starts.shape[0]))
+        return Posterior(means.mean(0), jnp.zeros_like(x_t), ess.mean())

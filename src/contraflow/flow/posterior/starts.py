@@ -1,0 +1,24 @@
+"""Where Markov chains for the posterior start: at endpoints of the policy.
+
+x_t was made from an endpoint x1 of the policy. If the policy's distribution is pi, then x1 is a draw of the posterior
+given x_t, and stays one under every Markov kernel that leaves the posterior invariant.
+"""
+
+import jax
+from jaxtyping import Array, Int
+
+from contraflow.core.types import PRNGKey
+from contraflow.flow.path import AbstractPath, Scalar, Vector
+from contraflow.flow.posterior.base import Candidates
+from contraflow.flow.posterior.proposal import Support, systematic
+from contraflow.flow.targets import log_normal
+
+
+def pick_starts(
+    key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, support: Support
+) -> tuple[Candidates, Int[Array, " p"]]:
+    """The endpoints, and where as many chains start: at each as often as it explains x_t. ValueError without any."""
+    if support is None:
+        raise ValueError("chains start at the endpoint that was noised to x_t: pass support=[P, d], that one first")
+    likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, path.alpha(t) * u, path.beta(t)))(support))
+    return support, systematic(key, likelihood, support.shape[0])
