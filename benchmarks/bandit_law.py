@@ -25,7 +25,8 @@ from tables import write
 
 from contraflow.agents.online.rfm import RFM, RFMState
 from contraflow.core.types import EnvSpec, Transition
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.flow.solver import Euler, Midpoint, Solver

@@ -20,8 +20,10 @@ from contraflow.experiments.compare import matrix
 from contraflow.experiments.compare.runner import Local, run_cells
 from contraflow.flow.fewstep import MeanFlow, Shortcut, SplitMeanFlow
 from contraflow.flow.path import VE
-from contraflow.flow.posterior.importance import Fixed, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler, Midpoint
 from contraflow.policy.select import First, Softmax

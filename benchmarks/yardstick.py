@@ -30,8 +30,11 @@ import tyro
 from tables import write
 
 from contraflow.flow.path import Linear
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Posterior, Reverse
-from contraflow.flow.posterior.markov import Gibbs, Markov
+from contraflow.flow.posterior.base import Posterior
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, Ramp, UniformAction
 from contraflow.flow.targets import Separable
 

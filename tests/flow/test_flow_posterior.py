@@ -1,15 +1,24 @@
 """Estimators of E[x1 | x_t]: exact cases, independent re-implementations, and bias against exact answers."""
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.closeness import assert_close
 
 from contraflow.flow.path import Cosine, Linear
-from contraflow.flow.posterior.importance import Fixed, FromData, Local, MinVariance, Pooled, Reverse
+from contraflow.flow.posterior.base import SupportName
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.data import FromData
+from contraflow.flow.posterior.estimator import Estimator
+from contraflow.flow.posterior.gibbs import Gibbs
+from contraflow.flow.posterior.importance import Pooled, Reverse
+from contraflow.flow.posterior.local import Local
+from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles, Ramp, TruncatedNoise, UniformAction
 from contraflow.flow.targets import Gaussian, GaussianMixture, Separable
 
@@ -54,7 +63,7 @@ def test_optimal_weight_has_no_variance_on_a_gaussian(path, t):
     exact = GAUSSIAN.posterior_mean(path, X_T, t)
     out = repeat(Reverse(4, Noise(), Fixed(eta)), path, jr.split(jr.key(0), 64), GAUSSIAN, X_T, t)
     # In float32 the candidates, which may be b / a away, cancel.
-    np.testing.assert_allclose(out.mean - exact[None], 0.0, atol=1e-5 * max(1.0, b / a))
+    assert_close(out.mean, np.tile(exact, (64, 1)), 1e-5, scale=max(1.0, b / a))
     np.testing.assert_array_equal(out.eta, np.float32(eta))
     noise = repeat(Reverse(4, Noise(), Fixed(0)), path, jr.split(jr.key(0), 64), GAUSSIAN, X_T, t)
     assert noise.mean.var() > 1e-3 * s2 * (b / a) ** 2
@@ -73,16 +82,17 @@ def test_tuned_weight_finds_the_posterior_variance(path):
     assert usual.mean() > 0.9
     np.testing.assert_allclose(tuned.eta[usual] * b**2 / a**2, variance, rtol=2e-3)
     error = (tuned.mean - exact[None])[usual]
-    assert jnp.mean(error**2) < 1e-7
-    assert jnp.mean(noise.mean.var(0)) > 1e-4
+    assert jnp.mean(noise.mean.var(0)) > 1e-3 * variance
+    assert jnp.mean(error**2) < 1e-3 * jnp.mean(noise.mean.var(0))
 
 
-@pytest.mark.parametrize("shape", ["diagonal", "isotropic", "full"])
+@pytest.mark.parametrize("shape", ["diagonal", "isotropic"])
 def test_every_shape_has_no_variance_on_a_gaussian(shape):
     exact = GAUSSIAN.posterior_mean(Linear(), X_T, T)
     control = MinVariance(shape=shape, ridge=1e-9)
     out = repeat(Reverse(64, Noise(), control), Linear(), jr.split(jr.key(0), 50), GAUSSIAN, X_T, T)
-    assert jnp.sqrt(jnp.mean((out.mean - exact[None]) ** 2)) < 1e-3
+    variance = 1 / (1 / 0.49 + 0.36 / 0.16)
+    assert jnp.mean((out.mean - exact[None]) ** 2) < 1e-5 * variance
 
 
 # --- independent implementations on the same noise --------------------------------------------------------------------
@@ -93,8 +103,8 @@ def test_noise_expectation(path):
     """eta = 0: self-normalised mean of the noise, m0 = sum w x0, then m1 = (x_t - b m0) / a (QNE)."""
     key = jr.key(3)
     out = estimate(Reverse(50, Noise(), Fixed(0)), path, key, BIMODAL, X_T, T)
-    _, x0, _, w, a, b = candidates(key, path, BIMODAL, 50)
-    np.testing.assert_allclose(out.mean, (np.asarray(X_T) - b * (w @ x0)) / a, atol=2e-5)
+    u, x0, _, w, a, b = candidates(key, path, BIMODAL, 50)
+    assert_close(out.mean, (np.asarray(X_T) - b * (w @ x0)) / a, 1e-5, scale=np.abs(u).max())
     np.testing.assert_allclose(out.ess, 1 / np.sum(w**2), rtol=1e-4)
 
 
@@ -107,7 +117,7 @@ def test_gradient_expectation(path):
     x0 = jr.normal(jr.clone(key), (50, 2))
     a, b = path.alpha(T), path.beta(T)
     score = jax.grad(lambda x: jax.nn.logsumexp(jax.vmap(lambda e: BIMODAL((x - b * e) / a))(x0)))(X_T)
-    np.testing.assert_allclose(out.mean, (X_T + b**2 * score) / a, rtol=1e-4, atol=2e-5)
+    assert_close(out.mean, (X_T + b**2 * score) / a, 1e-5, scale=jnp.abs(b**2 * score).max() / a + b / a)
 
 
 @paths
@@ -115,10 +125,10 @@ def test_noise_form_equals_data_form(path):
     """RFM's other family: m0 = sum w (x0 + eta s0), s0 = -x0 - (b/a) grad log pi; the same velocity."""
     key, eta = jr.key(5), 0.3
     out = estimate(Reverse(50, Noise(), Fixed(eta)), path, key, BIMODAL, X_T, T)
-    _, x0, grad, w, a, b = candidates(key, path, BIMODAL, 50)
+    u, x0, grad, w, a, b = candidates(key, path, BIMODAL, 50)
     m0 = w @ (x0 + eta * (-x0 - b / a * grad))
     velocity = path.velocity(out.mean, X_T, T)
-    np.testing.assert_allclose(velocity, path.velocity_from_x0(jnp.asarray(m0), X_T, T), rtol=2e-4, atol=2e-4)
+    assert_close(velocity, path.velocity_from_x0(jnp.asarray(m0), X_T, T), 2e-5, scale=np.abs(u).max() / b)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -139,67 +149,65 @@ def test_tuned_rule_in_numpy(centred, clip):
         if t == jnp.asarray(0.6):
             assert np.any(np.abs(c) > clip) == (clip == 0.1)
         c = np.clip(c, -clip, clip)
-        np.testing.assert_allclose(out.mean, mean + c * tilt, rtol=2e-3, atol=1e-3)
-        np.testing.assert_allclose(out.eta, c * a**2 / b**2, rtol=5e-3, atol=1e-4)
+        # c is a ratio of differences from means; the ridge of 1e-4 is all that there is where one candidate has all.
+        assert_close(out.mean, mean + c * tilt, 2e-3, scale=max(np.abs(mean).max(), np.abs(c * tilt).max()))
+        assert_close(out.eta, c * a**2 / b**2, 5e-3)
 
 
-def test_full_and_isotropic_in_numpy():
+def test_isotropic_in_numpy():
     key = jr.key(7)
     u, x0, grad, w, a, b = candidates(key, Linear(), BIMODAL, 100)
     s = a / b * x0 + grad
     mean, tilt = w @ u, w @ s
     dx, ds, w2 = u - mean, s - tilt, w**2
-    xs = sum(w2[k] * np.outer(dx[k], ds[k]) for k in range(100))
-    ss = sum(w2[k] * np.outer(ds[k], ds[k]) for k in range(100))
-    full = -xs @ np.linalg.inv(ss + 1e-4 * np.eye(2))
-    assert np.abs(full).max() < 2
-    assert np.abs(full - full.T).max() > 1e-3  # a transposed matrix would show
-    out = estimate(Reverse(100, Noise(), MinVariance(shape="full")), Linear(), key, BIMODAL, X_T, T)
-    np.testing.assert_allclose(out.mean, mean + full @ tilt, atol=1e-4)
-    out = estimate(Reverse(100, Noise(), MinVariance(shape="isotropic")), Linear(), jr.clone(key), BIMODAL, X_T, T)
-    c = -np.trace(xs) / (np.trace(ss) + 1e-4)
-    np.testing.assert_allclose(out.mean, mean + c * tilt, atol=1e-4)
-    np.testing.assert_allclose(out.eta, c * a**2 / b**2, rtol=1e-3)
+    out = estimate(Reverse(100, Noise(), MinVariance(shape="isotropic")), Linear(), key, BIMODAL, X_T, T)
+    c = -sum(w2 * (dx * ds).sum(1)) / (sum(w2 * (ds * ds).sum(1)) + 1e-4)
+    assert_close(out.mean, mean + c * tilt, 1e-4, scale=max(np.abs(mean).max(), np.abs(c * tilt).max()))
+    assert_close(out.eta, c * a**2 / b**2, 1e-3)
 
 
 def test_shapes_agree_in_one_dimension():
     target, x_t = Separable.two_modes(1), jnp.array([0.2])
-    out = [
+    one, other = (
         estimate(Reverse(50, Noise(), MinVariance(shape=shape)), Linear(), jr.clone(jr.key(0)), target, x_t, T)
-        for shape in ("diagonal", "isotropic", "full")
-    ]
-    for other in out[1:]:
-        np.testing.assert_allclose(other.mean, out[0].mean, rtol=1e-5)
-        np.testing.assert_allclose(other.eta, out[0].eta, rtol=1e-5)
-
-
-# --- clipping, gating, refusal ----------------------------------------------------------------------------------------
-
-
-def test_units_of_the_clip():
-    """At t = .2 the optimum for a wide Gaussian is c = V = 3.2 and eta = .2: clip 2 binds in c and not in eta."""
-    wide, t = Gaussian(jnp.zeros(2), 2.0), jnp.asarray(0.2)
-    variance = 1 / (1 / 4 + 1 / 16)
-    in_c = estimate(Reverse(400), Linear(), jr.key(0), wide, X_T, t)
-    np.testing.assert_allclose(in_c.eta, 2.0 / 16, rtol=1e-5)
-    in_eta = estimate(Reverse(400, Noise(), MinVariance(ridge=1e-9, unit="eta")), Linear(), jr.key(0), wide, X_T, t)
-    np.testing.assert_allclose(in_eta.eta, variance / 16, rtol=1e-2)
-    tight = estimate(Reverse(400, Noise(), MinVariance(unit="eta", clip=0.1)), Linear(), jr.key(0), wide, X_T, t)
-    np.testing.assert_allclose(tight.eta, 0.1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
-def test_gate_by_effective_sample_size(shape):
-    free = estimate(Reverse(50, Noise(), MinVariance(shape)), Linear(), jr.key(0), BIMODAL, X_T, T)
-    gated = lambda low, high: estimate(
-        Reverse(50, Noise(), MinVariance(shape, ess_gate=(low, high))), Linear(), jr.key(0), BIMODAL, X_T, T
+        for shape in ("diagonal", "isotropic")
     )
-    ess, none = float(free.ess), estimate(Reverse(50, Noise(), Fixed(0)), Linear(), jr.key(0), BIMODAL, X_T, T)
-    assert 3 < ess < 45
-    np.testing.assert_allclose(gated(0.0, ess - 1).mean, free.mean, rtol=1e-5)
-    np.testing.assert_allclose(gated(ess + 1, ess + 2).mean, none.mean, atol=1e-6)
-    np.testing.assert_allclose(gated(ess - 1, ess + 3).eta, 0.25 * free.eta, rtol=1e-2)
-    np.testing.assert_allclose(gated(ess - 1, ess + 3).mean, 0.75 * none.mean + 0.25 * free.mean, atol=1e-4)
+    np.testing.assert_allclose(other.mean, one.mean, rtol=1e-4)
+    np.testing.assert_allclose(other.eta, one.eta, rtol=1e-4)
+
+
+# --- clipping, refusal, what suits which support ----------------------------------------------------------------------
+
+
+def test_the_clip_is_of_c():
+    """At t = .2 the optimum for a wide Gaussian is c = V = 3.2, and eta = .2: the clip of 2 binds."""
+    wide, t = Gaussian(jnp.zeros(2), 2.0), jnp.asarray(0.2)
+    clipped = estimate(Reverse(400), Linear(), jr.key(0), wide, X_T, t)
+    np.testing.assert_allclose(clipped.eta, 2.0 / 16, rtol=1e-5)
+    free = estimate(Reverse(400, Noise(), MinVariance(ridge=1e-9, clip=9.0)), Linear(), jr.key(0), wide, X_T, t)
+    np.testing.assert_allclose(free.eta, 3.2 / 16, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "supports", "invariant"),
+    [
+        (Reverse(), {"tanh", "real"}, False),
+        (Reverse(control=Fixed(0.0)), {"tanh", "real", "box"}, False),
+        (Reverse(proposal=TruncatedNoise(), control=Fixed(0.0)), {"box"}, False),
+        (Reverse(proposal=Mixture((Noise(), Particles(bound=1.0))), control=Fixed(0.0)), {"box"}, False),
+        (Pooled(), {"box"}, False),
+        (Pooled((Reverse(), Reverse(control=Fixed(0.0)))), {"tanh", "real"}, False),
+        (Local(), {"tanh", "real", "box"}, False),
+        (Markov(), {"tanh", "real"}, True),
+        (Gibbs(), {"tanh", "real"}, True),
+        (Gibbs(bound=1.0), {"box"}, True),
+        (FromData(), set(), False),
+    ],
+)
+def test_what_an_estimator_tells_of_itself(estimator, supports, invariant):
+    assert {name for name in get_args(SupportName) if estimator.suits(name)} == supports
+    assert estimator.invariant_start is invariant
+    assert isinstance(estimator, Estimator) is not isinstance(estimator, FromData)
 
 
 def test_refusals():
@@ -207,14 +215,12 @@ def test_refusals():
         with pytest.raises(ValueError, match="boundary"):
             Reverse(10, TruncatedNoise(), control)
     Reverse(10, TruncatedNoise(), Fixed(0))
-    with pytest.raises(ValueError, match="at least one candidate"):
+    with pytest.raises(ValueError, match="samples must be a whole number, at least 1"):
         Reverse(0)
     with pytest.raises(ValueError, match="ridge"):
         MinVariance(ridge=-1.0)
     with pytest.raises(ValueError, match="clip"):
         MinVariance(clip=0.0)
-    with pytest.raises(ValueError, match="low < high"):
-        MinVariance(ess_gate=(5, 5))
     with pytest.raises(ValueError, match="support"):
         FromData()(None, Linear(), None, X_T, T)
 
@@ -239,7 +245,7 @@ def test_one_data_point_is_conditional_flow_matching(path):
     target = path.velocity(out.mean, x_t, T)
     np.testing.assert_allclose(target, path.d_alpha(T) * x1 + path.d_beta(T) * x0, rtol=1e-4)
     if isinstance(path, Linear):
-        np.testing.assert_allclose(target, x1 - x0, atol=1e-6)
+        assert_close(target, x1 - x0, 1e-6, scale=jnp.abs(x_t).max() / (1 - T))  # which x_t / (1 - t) cancels
 
 
 @paths
@@ -247,7 +253,7 @@ def test_many_data_points_are_a_mixture_of_deltas(path):
     support = jr.normal(jr.key(0), (20, 2))
     exact = GaussianMixture(support, 1e-4).posterior_mean(path, X_T, T)
     out = FromData()(None, path, None, X_T, T, support)
-    np.testing.assert_allclose(out.mean, exact, atol=1e-5)
+    assert_close(out.mean, exact, 1e-5, scale=jnp.abs(support).max())
     assert 1 < out.ess < 20
 
 
@@ -284,7 +290,7 @@ def test_error_is_a_parabola_in_eta_with_its_minimum_at_the_optimum():
     assert curve[0] > 0
     control = MinVariance(centred=False, ridge=0.0, clip=100.0)
     optimum = float(estimate(Reverse(200_000, Noise(), control), path, jr.key(1), target, x_t, t).eta[0])
-    assert -curve[1] / (2 * curve[0]) == pytest.approx(optimum, abs=0.03)
+    assert_close(-curve[1] / (2 * curve[0]), optimum, 0.03, scale=1.0)  # eta goes from noise, 0, to gradients, 1
     assert 0.05 < optimum < 0.95
 
 
@@ -298,7 +304,7 @@ ESTIMATORS = {
     "gradient": (Reverse(512, Noise(), Fixed(1)), (0.8, 0.9)),
     "official": (Reverse(512), (0.5, 0.8)),
     "uncentred": (Reverse(512, Noise(), MinVariance(centred=False)), (0.5, 0.8)),
-    "isotropic": (Reverse(512, Noise(), MinVariance("isotropic", unit="eta")), (0.5, 0.8)),
+    "isotropic": (Reverse(512, Noise(), MinVariance("isotropic")), (0.5, 0.8)),
     "full": (Reverse(512, Noise(), MinVariance("full")), (0.5, 0.8)),
     "uniform": (Reverse(512, UniformAction(), Fixed(0)), (0.1, 0.4)),
     "particles": (Reverse(512, Particles(0.8), Fixed(0)), (0.1, 0.4, 0.8)),
@@ -327,7 +333,7 @@ def test_pooled_by_hand():
     ess = [1 / (x**2).sum() for x in w]
     means = [a @ b for a, b in zip(w, u, strict=True)]
     np.testing.assert_allclose(post.ess, sum(ess), rtol=1e-3)
-    np.testing.assert_allclose(post.mean, (ess[0] * means[0] + ess[1] * means[1]) / sum(ess), rtol=1e-3, atol=1e-4)
+    assert_close(post.mean, (ess[0] * means[0] + ess[1] * means[1]) / sum(ess), 1e-3, scale=np.abs(means).max())
     assert abs(ess[0] - ess[1]) > 1 and np.abs(means[0] - means[1]).max() > 0.05
     with pytest.raises(ValueError, match="at least one"):
         Pooled(())

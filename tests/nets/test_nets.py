@@ -80,7 +80,14 @@ def test_activations(name, f):
 def test_time_embedding(t):
     w = 1000.0 ** (-np.arange(8) / 7)
     want = np.concatenate([np.sin(t * w), np.cos(t * w)])
-    np.testing.assert_allclose(time_embedding(jnp.asarray(t), 16), want, atol=1e-6)
+    np.testing.assert_allclose(time_embedding(jnp.asarray(t), 16), want, atol=1e-6)  # of sines and cosines
+    np.testing.assert_allclose(time_embedding(jnp.asarray(t), 2), [np.sin(t), np.cos(t)], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [-2, 0, 1, 5])
+def test_time_embeddings_have_an_even_size(size):
+    with pytest.raises(ValueError, match=f"an even size of at least 2, got {size}"):
+        time_embedding(jnp.asarray(0.3), size)
 
 
 def test_velocity_forward():

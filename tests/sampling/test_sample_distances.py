@@ -26,7 +26,7 @@ def normal(seed: int, n: int, mean=(0.0, 0.0), std: float = 1.0):
 def test_sliced_wasserstein_of_a_shift_and_of_a_scale():
     # W2^2 along e is (shift . e)^2 + (s - 1)^2, and E[(shift . e)^2] = |shift|^2 / 2 in the plane.
     x, y = normal(0, 4000), normal(1, 4000, (0.6, -0.8), 1.5)
-    assert sliced_wasserstein(jr.key(2), x, y, 256) == pytest.approx(np.sqrt(0.5 + 0.25), abs=0.06)
+    assert sliced_wasserstein(jr.key(2), x, y, 256) == pytest.approx(np.sqrt(0.5 + 0.25), rel=0.07)
     shift = jnp.broadcast_to(jnp.array([3.0, 4.0]), x.shape)
     assert sliced_wasserstein(jr.key(2), x, x + shift, 256) == pytest.approx(5 / np.sqrt(2), rel=0.08)
 
@@ -85,7 +85,7 @@ def test_sinkhorn_of_gaussians_is_near_their_squared_distance():
     # W2^2 = |shift|^2 + d (s - 1)^2 = 4 + 2 * .25
     assert sinkhorn(normal(0, 1000), normal(1, 1000, (2.0, 0.0), 1.5)) == pytest.approx(4.5, rel=0.12)
     x = normal(0, 300)
-    assert sinkhorn(x, x) == pytest.approx(0.0, abs=1e-3)
+    assert abs(sinkhorn(x, x)) < 2.5e-4 * 4  # of the mean squared distance
     assert sinkhorn(x, x + jnp.full_like(x, 1.0)) == pytest.approx(2.0, rel=0.02)
 
 

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from scipy.integrate import quad
+from tests.closeness import assert_close
 
 from contraflow.flow.path import Linear
 from contraflow.flow.targets import Gaussian
@@ -71,10 +72,11 @@ def test_more_temperatures_are_less_variance():
 
 
 def test_weights_are_equal_where_the_base_is_the_target():
-    ends = chains(Gaussian(jnp.full(3, 0.3), 1.7), 3, 0.3, 1.7, 0.5, n=500)
-    np.testing.assert_allclose(ends.log_w, 0.0, atol=1e-4)
+    target = Gaussian(jnp.full(3, 0.3), 1.7)
+    ends = chains(target, 3, 0.3, 1.7, 0.5, n=500)
+    assert_close(ends.log_w, 0.0, 1e-5, scale=jnp.abs(jax.vmap(target)(ends.x)).max())
     buffer = Buffer(ends.x, ends.log_w, jnp.array(500), jnp.ones(4))
-    assert buffer.ess() == pytest.approx(500, rel=1e-3) and buffer.log_z() == pytest.approx(0.0, abs=1e-4)
+    assert buffer.ess() == pytest.approx(500, rel=1e-3) and np.exp(buffer.log_z()) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_a_density_with_walls_has_chains_that_stay_inside():
@@ -93,8 +95,8 @@ def test_log_z_and_samples_of_many_well():
         lambda x: 1.0, lambda x: float(x > 0), lambda x: x, lambda x: x * x
     ))  # fmt: skip
     assert target.dim == 32
-    assert target.log_z == pytest.approx(16 * (np.log(mass) + 0.5 * np.log(2 * np.pi)), abs=1e-4)
-    assert target.log_z == pytest.approx(164.69568, abs=1e-4)
+    assert target.log_z == pytest.approx(16 * (np.log(mass) + 0.5 * np.log(2 * np.pi)), rel=1e-6)
+    assert target.log_z == pytest.approx(164.69568, rel=1e-6)
     x = np.asarray(target.sample(jr.key(0), 4000), float)
     wells, normal = x[:, ::2].ravel(), x[:, 1::2].ravel()
     assert_mean(wells > 0, deep / mass, 0.002)
@@ -122,10 +124,13 @@ def test_the_optimum_of_the_weighted_regression_is_the_velocity_of_a_gaussian():
     slope = np.linalg.lstsq(design, np.asarray(target))[0]
     time = jnp.array(0.6)
     exact = lambda x: Linear().velocity(GAUSSIAN.posterior_mean(Linear(), x, time), x, time)
-    np.testing.assert_allclose(slope[2], exact(jnp.zeros(2)), atol=0.15)
-    np.testing.assert_allclose(slope[:2].T, jax.jacobian(exact)(jnp.zeros(2)), atol=0.15)
-    assert x1.mean(0) == pytest.approx(np.asarray(GAUSSIAN.mean), abs=0.05)
-    assert x1.std(0) == pytest.approx(0.7, abs=0.05)
+    # Five standard errors of least squares, whose inputs have a deviation of .6; of the endpoints, which are picked
+    # again from 8000 weighted chains, 7 %.
+    error = 5 / near.sum() ** 0.5 / 0.6
+    assert_close(slope[2], exact(jnp.zeros(2)), error, scale=np.std(target))
+    assert_close(slope[:2].T, jax.jacobian(exact)(jnp.zeros(2)), error, scale=np.std(target))
+    assert_close(x1.mean(0), GAUSSIAN.mean, 0.07, scale=0.7)
+    assert_close(x1.std(0), 0.7, 0.07)
 
 
 def test_the_base_goes_from_wide_to_the_moments_of_the_buffer():
@@ -152,13 +157,13 @@ def test_the_buffer_keeps_the_newest_rounds_and_tunes_the_moves():
         seen.append(buffer.x[:n])
         assert buffer.count == min(i + 1, 2) * n
         if i == 0:
-            assert buffer.log_z() == pytest.approx(0.0, abs=0.05)
+            assert np.exp(buffer.log_z()) == pytest.approx(1.0, rel=0.05)
     np.testing.assert_array_equal(buffer.x[n:], seen[1])
     drawn = FAB.endpoints(buffer, jr.key(9), 1000)
     assert np.abs(drawn[:500].mean(0) - drawn[500:].mean(0)).max() < 0.2
     newest = np.isin(drawn[:, 0], seen[2][:, 0])
     assert 0.3 < newest[:500].mean() < 0.7  # in random order, not round after round
-    assert buffer.log_z() == pytest.approx(0.0, abs=0.05)
+    assert np.exp(buffer.log_z()) == pytest.approx(1.0, rel=0.05)
     assert np.isfinite(buffer.log_w).all() and bool(jnp.all(buffer.sizes > 0.3))  # first moves were too timid
 
 
@@ -175,7 +180,7 @@ def test_forty_modes_are_all_found_by_chains():
         buffer = fill(buffer, jr.key(i + 3))
     points = method.endpoints(buffer, jr.key(8), 4000)
     assert modes_found(points, target.sample(jr.key(2), 4000), target.modes) >= 0.95
-    assert buffer.log_z() == pytest.approx(0.0, abs=0.1)
+    assert np.exp(buffer.log_z()) == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"temperatures": 0}, {"samples": 0}, {"prior": 0.0}])

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.closeness import assert_close
 
 from contraflow.flow.path import VE, Cosine, Linear, Path
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler
 from contraflow.flow.targets import Gaussian, eight_gaussians, forty_gaussians, two_moons
@@ -49,21 +51,22 @@ def samples_of(trainer: Trainer, state, n: int = 2000) -> np.ndarray:
 @pytest.mark.parametrize(
     ("method", "path", "tolerance"),
     [
-        ("rfm", Linear(), 0.12),
-        pytest.param("qne", Linear(), 0.2, marks=pytest.mark.slow),
-        pytest.param("idem", Linear(), 0.25, marks=pytest.mark.slow),
-        pytest.param("mixture", Cosine(), 0.12, marks=pytest.mark.slow),
+        ("rfm", Linear(), 0.17),
+        pytest.param("qne", Linear(), 0.28, marks=pytest.mark.slow),
+        pytest.param("idem", Linear(), 0.36, marks=pytest.mark.slow),
+        pytest.param("mixture", Cosine(), 0.17, marks=pytest.mark.slow),
         # Off by .17 with 400 updates: self-normalised weights are biased where the noise is wide, and the source is not
         # quite that of the path. The exact field is off by .01 in the spread and .14 in the mean.
-        pytest.param("idem-ve", VE(0.01, 4.0), 0.25, marks=pytest.mark.slow),
-        pytest.param("fab", Linear(), 0.12, marks=pytest.mark.slow),
+        pytest.param("idem-ve", VE(0.01, 4.0), 0.36, marks=pytest.mark.slow),
+        pytest.param("fab", Linear(), 0.17, marks=pytest.mark.slow),
     ],
 )
 def test_every_method_learns_a_gaussian(method: str, path: Path, tolerance: float):
     trainer = replace(small(method, 512), path=path)
     x = samples_of(trainer, train(trainer, GAUSSIAN, jr.split(jr.key(0), 1)))
-    assert x.mean(0) == pytest.approx([0.8, -0.5], abs=tolerance)
-    assert x.std(0) == pytest.approx([0.7, 0.7], abs=tolerance)
+    # In deviations of the target.
+    assert_close(x.mean(0), [0.8, -0.5], tolerance, scale=0.7)
+    assert_close(x.std(0), 0.7, tolerance)
 
 
 def test_methods_are_what_their_names_say():
@@ -117,9 +120,14 @@ def test_lanes_are_independent():
     alone = train(trainer, GAUSSIAN, keys[1:2], jnp.array([1e-2]))
     weights, single = jax.tree.leaves(together.net), jax.tree.leaves(alone.net)
     for a, b in zip(weights, single, strict=True):
-        np.testing.assert_allclose(a[1], b[0], atol=1e-4)
-    assert not any(np.allclose(a[0], a[1], atol=1e-3) for a in weights if a.size)
-    assert any(np.abs(a[1] - a[2]).max() > 1e-2 for a in weights if a.size)  # the last one has hardly moved
+        if b.size:  # a network without a condition has an empty weight for it
+            assert_close(a[1], b[0], 1e-4)  # six updates of rounding
+    sizes = [np.abs(a).max() for a in weights if a.size]
+    assert not any(
+        np.abs(a[0] - a[1]).max() < 1e-3 * s for a, s in zip((a for a in weights if a.size), sizes, strict=True)
+    )
+    # The last one has hardly moved.
+    assert any(np.abs(a[1] - a[2]).max() > 1e-2 * s for a, s in zip((a for a in weights if a.size), sizes, strict=True))
 
 
 @pytest.mark.slow
@@ -188,11 +196,18 @@ def test_settings_out_of_range(wrong: dict):
 
 @pytest.mark.parametrize("mixture", [two_moons(points=16), eight_gaussians(), forty_gaussians()])
 def test_the_fast_density_is_the_density(mixture):
+    """Inner products of size |x|^2 / s^2, up to 2e4 for the narrowest modes, cancel: the two agree to double precision,
+    and in single precision as far as it goes."""
     x = 3.0 * jr.normal(jr.key(0), (200, 2))
     x = jnp.concatenate([x, mixture.sample(jr.key(1), 200)])
-    fast, exact = (jax.vmap(jax.value_and_grad(f))(x) for f in (mixture_log_density(mixture), mixture))
-    np.testing.assert_allclose(fast[0], exact[0], atol=2e-3)
-    np.testing.assert_allclose(fast[1], exact[1], atol=2e-3)
+    largest = float(jnp.max(jnp.sum(x**2, 1)) / jnp.min(mixture.std) ** 2)
+    single = jax.vmap(mixture_log_density(mixture))(x), jax.vmap(mixture)(x)
+    assert_close(*single, 1e-6, scale=largest)
+    with jax.enable_x64(True):
+        wide, points = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (mixture, x))
+        fast, exact = (jax.vmap(jax.value_and_grad(f))(points) for f in (mixture_log_density(wide), wide))
+        for got, want in zip(fast, exact, strict=True):
+            assert_close(got, want, 1e-12, scale=largest)
 
 
 def test_floor_and_judge_agree_on_a_perfect_sampler():

@@ -11,7 +11,8 @@ import pytest
 
 from contraflow import RFM, SIR
 from contraflow.core.types import EnvSpec
-from contraflow.flow.posterior.importance import Fixed, Reverse
+from contraflow.flow.posterior.control import Fixed
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.nets.critic import QEnsemble
 from contraflow.rl.temperature import Constant

@@ -1,6 +1,6 @@
 """Which noise x0 goes with which sample x1 of a batch: straighter paths need fewer steps.
 
-A coupling takes x0 and x1 [B, d] and the conditions [B, c] and returns x0 in its new order with a weight per pair.
+A coupling takes x0 and x1 [B, d] and the conditions [B, c], and returns x0 in its new order with a weight per pair.
 """
 
 from dataclasses import dataclass
@@ -42,20 +42,30 @@ class Weighted:
 
 
 @dataclass(frozen=True)
-class Assigned:
-    """The permutation of x0 of least sum |x0 - x1|^2 among rows of equal condition (minibatch OT, 2302.00482).
+class ConditionalOT:
+    """The permutation of least sum |x0_i - x1_j|^2 + weight |c_i - c_j|^2, where x0_i was drawn beside c_i.
 
-    Across conditions the noise would tell of the condition, and a policy that starts from N(0, I) be off its data.
-    Where every row has a condition of its own, as in most demonstrations, this is `Independent`. Cubic in the batch.
+    The relaxed cost of conditional optimal transport (2403.18705, 2404.04240; for images C2OT, 2503.10636). With weight
+    0 it is minibatch optimal transport (2302.00482), as the weight grows `Independent` among rows that differ in their
+    condition. Its bias: noise that has crossed from another condition is not N(0, I) given its new one, but tells of
+    it, where a policy starts from N(0, I) whatever it sees. The bias falls as the weight grows, and so does the gain;
+    a larger batch has nearer partners, and in many dimensions of the condition there are none. Of 256 rows, mean
+    |x0 - x1| and the share of x0's variance that the condition tells: one dimension, 1.39 as drawn, .62 and .39 at
+    weight 0, .72 and .20 at 1, .86 and .05 at 10; eight dimensions, 2.09, 1.04 and .36, 1.88 and .02, 2.09 and .00.
+    Cubic in the batch. ValueError for a weight below 0 or infinite.
     """
 
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {self.weight}")
+
     def __call__(self, x0: Batch, x1: Batch, cond: Conditions) -> tuple[Batch, Float[Array, " B"]]:
-        cost = jnp.sum((x1[:, None] - x0[None]) ** 2, -1)
-        same = jnp.all(cond[:, None] == cond[None], -1)
-        # Far above any sum of costs: staying within one's group is always cheaper.
-        cost = jax.lax.stop_gradient(jnp.where(same, cost, (cost.max() + 1.0) * x0.shape[0]))
+        square = lambda a, b: jnp.sum((a[:, None] - b[None]) ** 2, -1)
+        cost = jax.lax.stop_gradient(square(x1, x0) + self.weight * square(cond, cond))
         rows, columns = optax.assignment.hungarian_algorithm(cost)
         return x0[jnp.zeros_like(columns).at[rows].set(columns)], jnp.ones(x0.shape[0])
 
 
-Coupling = Independent | Weighted | Assigned
+Coupling = Independent | Weighted | ConditionalOT

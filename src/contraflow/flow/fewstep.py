@@ -1,7 +1,7 @@
 """Average velocities: u(x_t, t, r) = (x_r - x_t) / (r - t) along the flow, so that a step of any size is exact.
 
-u(x, t, t) is the velocity itself, learned by flow matching; what follows ties larger steps to smaller ones. Targets
-take one sample, with t < r, and no gradient goes through them.
+u(x, t, t) is the velocity itself, learned by flow matching; the targets here make larger steps consistent with smaller
+ones. They take one sample, with t < r, and no gradient goes through them.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.checks import check_count
 from contraflow.core.types import PRNGKey
 from contraflow.flow.path import Scalar, Vector
 
@@ -63,6 +64,11 @@ class Matching:
     power: ClassVar[float] = 0.0
 
 
+def _check_share(objective: "Shortcut | MeanFlow | SplitMeanFlow") -> None:
+    if not 0 < objective.share < 1:
+        raise ValueError(f"{type(objective).__name__}: share must lie between 0 and 1, got {objective.share}")
+
+
 def _or_whole(key: PRNGKey, t: Scalar, r: Scalar) -> tuple[Scalar, Scalar]:
     """(t, r) or, half the time, (0, 1): the step of a policy of one evaluation, for which random times rarely ask."""
     whole = jr.bernoulli(key)
@@ -75,10 +81,14 @@ class Shortcut:
     (2410.12557; in its released code all sizes are equally frequent, here half are the whole step)."""
 
     share: float = 0.5
-    """Of the rows that are matched to the flow; the others tie steps together."""
+    """Of the rows that are matched to the flow; the others make steps consistent."""
     levels: int = 5
     averaged: ClassVar[bool] = True
     power: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        _check_share(self)
+        check_count(self, 1, "levels")
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         """(t, r) of one step."""
@@ -99,12 +109,17 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class MeanFlow:
-    """Any two times, tied by a derivative (2505.13447). Row losses l become l / (l + .01)^power, as there."""
+    """Any two times, by a derivative (2505.13447). Row losses l become l / (l + .01)^power, as there."""
 
     share: float = 0.75
     power: float = 0.0
     """1 in the paper; 0, the plain square, as in DM1 (2510.07865)."""
     averaged: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check_share(self)
+        if not self.power >= 0:
+            raise ValueError(f"MeanFlow: power must not be negative, got {self.power}")
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         t, r = jnp.sort(jr.uniform(key, (2,)))
@@ -117,12 +132,15 @@ class MeanFlow:
 
 @dataclass(frozen=True)
 class SplitMeanFlow:
-    """Any two times, tied at a random one in between (2507.16884); for half of them 0 and 1."""
+    """Any two times, by a random one in between (2507.16884); for half of them 0 and 1."""
 
     share: float = 0.55
     """Below a half the trivial solutions of the identity win, of which u = 0 is one."""
     averaged: ClassVar[bool] = True
     power: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        _check_share(self)
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
         k_whole, k_times = jr.split(key)

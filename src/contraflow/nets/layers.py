@@ -100,6 +100,11 @@ def layer_norm(x: Float[Array, " d"]) -> Float[Array, " d"]:
 
 
 def time_embedding(t: Float[Array, ""], size: int) -> Float[Array, " size"]:
-    """[sin(w_i t), cos(w_i t)] with w_i falling geometrically from 1 to 1/1000 (the official RFM embedding)."""
-    w = jnp.exp(-jnp.log(1000.0) * jnp.arange(size // 2) / (size // 2 - 1))
+    """[sin(w_i t), cos(w_i t)] with w_i falling geometrically from 1 to 1/1000 (the official RFM embedding).
+
+    With size 2 there is the first of them only. ValueError for a size that is not even and at least 2.
+    """
+    if size < 2 or size % 2:
+        raise ValueError(f"the time embedding needs an even size of at least 2, got {size}")
+    w = jnp.exp(-jnp.log(1000.0) * jnp.arange(size // 2) / max(size // 2 - 1, 1))
     return jnp.concatenate([jnp.sin(t * w), jnp.cos(t * w)])

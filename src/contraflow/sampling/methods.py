@@ -1,7 +1,8 @@
 """The methods of `contraflow sample` by name."""
 
 from contraflow.flow.path import VE
-from contraflow.flow.posterior.importance import Fixed, MinVariance, Reverse
+from contraflow.flow.posterior.control import Fixed, MinVariance
+from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, Particles
 from contraflow.sampling.fab import Fab
 from contraflow.sampling.trainer import Estimated, Trainer
