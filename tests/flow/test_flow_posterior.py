@@ -305,7 +305,6 @@ ESTIMATORS = {
     "official": (Reverse(512), (0.5, 0.8)),
     "uncentred": (Reverse(512, Noise(), MinVariance(centred=False)), (0.5, 0.8)),
     "isotropic": (Reverse(512, Noise(), MinVariance("isotropic")), (0.5, 0.8)),
-    "full": (Reverse(512, Noise(), MinVariance("full")), (0.5, 0.8)),
     "uniform": (Reverse(512, UniformAction(), Fixed(0)), (0.1, 0.4)),
     "particles": (Reverse(512, Particles(0.8), Fixed(0)), (0.1, 0.4, 0.8)),
     "mixture": (Reverse(512, MIXED, Fixed(0)), (0.1, 0.5, 0.9)),

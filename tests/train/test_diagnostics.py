@@ -1,4 +1,4 @@
-"""Diagnostics of laws, values and targets that are known."""
+"""Diagnostics of action distributions, values and targets that are known."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,14 +9,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow import RFM, SIR
+from contraflow.agents.online.rfm import RFM, SMALL, PosteriorTarget
 from contraflow.core.types import EnvSpec
 from contraflow.flow.posterior.control import Fixed
 from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Mixture, Noise, UniformAction
 from contraflow.nets.critic import QEnsemble
+from contraflow.nets.velocity import ResidualMLP
+from contraflow.rl.diagnostics import TIMES
 from contraflow.rl.temperature import Constant
-from contraflow.training.diagnostics import TIMES, diagnose
+from contraflow.training.diagnostics import diagnose
 
 SPEC = EnvSpec(3, 2, 1, 100, True)
 OBS = jnp.ones((20, 3))  # of which the first 16 are used
@@ -24,19 +26,28 @@ PARTS = 256, Mixture((Noise(), UniformAction()), (0.5, 0.5)), Fixed(0.0)
 GOOD = Reverse(*PARTS)
 
 
-@dataclass(frozen=True)
-class Law(SIR):
-    """An agent whose actions are a corner of the box, or uniform."""
+class Known(eqx.Module):
+    """A policy whose actions are a corner of the box, or uniform."""
 
-    corners: bool = False
+    corners: bool = eqx.field(static=True)
 
-    def act(self, state, obs, key, explore):
-        assert explore and obs.shape == (3,)
+    def __call__(self, obs, key, greedy=True):
+        assert not greedy and obs.shape == (3,)
         return jnp.ones(2) if self.corners else jr.uniform(key, (2,), minval=-1.0, maxval=1.0)
 
 
-def test_the_law_of_uniform_actions_is_told():
-    told = diagnose(Law(), None, OBS, jr.key(0))
+@dataclass(frozen=True)
+class Acting:
+    """An agent that always has that policy."""
+
+    corners: bool = False
+
+    def policy(self, state):
+        return Known(self.corners)
+
+
+def test_the_distribution_of_uniform_actions():
+    told = diagnose(Acting(), None, OBS, jr.key(0))
     assert told["diagnostics/action_mean"] == pytest.approx(0.0, abs=0.03)
     assert told["diagnostics/action_std"] == pytest.approx(3**-0.5, abs=0.02)
     assert told["diagnostics/saturated"] == pytest.approx(0.05, abs=0.015)
@@ -46,8 +57,8 @@ def test_the_law_of_uniform_actions_is_told():
     np.testing.assert_allclose(shares, 1 / 16, atol=0.02)
 
 
-def test_the_law_of_a_corner_is_told():
-    told = diagnose(Law(corners=True), None, OBS, jr.key(0))
+def test_the_distribution_of_a_corner():
+    told = diagnose(Acting(corners=True), None, OBS, jr.key(0))
     assert told["diagnostics/action_mean"] == told["diagnostics/saturated"] == 1
     assert told["diagnostics/action_std"] == 0
     assert told["diagnostics/action_entropy"] == pytest.approx(-np.log(16), abs=1e-5)  # one bin of width 1/16
@@ -76,7 +87,8 @@ class Shifted(Reverse):
 
 @cache
 def told_of(estimator, lam: float) -> dict[str, float]:
-    agent = RFM(estimator=estimator, temperature=Constant(lam), width=8, depth=1)
+    flow = replace(SMALL, network=ResidualMLP(8, 1, 4))
+    agent = RFM(flow, PosteriorTarget(estimator), temperature=Constant(lam))
     critic = Rising(2, 3, 2, 8, 1, key=jr.key(2))
     state = eqx.tree_at(lambda s: s.critic, agent.init(jr.key(0), SPEC), critic)
     return diagnose(agent, state, OBS, jr.key(1))
