@@ -91,7 +91,7 @@ def test_one_update(objective):
     # The average catches up: (1 + 0) / (10 + 0) of the old at the first update.
     for old, net, average in zip(*(jax.tree.leaves(x) for x in (state.flow, new.flow, new.average)), strict=True):
         np.testing.assert_allclose(average, 0.1 * old + 0.9 * net, rtol=1e-5, atol=1e-7)
-    action = jax.jit(agent.policy(new))(jnp.ones(3), jr.key(3))
+    action = jax.jit(lambda p: p(jnp.ones(3), jr.key(3)))(agent.policy(new))
     assert action.shape == (4,) and jnp.abs(action).max() <= 1
 
 
