@@ -308,7 +308,6 @@ ESTIMATORS = {
     "uniform": (Reverse(512, UniformAction(), Fixed(0)), (0.1, 0.4)),
     "particles": (Reverse(512, Particles(0.8), Fixed(0)), (0.1, 0.4, 0.8)),
     "mixture": (Reverse(512, MIXED, Fixed(0)), (0.1, 0.5, 0.9)),
-    "mixture gated": (Reverse(512, MIXED, MinVariance(ess_gate=(5, 25))), (0.1, 0.5, 0.9)),
     "pooled": (Pooled((Reverse(256, Noise(), Fixed(0)), Reverse(256, Particles(0.8), Fixed(0)))), (0.1, 0.5, 0.8)),
     "three": (Reverse(512, THREE, MinVariance("isotropic", centred=False)), (0.1, 0.5, 0.8)),
 }
