@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "agents": BELOW_RL | {"rl"},
     "sampling": BELOW_RL | {"rl"},
     "training": BELOW_TRAIN,
-    "runtime": BELOW_TRAIN | {"training"},
+    "runtime": BELOW_TRAIN,
     "experiments": BELOW_TRAIN | {"training", "runtime"},
     "presets": TOP,
     "__init__": TOP | {"presets"},
