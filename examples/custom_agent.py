@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow import Run, train
+from contraflow import Replay, Run, train
 
 
 class Gaussian(eqx.Module):
@@ -52,6 +52,6 @@ class CrossEntropy:
 
 
 if __name__ == "__main__":
-    run = Run(env="probe:action", agent=CrossEntropy(), steps=4_000, collect=400, num_envs=16, eval_every=2_000)
+    run = Run(CrossEntropy(), Replay("probe:action", num_envs=16, collect=400), steps=4_000, eval_every=2_000)
     result = train(run, "runs/example-cross-entropy")
     print(f"mean return {result.returns.mean():.3f}; the best possible is 1")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from contraflow import SIR, Critics, EnvSpec, Run, Step, train
+from contraflow import SIR, Critics, EnvSpec, Replay, Run, Step, train
 from contraflow.envs.gymnasium import Gymnasium
 
 
@@ -65,6 +65,7 @@ class Chase:
 if __name__ == "__main__":
     agent = SIR(critic=Critics(width=32, gamma=0.9))
     env = "custom_environment:Chase"
-    run = Run(env=env, agent=agent, steps=2_400, collect=400, num_envs=8, updates=4, batch_size=64, eval_every=1_200)
+    source = Replay(env, num_envs=8, collect=400, updates=4, batch_size=64)
+    run = Run(agent, source, steps=2_400, eval_every=1_200)
     result = train(run, "runs/example-chase", trust=True)
     print(f"mean return {result.returns.mean():.2f}; doing nothing gives about -10")

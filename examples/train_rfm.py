@@ -3,11 +3,11 @@
 import numpy as np
 
 import contraflow
-from contraflow import RFM, Critics, Run, train
+from contraflow import RFM, Critics, Replay, Run, train
 
 if __name__ == "__main__":
-    agent = RFM(width=32, critic=Critics(width=32, gamma=0.9))
-    run = Run(env="probe:obs-action", agent=agent, steps=3_000, collect=500, num_envs=8, updates=8)
+    agent = RFM(critic=Critics(width=32, gamma=0.9))
+    run = Run(agent, Replay("probe:obs-action", num_envs=8, collect=500, updates=8), steps=3_000)
     result = train(run, "runs/example-rfm")
     print(f"mean return {result.returns.mean():.2f} after {result.steps} steps")
     policy = contraflow.load(result.folder)

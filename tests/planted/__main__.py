@@ -33,7 +33,9 @@ def verdict(bug: Bug, folders: Queue[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m tests.planted", None, __doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tests.planted", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("patterns", nargs="*", help="bugs whose names contain one of these")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()

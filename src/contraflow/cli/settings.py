@@ -208,7 +208,8 @@ def short_help(preset: str, run: Run, options: Any, default: Any) -> str:
         + (f" [{_plain(value)}]" if value not in (None, (), "") and value is not False else "")
         for name, value, doc in rows
     ]
-    below = [(f.name.replace("_", "-"), getattr(run.agent, f.name)) for f in dataclasses.fields(run.agent)]
+    agent: Any = run.agent
+    below = [(f.name.replace("_", "-"), getattr(agent, f.name)) for f in dataclasses.fields(agent)]
     lines = [
         f"  --agent.{name}.*  {type(value).__name__}"
         if dataclasses.is_dataclass(value)

@@ -33,6 +33,10 @@ class Optim:
         rate = self.lr if steps is None else optax.cosine_decay_schedule(self.lr, steps, alpha=0.1)
         return optax.chain(clip, optax.adam(rate))
 
+    def init(self, net: Any) -> PyTree:
+        """The state of the optimiser for the parameters of `net` before its first step."""
+        return self.tx.init(net)
+
 
 def check_positive(settings: Any, *names: str) -> None:
     """Raise ValueError naming the first of the fields that is not above 0."""

@@ -60,7 +60,9 @@ class Buffer(eqx.Module):
         before = jnp.where(step.valid & (last >= 0), last, capacity)
         links = rows.next.at[before].set(place, mode="drop").at[place].set(-1, mode="drop")
         last = jnp.where(step.valid, jnp.where(step.terminated | step.truncated, -1, place), last)
-        rows = Rows(*stored, links, jnp.minimum(rows.size + count, capacity))
+        obs, action, reward, next_obs, terminated = stored
+        size = jnp.minimum(rows.size + count, capacity)
+        rows = Rows(obs, action, reward, next_obs, terminated, links, size)
         return Buffer(rows, last, (self.index + count) % capacity)
 
     def cut(self) -> "Buffer":

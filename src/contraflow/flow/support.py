@@ -1,6 +1,7 @@
 """How the unbounded end u of a flow becomes an action in [-1, 1]^a, and back."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -13,6 +14,8 @@ Vectors = Float[Array, "*n a"]
 @dataclass(frozen=True)
 class Tanh:
     """a = tanh u."""
+
+    name: ClassVar[Literal["tanh"]] = "tanh"
 
     def action(self, u: Vectors) -> Vectors:
         return jnp.tanh(u)
@@ -30,6 +33,8 @@ class Tanh:
 class Box:
     """a = u within the box, the nearest point of it beyond."""
 
+    name: ClassVar[Literal["box"]] = "box"
+
     def action(self, u: Vectors) -> Vectors:
         return jnp.clip(u, -1.0, 1.0)
 
@@ -43,6 +48,8 @@ class Box:
 @dataclass(frozen=True)
 class Real:
     """a = u in R^d: for densities on the whole space (`contraflow.sampling`)."""
+
+    name: ClassVar[Literal["real"]] = "real"
 
     def action(self, u: Vectors) -> Vectors:
         return u

@@ -52,7 +52,7 @@ class Critics:
         critic = QEnsemble(*sizes, head=self.head, reduce=self.reduce, block=self.block, key=key)
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
-        return critic, target, jax.vmap(self.optim.tx.init)(critic.members)
+        return critic, target, jax.vmap(self.optim.init)(critic.members)
 
     def learn(
         self,

@@ -79,7 +79,7 @@ Surrogate = Callable[[Any, Samples, PRNGKey], tuple[Float[Array, ""], Metrics]]
 def first_state(settings: PPOSettings, actor: Any, spec: EnvSpec, key: PRNGKey, reference: Any = None) -> PPOState:
     """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
     critic = settings.critic.init(key, spec.obs_dim, 1)
-    opts = settings.actor_optim.tx.init(actor), settings.critic_optim.tx.init(critic)
+    opts = settings.actor_optim.init(actor), settings.critic_optim.init(critic)
     stats, scale = initial_moments(settings.normalise_obs, spec), ReturnScale.start(spec.num_envs)
     return PPOState(actor, critic, *opts, stats, scale, jnp.zeros((), jnp.int32), reference)
 

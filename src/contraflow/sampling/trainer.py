@@ -14,7 +14,7 @@ the literature differ by the estimator of m^ alone; `methods.py` has them all.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -116,11 +116,11 @@ class Estimated:
     def draw(self, trainer: "Trainer", flow: Flow, key: PRNGKey) -> Float[Array, "n d"]:
         """Endpoints of one round."""
         k_flow, k_box, k_which = jr.split(key, 3)
-        flow = draw(trainer, flow, Euler(10), k_flow, self.endpoints)
-        box = jr.uniform(k_box, flow.shape, minval=-trainer.box, maxval=trainer.box)
+        ends = draw(trainer, flow, Euler(10), k_flow, self.endpoints)
+        box = jr.uniform(k_box, ends.shape, minval=-trainer.box, maxval=trainer.box)
         # A sample outside the box, or one that has diverged, is of no use as a query.
-        keep = (jr.uniform(k_which, (self.endpoints,)) >= self.uniform) & jnp.all(jnp.abs(flow) <= trainer.box, 1)
-        return jax.vmap(jnp.where)(keep, flow, box)
+        keep = (jr.uniform(k_which, (self.endpoints,)) >= self.uniform) & jnp.all(jnp.abs(ends) <= trainer.box, 1)
+        return jax.vmap(jnp.where)(keep, ends, box)
 
     def _update(self, trainer: "Trainer", log_pi: LogDensity, state: FlowState, key: PRNGKey):
         k_x1, k_x0, k_t, k_support, k_mean = jr.split(key, 5)
@@ -198,7 +198,7 @@ def start(trainer: Trainer, keys: PRNGKeys, rates: Float[Array, " s"] | None = N
     """Fresh flows on R^dim, one per key; `rates` take the place of `trainer.learning_rate`."""
 
     def one(key: PRNGKey, rate: Scalar) -> FlowState:
-        flow = trainer.flow.init(key, dim, 0)
+        flow: Any = trainer.flow.init(key, dim, 0)
         opt = _optimizer(trainer, rate).init(flow)
         return FlowState(flow, opt, rate, jnp.zeros((), int), trainer.method.memory(trainer, jr.fold_in(key, 1), dim))
 

@@ -84,7 +84,8 @@ def load(folder: Path, step: int, like: PyTree, about: dict[str, Any]) -> PyTree
     not fit; `about` tells in which setting it differs."""
     contents = _contents(folder, step)
     wanted = {n: jax.eval_shape(jr.key_data, x) if _is_key(x) else x for n, x in named_leaves(like).items() if x.size}
-    stored = {RENAMED.get(name, name): name for name in contents["arrays"]}
+    names: list[str] = list(contents["arrays"])
+    stored = {RENAMED.get(name, name): name for name in names}
     _check_fit(folder, step, contents, wanted, stored, about)
     digests = _digests(_place(folder, step))
     for name, digest in contents["files"].items():

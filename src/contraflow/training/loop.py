@@ -147,7 +147,8 @@ def of_seed(tree: Any, s: Any) -> Any:
 @jax.jit
 def stacked(trees: list[Any]) -> Any:
     """With a leading axis [S]."""
-    return jax.tree.map(lambda *x: jnp.stack(x) if len(x) > 1 else x[0][None], *trees)
+    one = len(trees) == 1
+    return jax.tree.map(lambda *x: x[0][None] if one else jnp.stack(x), *trees)
 
 
 def reset(env: Any, key: PRNGKey) -> tuple[Any, Any]:

@@ -61,8 +61,10 @@ class Run:
         check_counts(self, "steps", "eval_every", "eval_episodes", "log_every")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
-        if (needs(self.agent) == "rollout") != isinstance(self.source, Rollouts):
-            kind, learns = type(self.agent).__name__, needs(self.agent)
+        learns = needs(self.agent)
+        recorded = hasattr(self.source, "data")
+        if (learns == "rollout") != isinstance(self.source, Rollouts) or (learns == "dataset" and not recorded):
+            kind = type(self.agent).__name__
             raise ValueError(f"{kind} learns from a {learns}, not from {type(self.source).__name__}")
         self.source.check(self.agent, self.steps)
 
@@ -347,7 +349,8 @@ def first_carry(run: Run, folder: Path, opened: Opened, key: PRNGKey, step: int 
     if step is None:
         learner = run.source.learner(run.agent, opened, k_init)
         if found := pretrained.load(run, trust):
-            learner = replace(learner, agent=run.agent.adopt(learner.agent, found[0]))
+            agent: Any = run.agent
+            learner = replace(learner, agent=agent.adopt(learner.agent, found[0]))
         env_state, obs = reset(env, k_env) if env else (None, None)
         # Copied, because a donated carry must not hold one buffer twice, and `obs` may be part of the state.
         return Carry(learner, env_state, jax.tree.map(jnp.copy, obs) if env and spec.jittable else obs)

@@ -8,6 +8,7 @@ predicts noise, that is regressed on x0 (DDPM, 2006.11239).
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -60,7 +61,7 @@ class BC:
         """A fresh flow for `spec`'s sizes; statistics come from the data."""
         flow = self.flow.init(key, spec.action_dim, spec.obs_dim, spec.horizon)
         stats, step = RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
-        return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.tx.init(flow), stats, step)
+        return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step)
 
     def policy(self, state: BCState) -> Policy:
         """The end of the flow from a random x_0."""
@@ -107,9 +108,10 @@ class BC:
                 loss, metrics = loss + self.dispersion * spread, metrics | {"dispersion": spread}
             return loss, metrics
 
-        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(state.flow)
-        updates, opt = self.optim.tx.update(grad, state.opt, state.flow)
-        flow = eqx.apply_updates(state.flow, updates)
+        params: Any = state.flow
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt = self.optim.tx.update(grad, state.opt, params)
+        flow = eqx.apply_updates(params, updates)
         # The average catches up quickly at first: min(ema, (1 + n) / (10 + n)).
         rate = jnp.minimum(self.ema, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, state.average, flow)

@@ -100,7 +100,7 @@ class FQL:
         flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
         actor = OneStep(self.actor.init(k_actor, spec.obs_dim + spec.action_dim, spec.action_dim))
         critic, target, critic_opt = self.critic.init(k_critic, spec)
-        opts = self.optim.tx.init(flow), self.optim.tx.init(actor), critic_opt
+        opts = self.optim.init(flow), self.optim.init(actor), critic_opt
         stats = initial_moments(self.normalise_obs, spec)
         return FQLState(flow, actor, critic, target, *opts, jnp.zeros((), jnp.int32), stats)
 

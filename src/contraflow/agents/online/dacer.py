@@ -65,7 +65,7 @@ class DACER:
         actor = self.flow.init(k_actor, spec.action_dim, spec.obs_dim, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return DACERState(
-            actor, critic, target, self.scale.first(), self.optim.tx.init(actor), critic_opt,
+            actor, critic, target, self.scale.first(), self.optim.init(actor), critic_opt,
             jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 

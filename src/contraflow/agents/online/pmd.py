@@ -115,7 +115,7 @@ class PMD:
         actor = self.flow.init(k_actor, spec.action_dim, spec.obs_dim, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return PMDState(
-            actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.tx.init(actor), critic_opt,
+            actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.init(actor), critic_opt,
             self.temperature.first(), jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 

@@ -125,7 +125,7 @@ class RFM:
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
         if not self.flow.margin > 0:
             raise ValueError("posterior means are estimated within (0, 1): set flow.margin above 0")
-        support = type(self.flow.support).__name__.lower()
+        support = self.flow.support.name
         if not self.target.estimator.suits(support):
             raise ValueError(f"the estimator {self.target.estimator} does not suit actions bounded by {support}")
         estimator, backup = self.target.estimator, self.choose.backup
@@ -149,7 +149,7 @@ class RFM:
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
         return RFMState(
-            actor, critic, target, self.optim.tx.init(actor), critic_opt, self.temperature.first(),
+            actor, critic, target, self.optim.init(actor), critic_opt, self.temperature.first(),
             jnp.zeros((), jnp.int32), slow, initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 
@@ -198,22 +198,25 @@ class RFM:
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
 
         # 4. Actor: regression on the velocity, or noise, of that mean; longer steps are tied to shorter ones.
+        slow = state.slow
+
         def actor_loss(actor):
             cond = jax.vmap(lambda obs: condition(actor, obs, self._told(state)))(batch.obs)
             loss = jnp.mean(jax.vmap(lambda *row: square(posterior_error(actor, *row)))(cond, post.mean, x_t, t))
-            if state.slow is None:
+            if slow is None:
                 return loss
+            teacher: Flow = slow
 
             def tie(cond, x1, key):
                 k_interval, k_x0, k_target = jr.split(key, 3)
                 x0 = jr.normal(k_x0, x1.shape)
-                return square(consistency_error(self.objective, actor, state.slow, cond, x0, x1, k_interval, k_target))
+                return square(consistency_error(self.objective, actor, teacher, cond, x0, x1, k_interval, k_target))
 
             tied = jnp.mean(jax.vmap(tie)(cond, x1, jr.split(k_tie, n)))
             return self.objective.share * loss + (1 - self.objective.share) * tied
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
-        slow = None if state.slow is None else polyak(actor, state.slow, self.tau)
+        slow = None if slow is None else polyak(actor, slow, self.tau)
         metrics |= {
             "actor_loss": loss,
             "actor_grad_norm": grad_norm,

@@ -61,8 +61,8 @@ class SAC:
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         log_alpha = jnp.log(jnp.asarray(self.init_alpha, jnp.float32))
         return SACState(
-            actor, critic, target, log_alpha, self.optim.tx.init(actor), critic_opt,
-            self.alpha_optim.tx.init(log_alpha), jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
+            actor, critic, target, log_alpha, self.optim.init(actor), critic_opt,
+            self.alpha_optim.init(log_alpha), jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 
     def policy(self, state: SACState) -> Policy:

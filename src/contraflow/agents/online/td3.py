@@ -62,7 +62,7 @@ class TD3:
         actor = self.actor.init(k_actor, spec.obs_dim, spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return TD3State(
-            actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.tx.init(actor), critic_opt,
+            actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.init(actor), critic_opt,
             jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 

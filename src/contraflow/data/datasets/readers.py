@@ -50,7 +50,9 @@ def load(
     Raises UserError for a source that is not there, not known, incomplete, or does not make a dataset.
     """
     path, given = Path(source), {"low": low, "high": high}
-    bounds = {key: bound for key, bound in given.items() if bound is not None and np.size(bound)} | {"clip": clip}
+    bounds: dict[str, Any] = {key: bound for key, bound in given.items() if bound is not None and np.size(bound)} | {
+        "clip": clip
+    }
     npz = path.suffix == ".npz"
     if (success != "pre" or task) and not npz:
         raise UserError(f"{source} is no OGBench file: success timing and task are for .npz files of OGBench")
@@ -220,11 +222,13 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
     order = "frame_index" if "frame_index" in table.column_names else "index"
     table = table.sort_by([("episode_index", "ascending"), (order, "ascending")])
 
+    compute: Any = pyarrow.compute  # made when it is imported
+
     def column(name: str) -> np.ndarray:
         """[n, k]; k = 1 for a number in each row, or a list of one."""
         values, missing = table[name].combine_chunks(), table[name].null_count
         while hasattr(values, "flatten") and hasattr(values.type, "value_type") and not missing:
-            if len(pyarrow.compute.list_value_length(values).unique()) > 1:
+            if len(compute.list_value_length(values).unique()) > 1:
                 raise UserError(f"{path} has lists of different lengths in {name}; repair or leave out their episodes")
             values = values.flatten()
             missing = values.null_count

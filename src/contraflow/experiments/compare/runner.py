@@ -54,6 +54,7 @@ class Runner(Protocol):
 
     def __enter__(self) -> str:
         """In words, how many run at a time. Raises UserError if none can."""
+        ...
 
     def __exit__(self, *error: Any) -> None: ...
 
@@ -62,9 +63,11 @@ class Runner(Protocol):
 
     def ended(self, running: Running) -> list[Any]:
         """After a moment, the workers that ended."""
+        ...
 
     def reasons(self, worker: Any, group: Group) -> list[str | None]:
         """Why each cell of a worker that ended failed; None for one that is done."""
+        ...
 
     def stop(self, running: Running, force: bool) -> None:
         """Ask the workers to save and stop; with `force`, kill them."""

@@ -127,9 +127,9 @@ def rows_of(data: datasets.Dataset, agent: Any) -> Rows:
     return Rows.of(data, successor=discount(agent) is not None)
 
 
-def knowing(learner: Learner, data: datasets.Dataset) -> Learner:
+def knowing(learner: Learner, data: datasets.Dataset | None) -> Learner:
     """The learner with the moments of the recorded observations, where its agent normalises."""
-    if not isinstance(getattr(learner.agent, "stats", None), RunningMoments):
+    if data is None or not isinstance(getattr(learner.agent, "stats", None), RunningMoments):
         return learner
     mean, std = map(jnp.asarray, data.moments())
     return eqx.tree_at(lambda x: x.agent.stats, learner, RunningMoments(mean, std**2, jnp.asarray(float(len(data)))))

@@ -131,4 +131,6 @@ def filled(buffer: Buffer, rows: Rows) -> Buffer:
         (rows.obs, rows.action, rows.reward, rows.next_obs, rows.terminated, rows.next),
     )
     size = jnp.asarray(n, jnp.int32)
-    return Buffer(Rows(*arrays, size), buffer.last, size % buffer.rows.reward.shape[0])
+    obs, action, reward, next_obs, terminated, links = arrays
+    rows = Rows(obs, action, reward, next_obs, terminated, links, size)
+    return Buffer(rows, buffer.last, size % buffer.rows.reward.shape[0])

@@ -74,7 +74,7 @@ def learn(
     state = learner.agent
     if stage.updates:
         keys = jr.split(jr.fold_in(jr.fold_in(key, learner.iteration), 1), stage.updates)
-        rows = (data, buffer.rows) if isinstance(stage.sampler, Mixed) else buffer.rows
+        rows: Any = (data, buffer.rows) if isinstance(stage.sampler, Mixed) else buffer.rows
 
         def update(state, key):
             k_sample, k_update = jr.split(key)
