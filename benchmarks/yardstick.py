@@ -41,7 +41,6 @@ from contraflow.flow.targets import Separable
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 SHARES = (0.05, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 BATCH = 256
-GATED = MinVariance(ess_gate=(5, 25))
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ def estimators() -> dict:
             f"gradient {k}": Reverse(k, Noise(), Fixed(1)),
             f"uniform {k}": Reverse(k, UniformAction(), Fixed(0)),
             f"mixture {k}": Reverse(k, Mixture((Noise(), UniformAction()), Ramp()), Fixed(0)),
-            f"mixture gated {k}": Reverse(k, Mixture((Noise(), UniformAction()), Ramp()), GATED),
         }
     return table | {"constant": Constant()}
 
@@ -225,7 +223,7 @@ def main(
                 rows.append(row(d=d, estimator=name, t=t, bias2=b, variance=v, error=error(b, v), ess=ess))
             cells = "  ".join(f"{r['bias2']:8.2g}/{r['variance']:<8.2g}({r['ess']:4.1f})" for r in rows[-len(TIMES) :])
             print(f"d={d:<2} {name:18} {cells}", flush=True)
-        for control in (Fixed(0), GATED, MinVariance(centred=False), MinVariance()):
+        for control in (Fixed(0), MinVariance(centred=False), MinVariance()):
             for share in SHARES:
                 for t, key in zip(TIMES, keys, strict=True):
                     b, v, ess = measure(NoiseShare(32, control), share, target, jnp.asarray(t), states, repeats, key)

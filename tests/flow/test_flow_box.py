@@ -18,7 +18,8 @@ from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.strata import BoxStrata
 from contraflow.flow.targets import log_sech2
 
-GRID = jnp.linspace(-1.0, 1.0, 401)
+SLOW = pytest.mark.slow
+GRID = jnp.linspace(-1.0, 1.0, 201)
 
 
 class InBox(eqx.Module):
@@ -45,7 +46,8 @@ class InBox(eqx.Module):
         k_cell, k_place = jr.split(key)
         log_pi, points = self.plane()
         width = GRID[1] - GRID[0]
-        return points[jr.categorical(k_cell, log_pi, shape=(n,))] + width * (jr.uniform(k_place, (n, 2)) - 0.5)
+        cell = jnp.searchsorted(jnp.cumsum(jax.nn.softmax(log_pi)), jr.uniform(k_cell, (n,)), method="sort")
+        return points[jnp.minimum(cell, len(points) - 1)] + width * (jr.uniform(k_place, (n, 2)) - 0.5)
 
 
 TIED = InBox(jnp.array([0.5, -1.0]), tie=3.0, height=1.0)
@@ -85,19 +87,18 @@ def assert_unbiased(drawn, exact, rounding: float = 1e-4):
     assert error.max() < 0.01
 
 
-@pytest.mark.parametrize("path", [Linear(), Cosine()])
-@pytest.mark.parametrize("t", [0.02, 0.4, 0.8, 0.98])
+@pytest.mark.parametrize(("path", "t"), [(Linear(), 0.02), (Linear(), 0.5), (Cosine(), 0.8), (Linear(), 0.98)])
 def test_exponential_of_a_linear_value(path, t):
     """exp(c u) N(x_t; alpha u, beta^2) on the box is a Gaussian of mean m + c s^2 cut to it: scipy knows its mean. The
-    start lies outside, where a policy that is not right yet may end."""
+    start lies outside, where a policy that is not right yet may end; 20 sweeps have forgotten it."""
     slope = np.array([2.0, -5.0, 0.0])
     a, b = (float(f(jnp.asarray(t))) for f in (path.alpha, path.beta))
     x_t = a * np.array([0.9, -0.3, 0.1]) + b * np.array([-0.8, 0.5, 1.5])
     mean, std = x_t / a + slope * (b / a) ** 2, b / a
     exact = stats.truncnorm((-1 - mean) / std, (1 - mean) / std, mean, std).mean()
-    start, keys = jnp.array([1.3, -0.2, 0.5]), jr.split(jr.key(0), 3000)
+    start, keys = jnp.array([1.3, -0.2, 0.5]), jr.split(jr.key(0), 2000)
     drawn = means(
-        Gibbs(8, sweeps=6, bound=1.0), InBox(jnp.asarray(slope)), path, jnp.asarray(x_t), jnp.asarray(t), start, keys
+        Gibbs(8, sweeps=40, bound=1.0), InBox(jnp.asarray(slope)), path, jnp.asarray(x_t), jnp.asarray(t), start, keys
     )
     assert_unbiased(drawn, exact)
     assert jnp.abs(drawn).max() <= 1.0
@@ -114,22 +115,25 @@ def test_two_modes_and_another_box_by_quadrature(t):
         )
         w = np.exp(log_w - log_w.max())
         drawn = means(
-            Gibbs(6, sweeps=8, bound=bound),
+            Gibbs(6, sweeps=40, bound=bound),
             target,
             Linear(),
             x_t,
             jnp.asarray(t),
             jnp.array([-0.4]),
-            jr.split(jr.key(1), 4000),
+            jr.split(jr.key(1), 2000),
         )
         assert_unbiased(drawn, np.sum(w * u) / np.sum(w))
 
 
-@pytest.mark.parametrize(("t", "endpoints", "sweeps"), [(0.15, 1, 1), (0.6, 1, 3), (0.9, 1, 1), (0.3, 4, 2)])
+@pytest.mark.parametrize(
+    ("t", "endpoints", "sweeps"),
+    [(0.6, 1, 3), (0.3, 4, 1), pytest.param(0.15, 1, 1, marks=SLOW), pytest.param(0.9, 4, 2, marks=SLOW)],
+)
 def test_a_draw_of_the_posterior_stays_one(t, endpoints, sweeps):
     """Coordinates that hang together, few candidates, one sweep and several."""
     estimator = Gibbs(3, sweeps, bound=1.0)
-    assert residuals(estimator, TIED, jr.key(4), 120_000 // endpoints, jnp.asarray(t), endpoints).max() < 4.0
+    assert residuals(estimator, TIED, jr.key(4), 40_000 // endpoints, jnp.asarray(t), endpoints).max() < 4.0
 
 
 def test_a_long_chain_has_the_posterior_of_coordinates_that_hang_together():
@@ -138,7 +142,7 @@ def test_a_long_chain_has_the_posterior_of_coordinates_that_hang_together():
     log_pi, points = TIED.plane()
     w = jax.nn.softmax(log_pi - 0.5 * jnp.sum((x_t[None] - t * points) ** 2, 1) / (1 - t) ** 2)
     estimator = Gibbs(2, sweeps=200, bound=1.0)
-    drawn = means(estimator, TIED, Linear(), x_t, t, jnp.array([1.0, -1.0]), jr.split(jr.key(2), 300))
+    drawn = means(estimator, TIED, Linear(), x_t, t, jnp.array([1.0, -1.0]), jr.split(jr.key(2), 500))
     assert_unbiased(drawn, np.asarray(w @ points), rounding=1e-3)
 
 
@@ -153,9 +157,9 @@ def squashed(strata, rank, right=BoxStrata.quantile):
     return u, log_sech2(u)
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("rank", ignorant), ("quantile", squashed)])
+@pytest.mark.parametrize(("name", "wrong"), [("rank", ignorant), pytest.param("quantile", squashed, marks=SLOW)])
 def test_planted_bugs_are_seen(name, wrong, monkeypatch):
     monkeypatch.setattr(BoxStrata, name, wrong)
     # A function of its own, so that no program compiled before is used.
-    run = jax.jit(lambda key: residuals.__wrapped__(Gibbs(3, bound=1.0), TIED, key, 120_000, jnp.asarray(0.6)))
+    run = jax.jit(lambda key: residuals.__wrapped__(Gibbs(3, bound=1.0), TIED, key, 40_000, jnp.asarray(0.6)))
     assert run(jr.key(4)).max() > 8.0
