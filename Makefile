@@ -9,8 +9,11 @@ DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample
 
 .PHONY: train test test-all test-portable planted lint types docs clean
 
+# Below the bar is a result, not an error; a machine without OpenGL has no film.
 train: .venv/installed-train
-	.venv/bin/python -m contraflow train rfm-cartpole --seed $(SEED) --out $(OUT) --require 750
+	@.venv/bin/python -m contraflow train rfm-pusher --seed $(SEED) --out $(OUT) --require -60 || test $$? -eq 1
+	@.venv/bin/python -m contraflow eval $(OUT)/best --episodes 1 --video $(OUT)/policy.gif --fps 25 \
+		|| echo "no film could be made here; everything else is in $(OUT)"
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS)

@@ -14,11 +14,13 @@ from contraflow.cli.flags import Switch, read_flags
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
+from contraflow.policy.uniform import uniform_policy
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import evaluate
 
 EPISODES = 10
+RANDOM = "random actions"
 PATIENCE = 5.0  # seconds without a word while filming
 
 
@@ -70,6 +72,7 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
     names = {OWN: f"best policy, greedy, {episodes} episodes"}
     candidates = {names.get(rule, f"the same, {rule}"): part for rule, part in variants(policy).items()}
     candidates["last policy, greedy"] = load(folder, trust=trust).network
+    candidates[RANDOM] = uniform_policy(policy.spec.action_dim)
     with environment(policy, policy.env, episodes, seed, trust) as env:
         return {name: evaluate(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 

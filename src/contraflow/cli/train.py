@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from contraflow.agents import presets
-from contraflow.cli.evaluate import final_returns
+from contraflow.cli.evaluate import RANDOM, final_returns
 from contraflow.cli.flags import Switch, read_flags
 from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
@@ -141,11 +141,15 @@ def _report(folder: Path, require: float | None, trust: bool) -> int:
         print(f"  {name:<42} {_summary(returns)}")
     print(f"best policy  {folder / 'best'}, from step {best['step']:,}\nlast policy  {folder / 'policy'}")
     print(f"curve        {folder / 'curve.png'}")
-    mean = float(next(iter(table.values())).mean())
-    if require is not None and not mean >= require:
-        print(f"the mean return {mean:.1f} is below the required {require:g}")
-        return 1
-    return 0
+    print(f"next         contraflow eval {shlex.quote(str(folder))} --video policy.mp4")
+    if require is None:
+        return 0
+    mean, random = (float(returns.mean()) for returns in (next(iter(table.values())), table[RANDOM]))
+    reached = mean >= require
+    print(f"{mean:.1f} is {'above' if reached else 'below'} the bar of {require:g}; random actions have {random:.1f}")
+    if not reached:
+        print("it learned less than it should have: another --seed or more --steps may do better")
+    return 0 if reached else 1
 
 
 def _summary(returns: np.ndarray) -> str:
