@@ -19,10 +19,8 @@ import numpy as np
 from contraflow.agents import presets
 from contraflow.agents.offline.bc import BC
 from contraflow.core.types import Batch, EnvSpec, Rollout
-from contraflow.presets import PRESETS
-from contraflow.training.offline import OfflineRun
-from contraflow.training.onpolicy import OnPolicyRun
 from contraflow.training.run import Run, train
+from contraflow.training.sources import Dataset, Replay, Rollouts
 
 OBS, ACTION, B, T, N = 5, 2, 8, 8, 4
 SPEC = EnvSpec(OBS, ACTION, N, 10, True)
@@ -91,8 +89,8 @@ def data_file(folder: Path) -> Path:
     end = np.arange(n) % 20 == 19
     path = folder / "expert.npz"
     np.savez(
-        path, obs=obs, action=obs, reward=obs[:, 0], next_obs=np.roll(obs, -1, 0), terminated=end, truncated=~end & False,
-        end=end, low=np.array([-1.0]), high=np.array([1.0]),
+        path, obs=obs, action=obs, reward=obs[:, 0], next_obs=np.roll(obs, -1, 0), terminated=end,
+        truncated=np.zeros(n, bool), end=end, low=np.array([-1.0]), high=np.array([1.0]),
     )  # fmt: skip
     return path
 
@@ -100,18 +98,16 @@ def data_file(folder: Path) -> Path:
 def runs(folder: Path) -> dict[str, Any]:
     """Short runs of each kind on a probe."""
     env, small = "probe:obs-action", {"eval_every": 100, "log_every": 50, "eval_episodes": 4, "trackers": ()}
-    PPO = presets()["ppo"].agent
+    rfm, sac, ppo = (presets()[name].agent for name in ("rfm", "sac", "ppo"))
+    replay = Replay(env, num_envs=2, collect=100, batch_size=16)
+    two_steps = Replay("probe:two-step", collect=100, n_step=2, batch_size=16)
+    ppo = replace(ppo, ppo=replace(ppo.ppo, minibatches=2))
+    data = Dataset(str(data_file(folder)), env, batch_size=16, horizon=2, execute=1)
     return {
-        "run rfm": Run(env=env, agent=PRESETS["rfm"].agent, steps=200, collect=100, num_envs=2, batch_size=16, **small),
-        "run n-step": Run(
-            env="probe:two-step", agent=PRESETS["sac"].agent, steps=200, collect=100, n_step=2, batch_size=16, **small
-        ),
-        "run ppo": OnPolicyRun(
-            env=env, agent=replace(PPO, ppo=replace(PPO.ppo, minibatches=2)), steps=256, num_envs=4, unroll=16, **small
-        ),
-        "run bc": OfflineRun(
-            data=str(data_file(folder)), env=env, agent=BC(), steps=150, batch_size=16, horizon=2, execute=1, **small
-        ),
+        "run rfm": Run(rfm, replay, steps=200, **small),
+        "run n-step": Run(sac, two_steps, steps=200, **small),
+        "run ppo": Run(ppo, Rollouts(env, num_envs=4, unroll=16), steps=256, **small),
+        "run bc": Run(BC(), data, steps=150, **small),
     }
 
 
