@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests.cli_helpers import ROOT, TINY, Guess, assert_refused
-from tests.experiments.helpers import calls, fake, sir_cells
+from tests.experiments.helpers import calls, fake_worker, sir_cells
 
 from contraflow.experiments.compare import runner
 from contraflow.experiments.compare.matrix import FINAL, LOCK, Cell, at_work, failure, prepare, state
@@ -159,7 +159,11 @@ def test_a_worker_holds_the_lock_of_its_cell(tmp_path: Path):
 
 
 # A token of our own: Ray would leave one in the home folder, and a command does not ask for it when it has an address.
-RAY_ENVIRON = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# Ray is polite: its tasks have niceness 15, and starve on a machine with other work.
+RAY_ENVIRON = {
+    "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_worker_niceness": "0",
+}  # fmt: skip
 HEAD = """
 import sys
 import ray
@@ -190,11 +194,24 @@ def cluster() -> Iterator[str]:
                 head.communicate()
 
 
+def fake_on_ray(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Let this be the worker of the tasks, which run in processes of Ray's."""
+    command = fake_worker(body)
+
+    def attempt(folder, cwd, episodes, trust):  # goes to Ray by value, as nobody can import it
+        from contraflow.experiments.compare import runner
+
+        runner.WORKER = command
+        return runner.attempt(folder, cwd, episodes, trust)
+
+    monkeypatch.setattr(runner, "attempt", attempt)
+
+
 @pytest.mark.slow
 def test_killed_cells_are_tried_again(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two are killed by SIGKILL, in one its worker, in the other the task's own process; one is killed every time, one
     fails by itself. The first two are done, each once; the others do not stop them."""
-    fake(monkeypatch, """
+    fake_on_ray(monkeypatch, """
         first = not (folder / "tried").exists()
         (folder / "tried").write_text("")
         if seed == 3:
@@ -219,7 +236,7 @@ def test_killed_cells_are_tried_again(cluster: str, tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_ctrl_c_lets_the_tasks_save(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three cells on two workers: two save; one is left as it was. And what fails on the way back is said."""
-    fake(monkeypatch, "wait()")
+    fake_on_ray(monkeypatch, "wait()")
     cells = sir_cells(tmp_path)
 
     def press() -> None:
