@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from contraflow.envs import make
 from contraflow.envs.chunk import Chunked, chunked
 from contraflow.envs.envpool import EnvPool
 from contraflow.envs.gymnasium import Gymnasium
+from contraflow.policy.uniform import uniform_policy
+from contraflow.runtime.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,14 @@ def test_a_film_shows_every_step_of_a_chunk(tmp_path, monkeypatch, horizon: int,
     env = chunked(Screen(), horizon, execute)
     decisions = []
 
-    def act(agent, state, obs, key, first):
+    def act(policy, obs, key, first):
         decisions.append(first)
         return np.zeros((1, horizon))
 
     monkeypatch.setattr(evaluate, "environment", lambda *args, **options: nullcontext(env))
     monkeypatch.setattr(evaluate, "act_batch", act)
     monkeypatch.setattr(evaluate, "PATIENCE", -1.0)
-    policy: Any = SimpleNamespace(agent=None, state=None)
+    policy = Policy(uniform_policy(horizon), env.spec, "count")
     evaluate.film(policy, "count", 0, tmp_path / "film.gif", 20)
     frames = [float(frame[..., :3].mean()) for frame in imageio.mimread(tmp_path / "film.gif")]
     np.testing.assert_allclose(frames, [10, 50, 90], atol=4)  # a palette of 256 colours

@@ -4,7 +4,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.random as jr
 import numpy as np
@@ -87,13 +87,14 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
     except ImportError:
         raise UserError('videos need imageio: pip install "contraflow[mujoco]"') from None
     path.parent.mkdir(parents=True, exist_ok=True)
+    speed: dict[str, Any] = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps}
     k_reset, k_act = jr.split(jr.key(seed))
     with environment(policy, id, 1, seed, render=True) as env:
         print(f"filming one episode of {id} ...", flush=True)
         state, obs = env.reset(k_reset)
         frames, said = 0, time.monotonic()
         try:
-            with warnings.catch_warnings(), imageio.get_writer(path, fps=fps) as writer:
+            with warnings.catch_warnings(), imageio.get_writer(path, **speed) as writer:
                 # ffmpeg starts with the first frame: fork and exec at once, which is safe
                 warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
                 for i in range(env.spec.episode_length or 1000):
