@@ -3,7 +3,6 @@
 import csv
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +60,12 @@ def figure(width: float, height: float) -> Any:
     return made
 
 
-def peer(name: str | None, *sizes: Any) -> dict[str, Callable[[], object]]:
-    """What the function `module:function` on PYTHONPATH returns for these sizes: one call of the other code by name."""
+def peer(name: str | None, case: str, **sizes: int) -> dict[str, Any]:
+    """What the function `module:function` on PYTHONPATH has to compare in this case: calls by name."""
     if name is None:
         return {}
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)(*sizes)
+    return getattr(importlib.import_module(module), function)(case, **sizes)
 
 
 def machine() -> str:

@@ -1,46 +1,65 @@
-"""Speed of one update, one action and the whole host loop, each against a peer in the same run.
+"""Speed: of an update, an action and whole loops, each beside a peer in the same run; what every preset costs.
 
-    python benchmarks/speed.py [update act network loop sac] [--peer module:function]
+    python benchmarks/speed.py [update act loop sac ppo seeds environments family] [--peer module:function]
 
-`--peer` names a function `(obs_dim, act_dim) -> {"update": callable, "act": callable, "sac": callable}` (any of them)
-of a module on PYTHONPATH: an implementation at the same settings, kept outside this repository. `sac` takes SAC_STEPS
-steps of the whole loop. Medians of paired rounds; one line per case.
+`--peer` names a function `(case, **sizes) -> {name: callable}` of a module on PYTHONPATH, implementations at the same
+settings that are kept outside this repository; for a case that it does not know it returns {}. Cases are timed in turn:
+medians, and medians of the paired ratios. On a shared machine take `--clock cpu`, the process's own time, and one thread
+(NPROC=1).
 """
 
 import dataclasses
-import importlib
-import sys
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from common import DATA, machine, peer, write
 from timing import paired, report
 
-from contraflow import AGENTS, EnvSpec, Transition
-from contraflow.agents.base import Agent, acting_state
-from contraflow.policy.select import First, Softmax
-from contraflow.presets import RFM_PAPER
-from contraflow.training.evaluate import act_batch
+from contraflow.agents import presets
+from contraflow.core.types import Batch, EnvSpec
+from contraflow.data.samplers import Uniform
+from contraflow.envs import close, make
+from contraflow.policy.base import act_batch
+from contraflow.policy.best_of import First, Softmax
+from contraflow.training.loop import Carry, World, epoch, stacked
+from contraflow.training.sources import base, replay, rollouts
 
 OBS, ACT, BATCH = 17, 6, 256
-SAC_STEPS = 500
 SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
+STEPS = 500
+Case = Callable[[], object]
+Cases = dict[str, Case]
 
 
-def batch(key: jax.Array, rows: int = BATCH) -> Transition:
+def agent_of(name: str) -> Any:
+    return presets()[name].agent
+
+
+def sized(part: Any, **sizes: int) -> Any:
+    """Settings whose networks have the given `width` and `depth`, all others their own."""
+    mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+    new = {k: v for k, v in sizes.items() if k in mine and "width" in mine}
+    return replace(part, **new, **{k: sized(v, **sizes) for k, v in mine.items() if dataclasses.is_dataclass(v)})
+
+
+def batch(key: jax.Array, rows: int = BATCH) -> Batch:
     k = jr.split(key, 4)
-    false = jnp.zeros(rows, bool)
-    return Transition(
-        jr.normal(k[0], (rows, OBS)), jr.uniform(k[1], (rows, ACT), minval=-1.0), jr.uniform(k[2], (rows,)),
-        jr.normal(k[3], (rows, OBS)), false, false, jnp.ones(rows, int),
-    )  # fmt: skip
+    action = jr.uniform(k[1], (rows, ACT), minval=-1.0)
+    obs, following = jr.normal(k[0], (rows, OBS)), jr.normal(k[3], (rows, OBS))
+    return Batch(obs, action, jr.uniform(k[2], (rows,)), jnp.full(rows, 0.99), following, jnp.ones_like(action))
 
 
-def updater(agent: Agent, rows: int = BATCH) -> Callable[[], object]:
+def updater(agent: Any, rows: int = BATCH) -> Case:
     """One jitted, donated update per call, as a training loop without fusion would make it."""
     state = [jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))]
     data, key = batch(jr.key(1), rows), jr.key(2)
@@ -53,181 +72,209 @@ def updater(agent: Agent, rows: int = BATCH) -> Callable[[], object]:
     return call
 
 
-def actor(agent: Agent, explore: bool) -> Callable[[], object]:
-    state = acting_state(agent, jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)))
-    obs, key = np.zeros((1, OBS), np.float32), jr.key(2)
-    counter = iter(range(10**9))
-    return lambda: np.asarray(act_batch(agent, state, obs, key, next(counter), explore))
+def actor(agent: Any, greedy: bool) -> Case:
+    """One action for one observation, dispatch included."""
+    policy = agent.policy(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)))
+    obs, key, counter = np.zeros((1, OBS), np.float32), jr.key(2), iter(range(10**9))
+    return lambda: np.asarray(act_batch(policy, obs, key, next(counter), greedy))
 
 
-def update_cases(peer: dict[str, Callable[[], object]]) -> None:
-    """One update at the official settings, beside the peer and our other agents."""
-    print(
-        "\none RFM update, official settings (obs 17, act 6, batch 256, 32 particles, 10 Euler steps, K 100, width 256)"
-    )
-    cases = {"ours rfm-paper": updater(RFM_PAPER)}
-    if "update" in peer:
-        cases["peer"] = peer["update"]
-    cases["ours rfm (default)"] = updater(AGENTS["rfm"]())
-    cases["ours sac"] = updater(AGENTS["sac"]())
-    report(paired(cases, rounds=9), "peer" if "update" in peer else "ours rfm-paper")
+def started(agent: Any, env: Any, source: Any, keys: Any, buffer_size: int = 0) -> Carry:
+    """Carries of fresh learners [S] on an environment in JAX, or of the one seed of a host environment."""
+    made = [
+        Carry(base.first_learner(agent, env.spec, jr.split(key)[0], buffer_size), *env.reset(jr.split(key)[1]))
+        for key in keys
+    ]
+    carry = stacked(made) if env.spec.jittable else made[0]
+    return carry if source is None else epoch(source, agent, World(env.spec, env), carry, keys, BATCH + 50)[0]
 
 
-def act_cases(peer: dict[str, Callable[[], object]]) -> None:
-    """One action at the official settings, beside the peer and with one particle."""
-    print("\none action for one observation, 32 particles, 10 Euler steps, width 256; dispatch included")
-    one = dataclasses.replace(RFM_PAPER, explore=First())
-    cases = {"ours, softmax of 32": actor(RFM_PAPER, True)}
-    if "act" in peer:
-        cases["peer, softmax of 32"] = peer["act"]
-    cases["ours, 1 particle"] = actor(one, True)
-    against = "peer, softmax of 32" if "act" in peer else "ours, softmax of 32"
-    report(paired(cases, rounds=61, inner=5), against)
-
-
-def loop_cases() -> None:
-    """Seconds of the host loop beside the sum of its three parts, each timed alone."""
-    from contraflow.envs import make
-    from contraflow.training.loop import Carry, epoch
-    from contraflow.training.offpolicy import OffPolicy, decide, first_learner, learn
-
-    print("\nthe host loop against the sum of its parts, envpool:CheetahRun-v1, 8 environments, 8 updates")
-    env = make("envpool:CheetahRun-v1", 8, 0)
-    for name, agent in {
-        "sac": AGENTS["sac"](),
-        "rfm (default)": AGENTS["rfm"](),
-        "rfm, 4 particles": dataclasses.replace(AGENTS["rfm"](), backup=Softmax(4), explore=Softmax(4)),
-    }.items():
-        phase, key = OffPolicy(False, 8, 256), jr.key(0)
-        learner = jax.jit(lambda k, a=agent: first_learner(a, env.spec, 100_000, k))(key)
-        carry = Carry(learner, *env.reset(key))
-        carry, _, _ = epoch(phase, agent, env, carry, key, 20)
-        rounds, n = [], 40
-        for _ in range(7):
-            start = time.perf_counter()
-            carry, _, _ = epoch(phase, agent, env, carry, key, n)
-            loop = time.perf_counter() - start
-            learner, obs = carry.learner, carry.obs
-            start = time.perf_counter()
-            state = acting_state(agent, learner.agent)
-            for _ in range(n):
-                action = np.asarray(decide(phase, agent, env.spec, state, obs, learner.iteration, key))
-            act = time.perf_counter() - start
-            action = np.zeros((env.spec.num_envs, env.spec.action_dim), np.float32)
-            start = time.perf_counter()
-            for _ in range(n - 1):
-                env.step(carry.env, action)
-            env_state, step = env.step(carry.env, action)
-            physics = time.perf_counter() - start
-            start = time.perf_counter()
-            for _ in range(n):
-                learner, _ = learn(phase, agent, learner, obs, action, step, key)
-                jax.block_until_ready(learner.steps)
-            update = time.perf_counter() - start
-            carry = Carry(learner, env_state, step.obs)
-            rounds.append((loop, act, physics, update))
-        loop, act, physics, update = np.median(np.array(rounds), 0) / n * 1e3
-        over = np.median([r[0] / sum(r[1:]) - 1 for r in rounds])
-        print(
-            f"{name:20s} loop {loop:7.2f} ms = act {act:.2f} + env {physics:.2f} + learn {update:.2f} "
-            f"{100 * over:+.1f} %   ({8 / loop * 1e3:.0f} env steps/s)"
-        )
-
-
-def sac_cases(peer: dict[str, Callable[[], object]]) -> None:
-    """The whole loop of SAC: one environment, one update per step, width 256, batch 256."""
-    from contraflow.envs import make
-    from contraflow.training.loop import Carry, epoch
-    from contraflow.training.offpolicy import OffPolicy, first_learner
-
-    print(f"\n{SAC_STEPS} steps of SAC's loop on gym:HalfCheetah-v5, one update each, width 256, batch 256")
-    env, agent, key = make("gym:HalfCheetah-v5", 1, 0), AGENTS["sac"](), jr.key(0)
-    learner = jax.jit(lambda k: first_learner(agent, env.spec, 100_000, k))(key)
-    state = [epoch(OffPolicy(True, 0, BATCH), agent, env, Carry(learner, *env.reset(key)), key, 400)[0]]
+def looping(stage: Any, agent: Any, env: Any, carry: Carry, keys: Any, n: int) -> Case:
+    """n iterations of a loop per call."""
+    kept, world = [carry], World(env.spec, env)
 
     def call() -> None:
-        state[0], _, _ = epoch(OffPolicy(False, 1, BATCH), agent, env, state[0], key, SAC_STEPS)
+        kept[0], _, error = epoch(stage, agent, world, kept[0], keys, n)
+        if error is not None:
+            raise error
 
-    cases: dict[str, Callable[[], object]] = {"ours": call}
-    if "sac" in peer:
-        cases["peer"] = peer["sac"]
-    for name, median, _ in report(paired(cases, rounds=9), "peer" if "sac" in peer else "ours", "s"):
-        print(f"{name:20s} {SAC_STEPS / median:.0f} steps/s")
+    return call
 
 
-def network_cases() -> None:
-    """Equinox against Flax Linen: the same field, one regression step on 25600 samples and one jitted call."""
-    import equinox as eqx
-    import flax.linen as nn
-    import optax
+def update_cases(other: str | None, clock: Any) -> None:
+    print("\none update at the official settings: batch 256, 32 particles, 10 Euler steps, K 100, width 256")
+    cases = {"rfm-paper": updater(agent_of("rfm-paper"))} | peer(other, "update", obs=OBS, act=ACT, rows=BATCH)
+    cases |= {f"{name}, its own": updater(agent_of(name)) for name in ("rfm", "sac")}
+    report(paired(cases, 9, clock=clock), list(cases)[1] if other else "rfm-paper")
 
-    from contraflow.nets.layers import time_embedding
-    from contraflow.nets.velocity import Velocity
 
-    class LinenVelocity(nn.Module):
-        @nn.compact
-        def __call__(self, x, t, cond):
-            h = nn.Dense(256)(x) + nn.Dense(256)(time_embedding(t, 128)) + nn.Dense(256)(cond)
-            h = nn.gelu(h)
-            for _ in range(2):
-                h = h + nn.gelu(nn.Dense(256)(h))
-            return nn.Dense(ACT)(h)
+def act_cases(other: str | None, clock: Any) -> None:
+    print("\none action for one observation, 10 Euler steps, width 256; dispatch included")
+    paper = agent_of("rfm-paper")
+    one = replace(paper, choose=replace(paper.choose, explore=First()))
+    cases = {"rfm-paper, softmax of 32": actor(paper, False)} | peer(other, "act", obs=OBS, act=ACT)
+    cases["rfm-paper, 1 particle"] = actor(one, False)
+    report(paired(cases, 61, inner=5, clock=clock), list(cases)[1] if other else "rfm-paper, softmax of 32")
 
-    print("\nEquinox against Linen, the same velocity field")
-    k = jr.split(jr.key(0), 4)
-    x, t, cond = jr.normal(k[0], (25_600, ACT)), jr.uniform(k[1], (25_600,)), jr.normal(k[2], (25_600, OBS))
-    ours = Velocity(ACT, OBS, 256, 2, key=k[3])
-    linen = LinenVelocity()
-    params = linen.init(k[3], x[0], t[0], cond[0])
-    tx = optax.adam(3e-4)
 
-    def step_of(field):
-        def step(net, opt, x, t, cond):
-            loss = lambda net: jnp.mean(jax.vmap(lambda x, t, c: field(net, x, t, c))(x, t, cond) ** 2)
-            grad = jax.grad(loss)(net)
-            updates, opt = tx.update(grad, opt, net)
-            return eqx.apply_updates(net, updates), opt
+def loop_cases(other: str | None, clock: Any) -> None:
+    """The host loop beside the sum of its three parts, each timed alone."""
+    print("\nthe host loop against the sum of its parts, envpool:CheetahRun-v1, 8 environments, 8 updates")
+    env, keys, n = make("envpool:CheetahRun-v1", 8, 0), jr.key(0)[None], 40
+    rfm = agent_of("rfm")
+    four = replace(rfm, choose=replace(rfm.choose, explore=Softmax(4)))
+    for name, agent in {"sac": agent_of("sac"), "rfm": rfm, "rfm, 4 particles": four}.items():
+        stage = replay.Interact(False, 8, 256, Uniform(agent.gamma))
+        carry = started(agent, env, replace(stage, random=True, updates=0), keys, 100_000)
+        world, rounds = World(env.spec, env), []
+        for _ in range(8):
+            start = clock()
+            carry, _, _ = epoch(stage, agent, world, carry, keys, n)
+            loop, learner, obs = clock() - start, carry.learner, carry.obs
+            policy, start = agent.policy(learner.agent), clock()
+            for _ in range(n):
+                action = np.asarray(replay.decide(policy, env.spec, obs, learner.iteration, keys[0]))
+            act, start = clock() - start, clock()
+            for _ in range(n):
+                env_state, step = env.step(carry.env, action)
+            physics, start = clock() - start, clock()
+            for _ in range(n):
+                learner, _ = replay.learn(stage, agent, learner, None, obs, action, step, keys[0])
+                jax.block_until_ready(learner.steps)
+            rounds.append((loop, act, physics, clock() - start))
+            carry = Carry(learner, env_state, step.obs)
+        rounds = np.array(rounds[1:])  # the first compiles
+        whole, act, physics, update = np.median(rounds, 0) / n * 1e3
+        over = np.median(rounds[:, 0] / rounds[:, 1:].sum(1) - 1)
+        parts = f"act {act:.2f} + env {physics:.2f} + learn {update:.2f}"
+        print(f"{name:20s} loop {whole:7.2f} ms = {parts} {100 * over:+.1f} %   ({8 / whole * 1e3:.0f} env steps/s)")
+    close(env)
 
-        return step
 
-    def train_call(field, net):
-        start = time.perf_counter()
-        step = jax.jit(step_of(field)).lower(net, tx.init(net), x, t, cond).compile()
-        print(f"  compile {time.perf_counter() - start:.2f} s")
-        return lambda: step(net, tx.init(net), x, t, cond)
+def sac_cases(other: str | None, clock: Any) -> None:
+    print(f"\n{STEPS} steps of SAC's loop on gym:HalfCheetah-v5, one update each, width 256, batch 256")
+    env, agent, keys = make("gym:HalfCheetah-v5", 1, 0), agent_of("sac"), jr.key(0)[None]
+    stage = replay.Interact(False, 1, BATCH, Uniform(agent.gamma))
+    carry = started(agent, env, replace(stage, random=True, updates=0), keys, 100_000)
+    cases = {"ours": looping(stage, agent, env, carry, keys, STEPS)} | peer(other, "sac", steps=STEPS, rows=BATCH)
+    for name, seconds, _ in report(paired(cases, 9, clock=clock), list(cases)[-1], "s"):
+        print(f"{name:20s} {STEPS / seconds:.0f} steps/s")
+    close(env)
 
-    def linen_field(p, x, t, c):
-        return linen.apply(p, x, t, c)
 
-    def ours_field(v, x, t, c):
-        return v(x, t, c)
+def ppo_cases(other: str | None, clock: Any) -> None:
+    copies, unroll = 16, 125
+    print(f"\nPPO on Hopper-v5: rollouts of {copies} x {unroll}, 10 epochs of 16 minibatches, width 64")
+    agent = sized(replace(agent_of("ppo"), ppo=replace(agent_of("ppo").ppo, epochs=10, minibatches=16)), width=64)
+    cases, keys = {}, jr.key(0)[None]
+    for name, id in {"ours, Gymnasium": "gym:Hopper-v5", "ours, EnvPool": "envpool:Hopper-v5"}.items():
+        env = make(id, copies, 0)
+        cases[name] = looping(rollouts.Unroll(unroll), agent, env, started(agent, env, None, keys), keys, 1)
+    cases |= peer(other, "ppo", copies=copies, unroll=unroll, epochs=10, minibatches=16, width=64)
+    for name, seconds, _ in report(paired(cases, 9, clock=clock), list(cases)[-1], "s"):
+        print(f"{name:20s} {copies * unroll / seconds:.0f} steps/s")
 
-    cases = {"linen update": train_call(linen_field, params), "equinox update": train_call(ours_field, ours)}
-    report(paired(cases, rounds=9), "linen update")
-    calls = {
-        "linen dispatch": lambda f=jax.jit(linen_field): f(params, x[0], t[0], cond[0]),
-        "equinox dispatch": lambda f=jax.jit(ours_field): f(ours, x[0], t[0], cond[0]),
+
+def seeds_cases(other: str | None, clock: Any, seeds: int = 8, name: str = "sac", env_id: str = "jax:pendulum") -> None:
+    """Many seeds in one compiled program, against one seed and against as many single runs in turn."""
+    agent, env, n = sized(agent_of(name), width=32), make(env_id, 1), 400
+    print(f"\n{n} iterations of {name}'s loop on {env_id}, width 32, one update of 64 each")
+    stage = replay.Interact(False, 1, 64, Uniform(agent.gamma))
+    warm_up, keys = replace(stage, random=True, updates=0), jr.split(jr.key(0), seeds)
+    one = [looping(stage, agent, env, started(agent, env, warm_up, k[None], 10_000), k[None], n) for k in keys]
+    cases: Cases = {
+        "one seed": one[0],
+        f"{seeds} seeds at once": looping(stage, agent, env, started(agent, env, warm_up, keys, 10_000), keys, n),
+        f"{seeds} single runs in turn": lambda: [call() for call in one],
     }
-    report(paired(calls, rounds=41, inner=50), "linen dispatch", "us")
+    report(paired(cases, 5, clock=clock), "one seed", "s")
 
 
-def main(what: tuple[str, ...] = ("update", "act", "network", "loop", "sac"), /, peer: str | None = None) -> None:
-    """Print the tables of `what`: update, act, network, loop, sac."""
-    print(f"jax {jax.__version__}, {jax.devices()[0].platform}, {sys.version.split()[0]}")
-    cases: dict[str, Callable[[], object]] = {}
-    if peer is not None:
-        module, _, name = peer.partition(":")
-        cases = getattr(importlib.import_module(module), name)(OBS, ACT)
-    if "update" in what:
-        update_cases(cases)
-    if "act" in what:
-        act_cases(cases)
-    if "network" in what:
-        network_cases()
-    if "loop" in what:
-        loop_cases()
-    if "sac" in what:
-        sac_cases(cases)
+def environment_cases(other: str | None, clock: Any) -> None:
+    """One task in three simulators, random actions drawn before; the first two as one compiled scan."""
+    for copies in (1, 32, 256):
+        print(f"\n{STEPS} steps of {copies} copies of dm_control's cartpole swingup")
+        actions = jr.uniform(jr.key(1), (STEPS, copies, 1), minval=-1.0, maxval=1.0)
+        cases: Cases = {}
+        for id in ("playground:CartpoleSwingup", "jax:cartpole-swingup", "envpool:CartpoleSwingup-v1"):
+            env = make(id, copies)
+            state, _ = (jax.jit(env.reset) if env.spec.jittable else env.reset)(jr.key(0))
+            if env.spec.jittable:
+                body = lambda s, a, env=env: (lambda out: (out[0], out[1].reward.sum() + out[1].obs.sum()))(env.step(s, a))
+                cases[id] = partial(jax.jit(lambda s, a, body=body: jax.lax.scan(body, s, a)[1]), state, actions)
+            else:
+                cases[id] = lambda env=env, s=state, host=np.asarray(actions): [env.step(s, a) for a in host][-1][1]
+        for name, ms, _ in report(paired(cases, 5, clock=clock), "envpool:CartpoleSwingup-v1"):
+            print(f"    {name}: {copies * STEPS / ms * 1e3:,.0f} steps/s")
+
+
+def products(jaxpr: Any, inputs: int | None = None, outputs: int | None = None) -> int:
+    """2 m k n over all matrix products of a program, loops as often as they run; of layers with so many inputs and
+    outputs only how often they are applied."""
+    total = 0
+    for equation in jaxpr.eqns:
+        inner = [x for p in equation.params.values() for x in (p if isinstance(p, tuple | list) else [p])]
+        bodies = [jaxpr for x in inner if hasattr(jaxpr := getattr(x, "jaxpr", x), "eqns")]
+        inside = sum(products(body, inputs, outputs) for body in bodies)
+        if equation.primitive.name == "while" and inside:
+            raise ValueError("matrix products in a loop of unknown length cannot be counted")
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            size = math.prod(shape[i] for i in contracted)
+            if inputs is None:
+                total += 2 * math.prod(out) * size
+            elif size == inputs and out[-1:] == (outputs,):
+                total += math.prod(out) // out[-1]
+        total += inside * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+    return total
+
+
+def family_cases(other: str | None, clock: Any, rows: int = 128, width: int = 64) -> None:
+    """What an update and an action of every off-policy preset cost at common sizes, each otherwise its own.
+
+    Per row: evaluations of the actor and of one critic network, forward, told by the products of their last layers (a
+    derivative along a direction counts once more), and operations of all matrix products.
+    """
+    found = {name: p.agent for name, p in presets().items() if p.needs == "replay" and name != "rfm-cartpole"}
+    chosen = {name: sized(agent, width=width, depth=2) for name, agent in found.items()}
+    updates = {name: updater(agent, rows) for name, agent in chosen.items()}
+    acts = {name: actor(agent, True) for name, agent in chosen.items()}
+    for name, calls in peer(other, "family", obs=OBS, act=ACT, width=width, depth=2, rows=rows).items():
+        updates[f"peer {name}"], acts[f"peer {name}"] = calls
+    update_times, act_times = paired(updates, 7, 3, clock), paired(acts, 7, 50, clock)
+    table = []
+    for name in updates:
+        row: dict[str, Any] = {"agent": name}
+        if (agent := chosen.get(name)) is not None:
+            # Critics of another width: the gradient in an action is no evaluation of the actor.
+            apart = replace(agent, critic=replace(agent.critic, width=width - 1))
+            state = jax.eval_shape(lambda k, agent=apart: agent.init(k, SPEC), jr.key(0))
+            program = jax.make_jaxpr(apart.update)(state, batch(jr.key(1), rows), jr.key(2)).jaxpr
+            ends = 2 * ACT if name == "sac" else ACT
+            row["actor_evaluations"] = round(products(program, width, ends) / rows, 3)
+            row["critic_evaluations"] = round(products(program, width - 1, agent.critic.head.outputs) / rows, 3)
+            row["megaflop_per_row"] = round(products(program) / rows / 1e6, 3)
+        row["ms_per_update"] = round(1e3 * median(update_times[name]), 2)
+        row["us_per_action"] = round(1e6 * median(act_times[name]), 1)
+        table.append(row)
+        print(*row.values(), sep="\t", flush=True)
+    write(DATA / "family.csv", table)
+
+
+CASES = {
+    "update": update_cases, "act": act_cases, "loop": loop_cases, "sac": sac_cases, "ppo": ppo_cases,
+    "seeds": seeds_cases, "environments": environment_cases, "family": family_cases,
+}  # fmt: skip
+
+
+def main(what: tuple[str, ...] = tuple(CASES), /, peer: str | None = None, clock: str = "wall") -> None:
+    """Print the tables of `what`."""
+    if unknown := set(what) - set(CASES):
+        raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    print(machine())
+    for name in what:
+        CASES[name](peer, {"wall": time.perf_counter, "cpu": time.process_time}[clock])
 
 
 if __name__ == "__main__":
