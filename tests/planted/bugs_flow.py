@@ -4,13 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from tests.planted import bug, wrong
 
 from contraflow.flow.path import VE, AbstractPath, Linear
 from contraflow.flow.posterior import starts, strata
 from contraflow.flow.posterior.control import Fixed, MinVariance
 from contraflow.flow.posterior.importance import Reverse
 from contraflow.rl import energy
-from tests.planted import bug, wrong
 
 POSTERIOR = "flow/test_flow_posterior.py::"
 MARKOV = "flow/test_flow_markov.py::"

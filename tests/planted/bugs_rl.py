@@ -5,12 +5,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from tests.planted import bug, wrong
 
 from contraflow.data.replay import Buffer
 from contraflow.nets.critic import Mean, Min, SubsetMin
 from contraflow.nets.heads import Categorical, Point, Quantile
 from contraflow.rl import advantage, critics, temperature
-from tests.planted import bug, wrong
 
 HEADS = "nets/test_heads.py::"
 CRITICS = "rl/test_rl_critics.py::"

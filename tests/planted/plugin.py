@@ -1,7 +1,6 @@
 """pytest -p tests.planted.plugin --planted NAME: the session runs with that bug."""
 
 import pytest
-
 from tests.planted import bugs
 
 _PATCH = pytest.MonkeyPatch()
