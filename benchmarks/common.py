@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results go, tables as CSV, figures, implementations kept outside this repository."""
+"""What the benchmarks share: where results go, tables as CSV, implementations kept outside this repository."""
 
 import csv
 import importlib
@@ -8,29 +8,20 @@ from typing import Any
 
 import jax
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-DATA, PICTURES = DOCS / "data", DOCS / "img"
+DATA = Path(__file__).resolve().parents[1] / "docs" / "data"
 Row = dict[str, Any]
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """`rows` as the CSV file `path`; columns are all their keys, in order of appearance."""
+def write(path: Path, rows: list[Row], columns: tuple[str, ...] = (), mode: str = "w") -> None:
+    """`rows` as the CSV file `path`, or with mode "a" behind those that it has; `columns` are all keys unless given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _put(path, "w", list(dict.fromkeys(name for row in rows for name in row)), rows)
-    print(f"{len(rows)} rows in {path.name}")
-
-
-def append(path: Path, rows: list[Row], columns: tuple[str, ...]) -> None:
-    """Add `rows` to the CSV file at `path`, which begins with the names of its `columns`."""
-    _put(path, "a", columns, [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
-
-
-def _put(path: Path, mode: str, columns: Any, rows: list[Row]) -> None:
     with path.open(mode, newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        names = columns or tuple(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    print(f"{len(rows)} rows in {path.name}")
 
 
 def read(path: Path) -> list[Row]:
@@ -48,16 +39,6 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def figure(width: float, height: float) -> Any:
-    """A figure that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
 
 
 def peer(name: str | None, case: str, **sizes: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import tyro
 
 HERE = Path(__file__).parent
 PYTHON = sys.executable
+COMPARE = [PYTHON, "-m", "contraflow", "compare", "--agents"]
 FIRST = ("CheetahRun-v1", "FishSwim-v1", "FingerTurnHard-v1", "WalkerRun-v1")
 THEN = ("CartpoleSwingup-v1", "FishUpright-v1", "WalkerWalk-v1", "FingerSpin-v1")
 
@@ -28,8 +29,7 @@ def compared(tasks: tuple[str, ...], out: Path) -> list[str]:
     settings = "--steps 250000 --collect 10000 --eval-every 25000 --eval-episodes 25 --seeds 5 --jobs 2"
     settings += " --width 256 --critic.width 256"
     agents = "rfm-paper,rfm,sir,sac"
-    command = [PYTHON, "-m", "contraflow", "compare", "--agents", agents, "--own", "rfm-paper", "--envs", envs]
-    return [*command, *settings.split(), "--out", str(out)]
+    return [*COMPARE, agents, "--own", "rfm-paper", "--envs", envs, *settings.split(), "--out", str(out)]
 
 
 def family(out: Path) -> list[str]:
@@ -37,8 +37,8 @@ def family(out: Path) -> list[str]:
     agents = "rfm,rfm-one,maxentdp,sdac,dqs,qsm,flame,flame-m,mfpo,dpmd,fpmd,fpmd-m,qvpo,dacer,td3,sac,sir"
     settings = "--steps 40000 --collect 4000 --num-envs 4 --updates 2 --batch-size 128 --n-step 3 --buffer-size 40000"
     settings += " --critic.tau 0.02 --final-episodes 8 --seeds 3 --jobs 2"
-    command = [PYTHON, "-m", "contraflow", "compare", "--agents", agents]
-    return [*command, "--envs", "envpool:WalkerWalk-v1,envpool:CheetahRun-v1", *settings.split(), "--out", str(out)]
+    envs = "envpool:WalkerWalk-v1,envpool:CheetahRun-v1"
+    return [*COMPARE, agents, "--envs", envs, *settings.split(), "--out", str(out)]
 
 
 def stages(out: Path) -> dict[str, list[str]]:
@@ -46,14 +46,14 @@ def stages(out: Path) -> dict[str, list[str]]:
     device = "import jax; print(jax.__version__, jax.devices()); assert jax.default_backend() == 'gpu'"
     tests = [str(HERE.parent / "tests" / part) for part in ("flow", "contract")]
     speed = [PYTHON, str(HERE / "speed.py")]
-    seeds = [PYTHON, str(HERE / "seeds.py"), "--width", "256", "--batch-size", "256", "--env"]
+    seeds = [*speed, "seeds", "--width", "256", "--env"]
     return {
         "device": [PYTHON, "-c", device],
         "tests": [PYTHON, "-m", "pytest", "-q", *tests],
         "speed": [*speed, "update", "act"],
         "seeds-sac": [*seeds, "jax:cartpole-swingup"],
         "seeds-rfm": [*seeds, "jax:cartpole-swingup", "--agent", "rfm"],
-        "playground": [PYTHON, str(HERE / "environments.py")],
+        "playground": [*speed, "environments"],
         "playground-seeds": [*seeds, "playground:CartpoleSwingup"],
         "returns-first": compared(FIRST, out / "returns"),
         "family": family(out / "family"),

@@ -1,13 +1,13 @@
-"""Methods of `contraflow sample` at equal density calls: the tables and the picture of docs/sampling.md.
+"""Methods of `contraflow sample` at equal density calls: the tables of docs/sampling.md.
 
     python benchmarks/sampling.py equal      # all methods on all targets: docs/data/samplers.csv
     python benchmarks/sampling.py ranking    # 2601.08136: RFM in 20 solver steps ahead of QNE and iDEM in 100?
 
-Rows are appended as they come, and the same command again continues; `--report-only` prints the tables (and draws the
-picture of "ranking") from what is there. For each target, K and method all settings (learning rates; estimates projected
-into the box or not) are tried on the tuning seeds, and the best by sliced Wasserstein, mean over the numbers of solver
-steps, is trained on fresh seeds. All methods share seeds, network, queries, updates and K. `well_error` is the mean over
-the wells of many-well-32 of |P(x_1 > 0) - exact|, `log_z_error` the estimate of log Z less the exact one (fab only).
+Rows are appended as they come, and the same command again continues; `--report-only` prints the tables of what is
+there. For each target, K and method all settings (learning rates; estimates projected into the box or not) are tried on
+the tuning seeds; the best by sliced Wasserstein, mean over the numbers of solver steps, is trained on fresh seeds. All
+share seeds, network, queries, updates and K. `well_error` is the mean over the wells of many-well-32 of
+|P(x_1 > 0) - exact|, `log_z_error` the estimate of log Z less the exact one (fab only).
 """
 
 import itertools
@@ -20,12 +20,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from common import DATA, PICTURES, Row, append, figure, read
+from common import DATA, Row, read, write
 
 from contraflow.flow.solver import Euler
 from contraflow.sampling.compare import floor, interval, judge
-from contraflow.sampling.distances import DISTANCES
-from contraflow.sampling.distances import sliced_wasserstein
+from contraflow.sampling.distances import DISTANCES, sliced_wasserstein
 from contraflow.sampling.fab import Buffer
 from contraflow.sampling.methods import METHODS
 from contraflow.sampling.targets import TARGETS, Target, find_target
@@ -90,7 +89,9 @@ def tuned(study: Study, target: Target, trainer: Trainer) -> tuple[Trainer, bool
             x = draw(tried, net, Euler(steps), k_flow, study.points // 2)
             return sliced_wasserstein(k_slices, x, target.sample(k_exact, study.points // 2), 64)
 
-        each = [jax.vmap(lambda net, k, n=n: score(net, k, n))(state.net, jr.clone(k_judge)) for n in study.solver_steps]
+        each = [
+            jax.vmap(lambda net, k, n=n: score(net, k, n))(state.net, jr.clone(k_judge)) for n in study.solver_steps
+        ]
         by_rate = np.mean(each, 0).reshape(len(RATES), -1).mean(1)
         scores = [(float(s), rate, bounded) for s, rate in zip(by_rate, RATES, strict=True) if np.isfinite(s)]
         best = min([best, *scores])
@@ -136,7 +137,7 @@ def run(study: Study, file: Path) -> None:
         if (name, samples, method) in done:
             continue
         rows = cell(study, find_target(name, Trainer.box), method, samples)
-        append(file, [{"target": name, "K": samples, "method": method} | row for row in rows], COLUMNS)
+        write(file, [{"target": name, "K": samples, "method": method} | row for row in rows], COLUMNS, "a")
         done.add((name, samples, method))
         print(name, samples, method, *(f"{row['sliced_wasserstein']:.3f}" for row in rows), flush=True)
 
@@ -176,36 +177,6 @@ def report(study: Study, rows: list[Row]) -> None:
             print("| K | " + " | ".join(heads) + " |\n" + "|---" * (1 + len(heads)) + "|", *lines, sep="\n")
 
 
-def plot(study: Study, rows: list[Row], file: Path) -> None:
-    """Sliced Wasserstein distance against K, with 95 % intervals."""
-    picture = figure(7.2, 3.1)
-    styles = {"rfm": ("#1f4e8c", "o", 20), "qne": ("#d9822b", "s", 100), "idem": ("#7a3e9d", "^", 100)}
-    styles |= {"mixture": ("#2e8b57", "D", 20)}
-    for axes, target in zip(picture.subplots(1, len(study.targets), sharey=True), study.targets, strict=True):
-        for method, (colour, marker, steps) in styles.items():
-            found = {"target": target, "method": method, "solver_steps": steps}
-            by_k = {k: values(rows, "sliced_wasserstein", K=k, **found) for k in study.samples}
-            by_k = {k: interval(v) for k, v in by_k.items() if v and np.isfinite(v).all()}
-            k, (mean, low, high) = list(by_k), np.array(list(by_k.values())).reshape(-1, 3).T
-            if not k:
-                continue
-            look = {"color": colour, "marker": marker, "ms": 4, "lw": 1.4, "capsize": 2}
-            axes.errorbar(k, mean, [mean - low, high - mean], label=f"{method}, {steps} steps", **look)
-        level = np.mean(values(rows, "sliced_wasserstein", target=target, method="exact"))
-        axes.axhline(level, color="0.35", lw=1, ls="--")
-        axes.text(8, level * 1.06, "exact samples", fontsize=7.5, color="0.35")
-        axes.set(xscale="log", yscale="log", title=target, xlabel="density calls per query, K")
-        run = sorted({row["K"] for row in rows} - {0})
-        axes.set_xticks(run, [str(k) for k in run])
-        axes.minorticks_off()
-        axes.grid(alpha=0.25)
-    ticks = [0.03, 0.05, 0.1, 0.2, 0.5, 1.0]
-    picture.axes[0].set_ylabel("sliced Wasserstein to exact samples")
-    picture.axes[0].set_yticks(ticks, [str(t) for t in ticks])
-    picture.axes[0].legend(frameon=False, fontsize=8)
-    picture.savefig(file, dpi=130)
-
-
 def main(
     which: Literal["equal", "ranking"],
     /,
@@ -223,10 +194,7 @@ def main(
     file = out / study.file
     if not report_only:
         run(study, file)
-    rows = read(file)
-    report(study, rows)
-    if which == "ranking" and out == DATA:
-        plot(study, rows, PICTURES / "sampling_study.png")
+    report(study, read(file))
 
 
 if __name__ == "__main__":

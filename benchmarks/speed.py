@@ -3,19 +3,17 @@
     python benchmarks/speed.py [update act loop sac ppo seeds environments family] [--peer module:function]
 
 `--peer` names a function `(case, **sizes) -> {name: callable}` of a module on PYTHONPATH, implementations at the same
-settings that are kept outside this repository; for a case that it does not know it returns {}. Cases are timed in turn:
-medians, and medians of the paired ratios. On a shared machine take `--clock cpu`, the process's own time, and one thread
-(NPROC=1).
+settings that are kept outside this repository; {} for a case that it does not know. Cases are timed in turn: medians,
+and medians of paired ratios. On a shared machine take `--clock cpu`, the process's own time, and NPROC=1, one thread.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +27,9 @@ from contraflow.agents import presets
 from contraflow.core.types import Batch, EnvSpec
 from contraflow.data.samplers import Uniform
 from contraflow.envs import close, make
+from contraflow.experiments.bridge import with_networks
 from contraflow.policy.base import act_batch
-from contraflow.policy.best_of import First, Softmax
+from contraflow.policy.best_of import First
 from contraflow.training.loop import Carry, World, epoch, stacked
 from contraflow.training.sources import base, replay, rollouts
 
@@ -39,17 +38,13 @@ SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
 STEPS = 500
 Case = Callable[[], object]
 Cases = dict[str, Case]
+agent_of = lambda name: presets()[name].agent
 
 
-def agent_of(name: str) -> Any:
-    return presets()[name].agent
-
-
-def sized(part: Any, **sizes: int) -> Any:
-    """Settings whose networks have the given `width` and `depth`, all others their own."""
-    mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
-    new = {k: v for k, v in sizes.items() if k in mine and "width" in mine}
-    return replace(part, **new, **{k: sized(v, **sizes) for k, v in mine.items() if dataclasses.is_dataclass(v)})
+def sized(agent: Any, width: int) -> Any:
+    """The agent with all networks of two layers of that width."""
+    critic = replace(agent.critic, width=width, depth=2)
+    return with_networks(agent, {"width": width, "depth": 2, "critic": critic})
 
 
 def batch(key: jax.Array, rows: int = BATCH) -> Batch:
@@ -121,9 +116,8 @@ def loop_cases(other: str | None, clock: Any) -> None:
     """The host loop beside the sum of its three parts, each timed alone."""
     print("\nthe host loop against the sum of its parts, envpool:CheetahRun-v1, 8 environments, 8 updates")
     env, keys, n = make("envpool:CheetahRun-v1", 8, 0), jr.key(0)[None], 40
-    rfm = agent_of("rfm")
-    four = replace(rfm, choose=replace(rfm.choose, explore=Softmax(4)))
-    for name, agent in {"sac": agent_of("sac"), "rfm": rfm, "rfm, 4 particles": four}.items():
+    for name in ("sac", "rfm"):
+        agent = agent_of(name)
         stage = replay.Interact(False, 8, 256, Uniform(agent.gamma))
         carry = started(agent, env, replace(stage, random=True, updates=0), keys, 100_000)
         world, rounds = World(env.spec, env), []
@@ -165,7 +159,7 @@ def sac_cases(other: str | None, clock: Any) -> None:
 def ppo_cases(other: str | None, clock: Any) -> None:
     copies, unroll = 16, 125
     print(f"\nPPO on Hopper-v5: rollouts of {copies} x {unroll}, 10 epochs of 16 minibatches, width 64")
-    agent = sized(replace(agent_of("ppo"), ppo=replace(agent_of("ppo").ppo, epochs=10, minibatches=16)), width=64)
+    agent = replace(agent_of("ppo"), ppo=replace(agent_of("ppo").ppo, epochs=10, minibatches=16))
     cases, keys = {}, jr.key(0)[None]
     for name, id in {"ours, Gymnasium": "gym:Hopper-v5", "ours, EnvPool": "envpool:Hopper-v5"}.items():
         env = make(id, copies, 0)
@@ -175,10 +169,10 @@ def ppo_cases(other: str | None, clock: Any) -> None:
         print(f"{name:20s} {copies * unroll / seconds:.0f} steps/s")
 
 
-def seeds_cases(other: str | None, clock: Any, seeds: int = 8, name: str = "sac", env_id: str = "jax:pendulum") -> None:
+def seeds_cases(clock: Any, seeds: int, name: str, env_id: str, width: int) -> None:
     """Many seeds in one compiled program, against one seed and against as many single runs in turn."""
-    agent, env, n = sized(agent_of(name), width=32), make(env_id, 1), 400
-    print(f"\n{n} iterations of {name}'s loop on {env_id}, width 32, one update of 64 each")
+    agent, env, n = sized(agent_of(name), width), make(env_id, 1), 400
+    print(f"\n{n} iterations of {name}'s loop on {env_id}, width {width}, one update of 64 each")
     stage = replay.Interact(False, 1, 64, Uniform(agent.gamma))
     warm_up, keys = replace(stage, random=True, updates=0), jr.split(jr.key(0), seeds)
     one = [looping(stage, agent, env, started(agent, env, warm_up, k[None], 10_000), k[None], n) for k in keys]
@@ -200,7 +194,9 @@ def environment_cases(other: str | None, clock: Any) -> None:
             env = make(id, copies)
             state, _ = (jax.jit(env.reset) if env.spec.jittable else env.reset)(jr.key(0))
             if env.spec.jittable:
-                body = lambda s, a, env=env: (lambda out: (out[0], out[1].reward.sum() + out[1].obs.sum()))(env.step(s, a))
+                body = lambda s, a, env=env: (lambda out: (out[0], out[1].reward.sum() + out[1].obs.sum()))(
+                    env.step(s, a)
+                )
                 cases[id] = partial(jax.jit(lambda s, a, body=body: jax.lax.scan(body, s, a)[1]), state, actions)
             else:
                 cases[id] = lambda env=env, s=state, host=np.asarray(actions): [env.step(s, a) for a in host][-1][1]
@@ -208,36 +204,26 @@ def environment_cases(other: str | None, clock: Any) -> None:
             print(f"    {name}: {copies * STEPS / ms * 1e3:,.0f} steps/s")
 
 
-def products(jaxpr: Any, inputs: int | None = None, outputs: int | None = None) -> int:
-    """2 m k n over all matrix products of a program, loops as often as they run; of layers with so many inputs and
-    outputs only how often they are applied."""
+def products(jaxpr: Any) -> int:
+    """2 m k n over all matrix products of a program, loops as often as they run; nothing else is counted."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [x for p in equation.params.values() for x in (p if isinstance(p, tuple | list) else [p])]
-        bodies = [jaxpr for x in inner if hasattr(jaxpr := getattr(x, "jaxpr", x), "eqns")]
-        inside = sum(products(body, inputs, outputs) for body in bodies)
+        inside = sum(products(getattr(x, "jaxpr", x)) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns"))
         if equation.primitive.name == "while" and inside:
             raise ValueError("matrix products in a loop of unknown length cannot be counted")
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            shape, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            size = math.prod(shape[i] for i in contracted)
-            if inputs is None:
-                total += 2 * math.prod(out) * size
-            elif size == inputs and out[-1:] == (outputs,):
-                total += math.prod(out) // out[-1]
+            shape = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
         total += inside * (equation.params["length"] if equation.primitive.name == "scan" else 1)
     return total
 
 
 def family_cases(other: str | None, clock: Any, rows: int = 128, width: int = 64) -> None:
-    """What an update and an action of every off-policy preset cost at common sizes, each otherwise its own.
-
-    Per row: evaluations of the actor and of one critic network, forward, told by the products of their last layers (a
-    derivative along a direction counts once more), and operations of all matrix products.
-    """
+    """What an update and an action of every off-policy preset cost at common sizes, each otherwise its own."""
     found = {name: p.agent for name, p in presets().items() if p.needs == "replay" and name != "rfm-cartpole"}
-    chosen = {name: sized(agent, width=width, depth=2) for name, agent in found.items()}
+    chosen = {name: sized(agent, width) for name, agent in found.items()}
     updates = {name: updater(agent, rows) for name, agent in chosen.items()}
     acts = {name: actor(agent, True) for name, agent in chosen.items()}
     for name, calls in peer(other, "family", obs=OBS, act=ACT, width=width, depth=2, rows=rows).items():
@@ -247,13 +233,8 @@ def family_cases(other: str | None, clock: Any, rows: int = 128, width: int = 64
     for name in updates:
         row: dict[str, Any] = {"agent": name}
         if (agent := chosen.get(name)) is not None:
-            # Critics of another width: the gradient in an action is no evaluation of the actor.
-            apart = replace(agent, critic=replace(agent.critic, width=width - 1))
-            state = jax.eval_shape(lambda k, agent=apart: agent.init(k, SPEC), jr.key(0))
-            program = jax.make_jaxpr(apart.update)(state, batch(jr.key(1), rows), jr.key(2)).jaxpr
-            ends = 2 * ACT if name == "sac" else ACT
-            row["actor_evaluations"] = round(products(program, width, ends) / rows, 3)
-            row["critic_evaluations"] = round(products(program, width - 1, agent.critic.head.outputs) / rows, 3)
+            state = jax.eval_shape(lambda k, agent=agent: agent.init(k, SPEC), jr.key(0))
+            program = jax.make_jaxpr(agent.update)(state, batch(jr.key(1), rows), jr.key(2)).jaxpr
             row["megaflop_per_row"] = round(products(program) / rows / 1e6, 3)
         row["ms_per_update"] = round(1e3 * median(update_times[name]), 2)
         row["us_per_action"] = round(1e6 * median(act_times[name]), 1)
@@ -264,17 +245,30 @@ def family_cases(other: str | None, clock: Any, rows: int = 128, width: int = 64
 
 CASES = {
     "update": update_cases, "act": act_cases, "loop": loop_cases, "sac": sac_cases, "ppo": ppo_cases,
-    "seeds": seeds_cases, "environments": environment_cases, "family": family_cases,
+    "environments": environment_cases, "family": family_cases,
 }  # fmt: skip
 
 
-def main(what: tuple[str, ...] = tuple(CASES), /, peer: str | None = None, clock: str = "wall") -> None:
-    """Print the tables of `what`."""
-    if unknown := set(what) - set(CASES):
-        raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+def main(
+    what: tuple[str, ...] = (*CASES, "seeds"),
+    /,
+    peer: str | None = None,
+    clock: Literal["wall", "cpu"] = "wall",
+    seeds: int = 8,
+    agent: str = "sac",
+    env: str = "jax:pendulum",
+    width: int = 32,
+) -> None:
+    """Print the tables of `what`; the last four settings are those of `seeds`."""
+    if unknown := set(what) - {*CASES, "seeds"}:
+        raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, seeds")
     print(machine())
+    ticks = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for name in what:
-        CASES[name](peer, {"wall": time.perf_counter, "cpu": time.process_time}[clock])
+        if name == "seeds":
+            seeds_cases(ticks, seeds, agent, env, width)
+        else:
+            CASES[name](peer, ticks)
 
 
 if __name__ == "__main__":

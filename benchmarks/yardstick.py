@@ -1,7 +1,7 @@
 """Bias and variance of posterior-mean estimators against exact answers, in dimensions 1 to 20.
 
-    python benchmarks/yardstick.py errors        # writes benchmarks/results/yardstick.csv and yardstick_shares.csv
-    python benchmarks/yardstick.py support       # writes benchmarks/results/yardstick_support.csv
+    python benchmarks/yardstick.py errors        # docs/data/yardstick.csv
+    python benchmarks/yardstick.py support       # docs/data/yardstick_support.csv
 
 Target: `Separable.two_modes(d)`, whose posterior mean is exact in every dimension. For x_t drawn from the true path,
 the velocity estimate (E[x1] - x_t) / (1 - t) is repeated with fresh candidates. All numbers are per dimension:
@@ -21,13 +21,13 @@ the policy given x_t, and further endpoints whatever x_t.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
-from tables import write
+from common import DATA, Row, write
 
 from contraflow.flow.path import Linear
 from contraflow.flow.posterior.base import Posterior
@@ -39,7 +39,6 @@ from contraflow.flow.posterior.proposal import Mixture, Noise, Ramp, UniformActi
 from contraflow.flow.targets import Separable
 
 TIMES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-SHARES = (0.05, 0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 BATCH = 256
 
 
@@ -49,16 +48,6 @@ class Constant:
 
     def __call__(self, key, path, log_pi, x_t, t, support=None):
         return Posterior(log_pi.moments()[0], jnp.zeros_like(x_t), jnp.ones(()))
-
-
-@dataclass(frozen=True)
-class Share:
-    """A constant share of the first component, which may be traced."""
-
-    first: float | jax.Array
-
-    def __call__(self, t):
-        return jnp.stack([jnp.asarray(self.first), 1.0 - jnp.asarray(self.first)])
 
 
 def estimators() -> dict:
@@ -101,16 +90,14 @@ class GaussianPolicy:
         return var * (mean / std**2 + a * x_t / b**2) + jnp.sqrt(var) * jr.normal(key, x_t.shape)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 7, 8))
-def measure(
-    build, argument, target, t, states: int, repeats: int, key, policy: GaussianPolicy | None = None, endpoints: int = 1
-):
-    """(bias^2, variance, median ESS) of the estimator build(argument), per dimension of the velocity.
+@partial(jax.jit, static_argnames=("estimator", "states", "repeats", "policy", "endpoints"))
+def measure(estimator, target, t, key, states: int, repeats: int, policy: GaussianPolicy | None, endpoints: int):
+    """(bias^2, variance, median ESS) of an estimator, per dimension of the velocity.
 
     Points x_t are those of the target's own path, or of `policy`'s, of which `endpoints` are the estimator's support.
     """
     k_x1, k_x0, k_repeat = jr.split(key, 3)
-    path, estimator = Linear(), build(argument)
+    path = Linear()
     x1 = target.sample(k_x1, states) if policy is None else policy.sample(k_x1, target, states)
     x_t = jax.vmap(path.perturb, (0, 0, None))(jr.normal(k_x0, x1.shape), x1, t)
 
@@ -132,107 +119,59 @@ def measure(
     return bias2.mean(), variance.mean(), jnp.median(ess)
 
 
-def error(bias2: jax.Array, variance: jax.Array) -> jax.Array:
-    return jnp.maximum(bias2, 0.0) + variance / BATCH
-
-
-def row(**entries) -> dict:
-    return {k: float(f"{float(v):.4g}") if isinstance(v, jax.Array) else v for k, v in entries.items()}
-
-
-@dataclass(frozen=True)
-class Given:
-    """A `build` for `measure` that ignores its argument."""
-
-    estimator: object
-
-    def __call__(self, argument):
-        return self.estimator
-
-
-@dataclass(frozen=True)
-class NoiseShare:
-    """A `build` for `measure` whose argument is the share of noise candidates."""
-
-    samples: int
-    control: Fixed | MinVariance
-
-    def __call__(self, share):
-        return Reverse(self.samples, Mixture((Noise(), UniformAction()), Share(share)), self.control)
-
-
-def support_table(dims: tuple[int, ...], states: int, repeats: int, temperature: float, seed: int) -> list[dict]:
-    """One row per policy, dimension, estimator and time; printed with the ratio to the best rival."""
-    mixture = Mixture((Noise(), UniformAction()), Ramp(0.1, 0.3, 0.9))
-    rivals = {name: e for name, e in estimators().items() if name.endswith(" 100") and "mixture" not in name}
-    rivals["constant"] = Constant()
-    # Name: estimator, endpoints. Of `Gibbs` one sweep within 100 calls, and the default.
-    ours = {
+def cases(d: int, policy: GaussianPolicy | None) -> dict[str, tuple[Any, int]]:
+    """(estimator, endpoints) by name: without a policy those that need no endpoints; with one the rivals at 100 calls,
+    and those that start at endpoints, of `Gibbs` one sweep within 100 calls and the default."""
+    rivals = {name: (e, 1) for name, e in estimators().items()}
+    if policy is None:
+        return rivals
+    mixture = Mixture((Noise(), UniformAction()), Ramp())
+    rivals = {name: rival for name, rival in rivals.items() if name.split()[-1] in ("100", "constant")}
+    return {name: rival for name, rival in rivals.items() if "mixture" not in name} | {
         "mixture 100": (Reverse(100, mixture, Fixed(0)), 1),
         "Markov, 1 x 4 steps, 21 calls": (Markov(), 1),
         "Markov, 8 x 2 steps, 47 calls": (Markov(16, mixture, (1.0,) * 2), 8),
         "Markov, 1 x 83 steps": (Markov(16, mixture, (1.0,) * 83), 1),
         "Markov, 8 x 8 steps, 95 calls": (Markov(16, mixture, (1.0,) * 8), 8),
         "Markov, 25 x 2 steps": (Markov(1, mixture, (1.0,) * 2), 25),
+        **{f"Gibbs, {1 + d * (n - 1)} calls": (Gibbs(n), 1) for n in (1 + 99 // d, 5)},
     }
-    rows = []
-    for policy in (GaussianPolicy("made"), GaussianPolicy("adversarial")):
-        for d in dims:
-            target = Separable.two_modes(d, temperature)
-            keys = [jr.key(seed + 1000 * d + i) for i in range(len(TIMES))]
-            best = [float("inf")] * len(TIMES)
-            sweeps = {f"Gibbs, {1 + d * (n - 1)} calls": (Gibbs(n), 1) for n in (1 + 99 // d, 5)}
-            for name, (estimator, endpoints) in ({k: (e, 1) for k, e in rivals.items()} | ours | sweeps).items():
-                for i, (t, key) in enumerate(zip(TIMES, keys, strict=True)):
-                    b, v, ess = measure(
-                        Given(estimator), 0.0, target, jnp.asarray(t), states, repeats, key, policy, endpoints
-                    )
-                    entry = row(policy=policy.name, d=d, estimator=name, endpoints=endpoints, t=t, bias2=b, variance=v)
-                    rows.append(entry | row(error=error(b, v), ess=ess))
-                    if name in rivals:
-                        best[i] = min(best[i], rows[-1]["error"])
-                cells = "  ".join(
-                    f"{r['bias2']:8.2g}/{r['variance']:<8.2g}x{r['error'] / m:<5.2g}"
-                    for r, m in zip(rows[-len(TIMES) :], best, strict=True)
-                )
-                print(f"{policy.name:11} d={d:<2} {name:30} {cells}", flush=True)
-    return rows
 
 
 def main(
     table: Literal["errors", "support"],
     /,
-    out: Path = Path(__file__).parent / "results",
+    out: Path = DATA,
     dims: tuple[int, ...] = (1, 2, 6, 20),
     states: int = 32,
     repeats: int = 256,
     temperature: float = 0.2,
     seed: int = 0,
 ) -> None:
-    """Print and write the tables. `temperature` is that of the target: Q differs by about 1 between good and bad."""
-    if table == "support":
-        write(out / "yardstick_support.csv", support_table(dims, states, repeats, temperature, seed))
-        return
-    rows, shares = [], []
-    for d in dims:
-        target = Separable.two_modes(d, temperature)
-        keys = [jr.key(seed + 1000 * d + i) for i in range(len(TIMES))]
-        for name, estimator in estimators().items():
-            for t, key in zip(TIMES, keys, strict=True):
-                b, v, ess = measure(Given(estimator), 0.0, target, jnp.asarray(t), states, repeats, key)
-                rows.append(row(d=d, estimator=name, t=t, bias2=b, variance=v, error=error(b, v), ess=ess))
-            cells = "  ".join(f"{r['bias2']:8.2g}/{r['variance']:<8.2g}({r['ess']:4.1f})" for r in rows[-len(TIMES) :])
-            print(f"d={d:<2} {name:18} {cells}", flush=True)
-        for control in (Fixed(0), MinVariance(centred=False), MinVariance()):
-            for share in SHARES:
-                for t, key in zip(TIMES, keys, strict=True):
-                    b, v, ess = measure(NoiseShare(32, control), share, target, jnp.asarray(t), states, repeats, key)
-                    entry = row(d=d, control=str(control), share=share, t=t, bias2=b, variance=v)
-                    shares.append(entry | row(error=error(b, v), ess=ess))
-                cells = "  ".join(f"{r['error']:8.2g}" for r in shares[-len(TIMES) :])
-                print(f"d={d:<2} {control!s:.60} share={share:<5} error {cells}", flush=True)
-    write(out / "yardstick.csv", rows)
-    write(out / "yardstick_shares.csv", shares)
+    """Print and write a table; of chains with the ratio to the best rival. `temperature` is that of the target: Q
+    differs by about 1 between good and bad."""
+    rows: list[Row] = []
+    for policy in (None,) if table == "errors" else (GaussianPolicy("made"), GaussianPolicy("adversarial")):
+        for d in dims:
+            target = Separable.two_modes(d, temperature)
+            best = [float("inf")] * len(TIMES)
+            for name, (estimator, endpoints) in cases(d, policy).items():
+                about: Row = {"d": d, "estimator": name}
+                if policy is not None:
+                    about = {"policy": policy.name} | about | {"endpoints": endpoints}
+                cells = ""
+                for i, t in enumerate(TIMES):
+                    key = jr.key(seed + 1000 * d + i)
+                    found = measure(estimator, target, jnp.asarray(t), key, states, repeats, policy, endpoints)
+                    b, v, ess = map(float, found)
+                    error = max(b, 0.0) + v / BATCH
+                    best[i] = min(best[i], error) if name in estimators() else best[i]
+                    numbers = {"bias2": b, "variance": v, "error": error, "ess": ess}
+                    rows.append(about | {"t": t} | {k: float(f"{x:.4g}") for k, x in numbers.items()})
+                    last = f"({ess:4.1f})" if policy is None else f"x{error / best[i]:<5.2g}"
+                    cells += f"  {b:8.2g}/{v:<8.2g}{last}"
+                print(f"{policy.name if policy else '':11} d={d:<2} {name:30} {cells}", flush=True)
+    write(out / ("yardstick.csv" if table == "errors" else "yardstick_support.csv"), rows)
 
 
 if __name__ == "__main__":
