@@ -37,7 +37,7 @@ def gym_pendulum():
 
 def set_pendulum(env, angle, speed):
     env.reset(jr.key(0))
-    env._env.envs[0].unwrapped.state = np.array([angle, speed], float)
+    env._copies[0].unwrapped.state = np.array([angle, speed], float)
 
 
 def test_pendulum_equals_gymnasium_from_any_state(gym_pendulum):

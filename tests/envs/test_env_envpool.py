@@ -256,7 +256,7 @@ def test_agrees_with_dm_control(id, shimmy_id, place, control, earns):
     pool, suite = EnvPool(id, 1), Gymnasium(f"dm_control/{shimmy_id}-v0", 1)
     _, obs = pool.reset(KEY)
     state, _ = suite.reset(KEY)
-    physics = suite._env.envs[0].unwrapped._env.physics
+    physics = suite._copies[0].unwrapped._env.physics
     start = raw(id, 1).reset()[0]  # the same start in float64
     with physics.reset_context():
         place(physics, start)

@@ -103,7 +103,7 @@ def test_what_can_be_made_passes_the_check(monkeypatch):
     for id in ("envpool:CartpoleSwingup-v1", "gym:Pendulum-v1", "Pendulum-v1", "probe:two-step", "bandit:linear/8"):
         check(id)
     check("somebodys_env:Mine", trust=True)
-    with pytest.raises(TypeError):  # building would have been noticed
+    with pytest.raises(UserError, match="failed in init"):  # building would have been noticed
         make("somebodys_env:Mine", trust=True)
 
 

@@ -280,8 +280,8 @@ def test_a_checkpoint_holds_what_a_simulator_carries(loaded, tmp_path):
     """Empty arrays, which Orbax refuses, and old-style keys among them."""
     env = make("playground:Plain", 2, 0)
     state, _ = env.reset(jr.key(4))
-    checkpoint.save(tmp_path, 0, state)
-    back = checkpoint.load(tmp_path, 0, jax.eval_shape(env.reset, jr.key(0))[0])
+    checkpoint.save(tmp_path, 0, state, {})
+    back = checkpoint.load(tmp_path, 0, jax.eval_shape(env.reset, jr.key(0))[0], {})
     assert back.sim.empty.shape == (2, 0, 3)
     np.testing.assert_array_equal(jr.key_data(back.key), jr.key_data(state.key))
     jax.tree.map(np.testing.assert_array_equal, (back.sim, back.age), (state.sim, state.age))

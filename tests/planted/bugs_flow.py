@@ -46,7 +46,7 @@ def the_end_of_a_velocity_without_the_drift_of_the_noise(patch: pytest.MonkeyPat
         return self.beta(t) * v / self.wronskian(t)
 
 
-@bug("flow/test_flow_loss.py")
+@bug("flow/test_flow_matching.py")
 def targets_have_gradients(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jax.lax, "stop_gradient", lambda x: x)
 

@@ -8,6 +8,7 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.data.replay import Buffer
+from contraflow.data.samplers import NStep
 from contraflow.nets.critic import Mean, Min, SubsetMin
 from contraflow.nets.heads import Categorical, Point, Quantile
 from contraflow.rl import advantage, critics, temperature
@@ -112,21 +113,21 @@ def entropy_as_if_actions_were_gaussian(patch: pytest.MonkeyPatch) -> None:
 @bug(REPLAY + "test_several_steps_join_rows_of_one_episode")
 def rows_are_joined_across_episodes(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Buffer, "add")
-    def add(right, self, rows, valid):
-        never = jnp.zeros_like(rows.terminated)
-        stored = right(self, rows, valid)
-        return replace(right(self, replace(rows, terminated=never, truncated=never), valid), data=stored.data)
+    def add(right, self, obs, action, step):
+        never, stored = jnp.zeros_like(step.terminated), right(self, obs, action, step)
+        joined = right(self, obs, action, replace(step, terminated=never, truncated=never))
+        return replace(joined, rows=replace(joined.rows, terminated=stored.rows.terminated))
 
 
 @bug(REPLAY + "test_several_steps_join_rows_of_one_episode")
 def joined_rewards_are_not_discounted(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Buffer, "sample")
-    def sample(right, self, key, n, steps=1, gamma=1.0):
-        return right(self, key, n, steps, 1.0)
+    @wrong(patch, NStep, "__call__")
+    def sample(right, self, rows, key, n):
+        return right(replace(self, gamma=1.0), rows, key, n)
 
 
 @bug(REPLAY + "test_invalid_rows_are_not_stored")
 def dummy_steps_are_stored(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Buffer, "add")
-    def add(right, self, rows, valid):
-        return right(self, rows, jnp.ones_like(valid))
+    def add(right, self, obs, action, step):
+        return right(self, obs, action, replace(step, valid=jnp.ones_like(step.valid)))

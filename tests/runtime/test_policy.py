@@ -151,7 +151,7 @@ def reshape(folder: Path):
         (lambda f: (f / "policy/config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "policy/config.json").write_text("{"), "damaged"),
         (lambda f: (f / "policy/config.json").write_text("[1, 2]"), "not written by contraflow"),
-        (lambda f: (f / "policy/config.json").write_text('{"schema": 1}'), "does not describe a policy"),
+        (lambda f: (f / "policy/config.json").write_text(json.dumps({"schema": SCHEMA})), "does not describe a policy"),
         (cut, "damaged"),
         (reshape, r"of shape \(3, 3, 3\), its settings need"),
         (lambda f: edit(f, schema=SCHEMA + 1), "upgrade contraflow"),

@@ -16,7 +16,6 @@ from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler
 from contraflow.flow.targets import Gaussian, eight_gaussians, forty_gaussians, two_moons
-from contraflow.nets.velocity import Velocity
 from contraflow.sampling.compare import equal_calls, floor, interval, judge
 from contraflow.sampling.fab import Fab
 from contraflow.sampling.methods import METHODS
@@ -160,10 +159,9 @@ def test_a_network_that_predicts_noise_moves_by_its_velocity(path: Path):
     x, t = jnp.array([0.3, -1.2]), jnp.array(0.4)
     mean = GAUSSIAN.posterior_mean(path, x, t)
     method = replace(METHODS["idem-ve"], path=path, width=8)
-    still = Velocity(2, 0, 8, 1, key=jr.key(0))
-    still = jax.tree.map(jnp.zeros_like, still)
-    exact = eqx.tree_at(lambda net: net.last.bias, still, path.x0_from_x1(mean, x, t))
-    np.testing.assert_allclose(field(method, exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
+    still = jax.tree.map(jnp.zeros_like, method.flow.init(jr.key(0), 2, 0))
+    exact = eqx.tree_at(lambda flow: flow.net.last.bias, still, path.x0_from_x1(mean, x, t))
+    np.testing.assert_allclose(field(exact)(x, t), path.velocity(mean, x, t), rtol=1e-4)
     if isinstance(path, VE):  # zero noise: nothing moves
         assert draw(method, still, Euler(3), jr.key(0), 4000).std() == pytest.approx(4.0, rel=0.05)
 

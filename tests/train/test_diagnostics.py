@@ -42,8 +42,14 @@ class Acting:
 
     corners: bool = False
 
+    def init(self, key, spec):
+        return None
+
     def policy(self, state):
         return Known(self.corners)
+
+    def update(self, state, batch, key):
+        return state, {}
 
 
 def test_the_distribution_of_uniform_actions():

@@ -330,7 +330,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     code, out, err = cli("resume", folder, "--trust", "--quiet")
     assert code == 0 and f"{folder} is finished: 40 steps" in out, err
     code, out, _ = cli("resume", folder, "--trust", "--quiet", "--steps", "60", "--require", "9")
-    assert code == 1 and "trained 3 seeds to step 60" in out and out.count("below the required 9") == 3
+    assert code == 1 and "trained 3 seeds to step 60" in out and out.count("below the bar of 9") == 3
 
 
 def test_what_is_shown_meanwhile(tmp_path: Path, capsys: pytest.CaptureFixture):

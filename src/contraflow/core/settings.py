@@ -72,10 +72,10 @@ def _path(value: Any, where: str) -> str:
         raise UserError(
             f"{where}: {what} cannot be written, for nobody could import it: define it at the top of a module"
         )
-    return f"{_main() if value.__module__ == '__main__' else value.__module__}:{name}"
+    return f"{main_name() if value.__module__ == '__main__' else value.__module__}:{name}"
 
 
-def _main() -> str:
+def main_name() -> str:
     """The name under which others import the module that is running."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
@@ -164,7 +164,7 @@ def import_path(path: str, trust: bool) -> Any:
     module, _, name = path.partition(":")
     try:
         # What the running script defines is not imported a second time: classes would be others than its own.
-        found = sys.modules["__main__"] if module == _main() else importlib.import_module(module)
+        found = sys.modules["__main__"] if module == main_name() else importlib.import_module(module)
         return getattr(found, name)
     except Exception as error:  # importing runs code of the user's
         raise UserError(f"cannot import {path}: {error}; is the module on PYTHONPATH?") from None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from contraflow.core.files import read_json, replacing, write_json
-from contraflow.core.settings import SCHEMA, check_schema, from_json, import_path, to_json
+from contraflow.core.settings import SCHEMA, check_schema, from_json, import_path, main_name, to_json
 from contraflow.core.types import EnvSpec, UserError
 
 ROOT = "contraflow."
@@ -126,7 +126,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _kind(cls: type) -> str:
-    return f"{cls.__module__.removeprefix(ROOT)}:{cls.__qualname__}"
+    module = main_name() if cls.__module__ == "__main__" else cls.__module__
+    return f"{module.removeprefix(ROOT)}:{cls.__qualname__}"
 
 
 def _class(kind: Any, trust: bool) -> type:
