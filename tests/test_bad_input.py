@@ -142,8 +142,8 @@ def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_pa
     )
     run = with_source(read_config(tmp_path / "run", True), env="tests.cli_helpers:pointer")
     driver.write_config(run, tmp_path / "run")
-    code, out, _ = cli("resume", tmp_path / "run", "--trust", "--quiet")
-    assert code == 0 and "trained to step 40" in out
+    code, out, err = cli("resume", tmp_path / "run", "--trust", "--quiet")
+    assert code == 0 and "trained to step 40" in out, err
 
 
 def test_a_failure_in_an_evaluation_saves_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
