@@ -6,7 +6,6 @@ not known before, and a place of their own would have to be as large as the ring
 """
 
 from dataclasses import replace
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -55,7 +54,7 @@ class Buffer(eqx.Module):
         count = jnp.sum(step.valid, dtype=jnp.int32)
         old = rows.obs, rows.action, rows.reward, rows.next_obs, rows.terminated
         new = obs, action, step.reward, step.next_obs, step.terminated
-        stored: Any = jax.tree.map(lambda d, r: d.at[place].set(r, mode="drop"), old, new)
+        stored = jax.tree.map(lambda d, r: d.at[place].set(r, mode="drop"), old, new)
         overwritten = (self.last - self.index) % capacity < count
         last = jnp.where(overwritten, -1, self.last)
         before = jnp.where(step.valid & (last >= 0), last, capacity)

@@ -199,6 +199,7 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
     """
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError(f'{path} needs pyarrow: pip install "contraflow[offline]"') from None
