@@ -112,6 +112,8 @@ def test_the_source_is_a_choice_too():
     old = PRESETS["rfm-paper"].source
     assert run.source == OfflineToOnline("a.npz", old.env, mix=None, num_envs=3, buffer_size=old.buffer_size)
     assert parsed("source:dataset", "--data", "a.npz").source == Dataset("a.npz", BASE.source.env)
+    told = parsed("--data", "a.npz", "--low", "-2", "-1", "--high", "2", "--clip", preset="bc").source
+    assert told == Dataset("a.npz", low=(-2.0, -1.0), high=(2.0,), clip=True)
     assert isinstance(parsed("source:replay").source, Replay)
 
 

@@ -21,6 +21,7 @@ from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
 from contraflow.runtime import collect as module
 from contraflow.runtime.collect import Behaviour, record
+from contraflow.runtime.variants import environment
 
 
 class Logged(gymnasium.Env):
@@ -62,7 +63,8 @@ class Ramp(eqx.Module):
 
 
 def ramp(horizon: int = 1, execute: int = 1, dim: int = 2, env: str = "logged", start: float = 0.0) -> Policy:
-    spec = EnvSpec(1, dim * horizon, 2, None, False, horizon, execute)
+    bounds = ((-2.0, 0.0), (6.0, 1.0)) if env in ("logged", "next-step") else ((), ())
+    spec = EnvSpec(1, dim * horizon, 2, None, False, horizon, execute, *bounds)
     return Policy(Ramp(horizon, dim, start), spec, env)
 
 
@@ -136,8 +138,24 @@ def test_chunks_begin_anew_with_their_episode(execute: int, wanted: list[int], l
 def test_an_environment_that_does_not_fit(logged: list[Logged]):
     with pytest.raises(UserError, match=r"logged has 1 observations and 2 actions, the policy was trained for 1 and 3"):
         record(ramp(dim=3), 1)
+    wide = ramp()
+    wide.spec = replace(wide.spec, high=(60.0, 1.0))
+    ranges = r"the policy was trained for actions in \[-2, 60\] \[0, 1\], logged takes \[-2, 6\] \[0, 1\]: choose an"
+    with pytest.raises(UserError, match=ranges):
+        record(wide, 1)
     with pytest.raises(UserError, match="no episode ended within 2 steps: give the environment a time limit"):
         record(ramp(), 2, max_steps=2)
+
+
+def test_an_evaluation_elsewhere_takes_actions_of_the_same_range():
+    policy = ramp(dim=1, env="jax:pendulum")
+    policy.spec = replace(policy.spec, obs_dim=3)
+    with environment(policy, "jax:pendulum", 1, 0) as env:
+        assert env.spec.num_envs == 1
+    policy.spec = replace(policy.spec, low=(-2.0,), high=(2.0,))
+    ranges = r"in \[-2, 2\], jax:pendulum takes \[-1, 1\]: choose an environment with"
+    with pytest.raises(UserError, match=ranges), environment(policy, "jax:pendulum", 1, 0):
+        pass
 
 
 def saved(folder: Path, env: str = "jax:pendulum") -> None:

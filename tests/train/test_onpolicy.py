@@ -136,6 +136,25 @@ def test_resume_of_imitation_is_exact(demonstrations: Path, tmp_path: Path):
     assert whole.read_bytes() == parts.read_bytes()
 
 
+def test_a_source_says_what_the_data_do_not(demonstrations: Path):
+    """Bounds of actions: those that are given, the environment's, or else the range of the data and a note."""
+
+    def opened(**more):
+        run = Run(BC(FLOW), Dataset(str(demonstrations), **more), trackers=())
+        with closing(run.source.open(run, False)) as found:
+            return found.world.spec, found.data
+
+    spec, data = opened(low=(-4.0,), high=(2.0,))
+    assert (spec.low, spec.high, data.stated) == ((-4.0,), (2.0,), True)
+    spec, data = opened(env="jax:pendulum", low=(-4.0,), high=(4.0,))
+    assert (spec.low, spec.high) == ((-1.0,), (1.0,)) and "the range of jax:pendulum is taken" in data.notes[-1]
+    spec, data = opened()
+    assert not data.stated and "the range of the data became" in data.notes[-1]
+    with pytest.raises(UserError, match=r"\(--low, --high\), or clip the actions \(--clip\)"):
+        opened(low=(-0.5,), high=(0.5,))
+    assert opened(low=(-0.5,), high=(0.5,), clip=True)[1].raw_action.max() == 0.5
+
+
 def test_imitation(imitated: Path):
     policy = contraflow.load(imitated)
     assert policy.spec.horizon == 2 and policy.spec.action_dim == 2

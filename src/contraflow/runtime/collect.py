@@ -6,6 +6,7 @@ import jax
 import jax.random as jr
 import numpy as np
 
+from contraflow.core.bounds import action_range, check_same_range
 from contraflow.core.types import UserError
 from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.envs import make
@@ -46,22 +47,20 @@ def record(
     """Whole episodes in the policy's environment or `env`, with the actions that the environment got.
 
     Each copy of the environment contributes the same number of episodes, so that short ones are not favoured. Chunks of
-    actions are recorded one by one. Raises UserError when sizes differ or no episode ends within `max_steps`.
+    actions are recorded one by one. Raises UserError when sizes or ranges differ or no episode ends within `max_steps`.
     """
     id = env or policy.env
     world = make(id, min(episodes, COPIES), seed, trust=trust)
     try:
-        _check_sizes(policy, world, id)
+        _check_fit(policy, world, id)
         columns = _roll(policy, world, episodes, behaviour, seed, max_steps)
-        ones = np.ones(columns["action"].shape[1], np.float32)
-        bounds = {"low": world.spec.low or -ones, "high": world.spec.high or ones}
+        low, high = (bound.astype(np.float32) for bound in action_range(world.spec))
     finally:
         getattr(world, "close", lambda: None)()
-    data = build(columns, name=id, env=id, low=-1.0, high=1.0)
-    return replace(data, **{key: np.asarray(bound, np.float32).ravel() for key, bound in bounds.items()})
+    return replace(build(columns, name=id, env=id, low=-1.0, high=1.0), low=low, high=high)
 
 
-def _check_sizes(policy: Policy, world: Env, id: str) -> None:
+def _check_fit(policy: Policy, world: Env, id: str) -> None:
     spec, own = world.spec, policy.spec
     have, want = (spec.obs_dim, spec.action_dim), (own.obs_dim, own.action_dim // own.horizon)
     if have != want:
@@ -69,6 +68,7 @@ def _check_sizes(policy: Policy, world: Env, id: str) -> None:
             f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
             f"{want[1]}: choose an environment like {policy.env}"
         )
+    check_same_range(own, spec, "the policy", id)
 
 
 def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from contraflow.core.bounds import check_same_range
 from contraflow.core.types import UserError
 from contraflow.envs import make
 from contraflow.envs.base import Env
@@ -22,7 +23,8 @@ def variants(policy: Policy) -> dict[str, base.Policy]:
 def environment(
     policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
 ) -> Iterator[Env]:
-    """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes differ."""
+    """The environment `id` for the policy, closed afterwards. Raises UserError when their sizes or ranges of
+    actions differ."""
     env = chunked(make(id, num_envs, seed, trust=trust, render=render), policy.spec.horizon, policy.spec.execute)
     try:
         have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
@@ -31,6 +33,7 @@ def environment(
                 f"{id} has {have[0]} observations and {have[1] // policy.spec.horizon} actions, the policy was trained "
                 f"for {want[0]} and {want[1] // policy.spec.horizon}: choose an environment like {policy.env}"
             )
+        check_same_range(policy.spec, env.spec, "the policy", id)
         yield env
     finally:
         getattr(env, "close", lambda: None)()

@@ -23,7 +23,6 @@ from contraflow.core import settings
 from contraflow.core.files import full_disk_named, locked, make_folder, read_json, write_json
 from contraflow.core.interrupt import noted
 from contraflow.core.types import PRNGKey, UserError
-from contraflow.data.datasets.readers import load as load_data
 from contraflow.training import checkpoint, pretrained
 from contraflow.training.console import Progress
 from contraflow.training.evaluate import evaluate_seeds
@@ -32,6 +31,7 @@ from contraflow.training.loop import Carry, epoch, next_due, of_seed, reset, sta
 from contraflow.training.run_writer import RunWriter, check_finite
 from contraflow.training.sources import Replay, Rollouts, Source
 from contraflow.training.sources.base import Opened, check_counts
+from contraflow.training.sources.dataset import recorded
 
 INDEX = "seeds.json"
 
@@ -83,8 +83,8 @@ class Run:
         for what depends on the budget."""
         run = pretrained.settle(self, trust)
         source = run.source
-        if not source.env and (data := getattr(source, "data", "")):
-            source = replace(source, env=load_data(data, clip=source.clip).env or "")
+        if not source.env and getattr(source, "data", ""):
+            source = replace(source, env=recorded(source).env or "")
         return replace(run, source=source.resolved(run.steps))
 
 

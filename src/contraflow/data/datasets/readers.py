@@ -49,10 +49,9 @@ def load(
 
     Raises UserError for a source that is not there, not known, incomplete, or does not make a dataset.
     """
-    path, given = Path(source), {"low": low, "high": high}
-    bounds: dict[str, Any] = {key: bound for key, bound in given.items() if bound is not None and np.size(bound)} | {
-        "clip": clip
-    }
+    path = Path(source)
+    bounds: dict[str, Any] = {"low": low, "high": high, "clip": clip}
+    bounds = {key: value for key, value in bounds.items() if value is not None and np.size(value)}
     npz = path.suffix == ".npz"
     if (success != "pre" or task) and not npz:
         raise UserError(f"{source} is no OGBench file: success timing and task are for .npz files of OGBench")

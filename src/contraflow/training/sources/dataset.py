@@ -70,6 +70,12 @@ class Dataset:
     """Actions per chunk."""
     execute: int = 1
     """How many of them are carried out before the next decision."""
+    task: str | None = None
+    """For a file of OGBench: the single-task id that rewards it."""
+    low: tuple[float, ...] = ()
+    """Lower bounds of the recorded actions, one for all or one for each, in place of those that the data state."""
+    high: tuple[float, ...] = ()
+    """Upper bounds of the recorded actions."""
     clip: bool = False
     """Clip actions that lie outside their range, in place of refusing them."""
 
@@ -116,9 +122,14 @@ def sampler(source: Any, agent: Any) -> Chunk:
 def read(source: Any) -> datasets.Dataset:
     """The dataset of a source. Raises UserError if there is none, or no trajectory of it has `horizon` steps."""
     need(source.data, "--data (`contraflow record` writes one)", "a dataset")
-    data = load(source.data, clip=source.clip)
+    data = recorded(source)
     data.spec(source.horizon)
     return data
+
+
+def recorded(source: Any) -> datasets.Dataset:
+    """The dataset with what the source says of it."""
+    return load(source.data, task=source.task, low=source.low, high=source.high, clip=source.clip)
 
 
 def rows_of(data: datasets.Dataset, agent: Any) -> Rows:

@@ -43,6 +43,12 @@ class OfflineToOnline:
     """Decisions kept."""
     horizon: int = 1
     """Actions per decision; those of the pretrained policy where one is given."""
+    task: str | None = None
+    """For a file of OGBench: the single-task id that rewards it."""
+    low: tuple[float, ...] = ()
+    """Lower bounds of the recorded actions, one for all or one for each, in place of those that the data state."""
+    high: tuple[float, ...] = ()
+    """Upper bounds of the recorded actions."""
     clip: bool = False
     """Clip actions of the data that lie outside their range, in place of refusing them."""
 
@@ -53,7 +59,8 @@ class OfflineToOnline:
     @property
     def offline(self) -> Dataset:
         """The first part."""
-        return Dataset(self.data, self.env, self.batch_size, self.horizon, self.horizon, self.clip)
+        sizes, reading = (self.batch_size, self.horizon, self.horizon), (self.task, self.low, self.high, self.clip)
+        return Dataset(self.data, self.env, *sizes, *reading)
 
     @property
     def online(self) -> Replay:
