@@ -84,13 +84,13 @@ def tuned(study: Study, target: Target, trainer: Trainer) -> tuple[Trainer, bool
         tried = projected(trainer, bounded)
         state = train(tried, target.log_density, k_train, jnp.asarray([rate for rate, _ in lanes]), target.dim)
 
-        def score(net, key, steps, tried=tried):
+        def score(flow, key, steps, tried=tried):
             k_flow, k_exact, k_slices = jr.split(key, 3)
-            x = draw(tried, net, Euler(steps), k_flow, study.points // 2)
+            x = draw(tried, flow, Euler(steps), k_flow, study.points // 2)
             return sliced_wasserstein(k_slices, x, target.sample(k_exact, study.points // 2), 64)
 
         each = [
-            jax.vmap(lambda net, k, n=n: score(net, k, n))(state.net, jr.clone(k_judge)) for n in study.solver_steps
+            jax.vmap(lambda flow, k, n=n: score(flow, k, n))(state.flow, jr.clone(k_judge)) for n in study.solver_steps
         ]
         by_rate = np.mean(each, 0).reshape(len(RATES), -1).mean(1)
         scores = [(float(s), rate, bounded) for s, rate in zip(by_rate, RATES, strict=True) if np.isfinite(s)]

@@ -125,12 +125,13 @@ def loop_cases(other: str | None, clock: Any) -> None:
             start = clock()
             carry, _, _ = epoch(stage, agent, world, carry, keys, n)
             loop, learner, obs = clock() - start, carry.learner, carry.obs
-            policy, start = agent.policy(learner.agent), clock()
+            policy, start, action = agent.policy(learner.agent), clock(), np.zeros(0)
             for _ in range(n):
                 action = np.asarray(replay.decide(policy, env.spec, obs, learner.iteration, keys[0]))
             act, start = clock() - start, clock()
-            for _ in range(n):
-                env_state, step = env.step(carry.env, action)
+            for _ in range(n - 1):
+                env.step(carry.env, action)
+            env_state, step = env.step(carry.env, action)
             physics, start = clock() - start, clock()
             for _ in range(n):
                 learner, _ = replay.learn(stage, agent, learner, None, obs, action, step, keys[0])

@@ -23,6 +23,8 @@ import numpy as np
 import tyro
 from common import DATA, Row, read, write
 
+from contraflow.agents.online.sac import SAC
+from contraflow.agents.online.sir import SIR
 from contraflow.experiments.compare.matrix import Matrix, Settings
 from contraflow.experiments.compare.runner import Local, run_cells
 from contraflow.experiments.report.scores import is_dmc
@@ -43,6 +45,7 @@ Returns = dict[str, dict[str, dict[int, float]]]  # agent -> environment -> seed
 def agents() -> dict[str, Any]:
     """Runs by name: the default, the paper's agent, no actor (32 actions of two laws), and SAC with a faster actor."""
     sac, sir = PRESETS["sac"], PRESETS["sir"]
+    assert isinstance(sac.agent, SAC) and isinstance(sir.agent, SIR)
     fast = replace(sac.agent, optim=replace(sac.agent.optim, lr=1e-3))
     return {
         "rfm-paper": PRESETS["rfm-paper"],

@@ -14,13 +14,13 @@ from contraflow.cli.flags import Switch, read_flags
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
-from contraflow.policy.uniform import uniform_policy
+from contraflow.policy.uniform import still_policy, uniform_policy
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import evaluate
 
 EPISODES = 10
-RANDOM = "random actions"
+RANDOM, STILL = "random actions", "no action (zeros)"
 PATIENCE = 5.0  # seconds without a word while filming
 
 
@@ -66,13 +66,14 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
 
     On episodes that training did not see, the same for all. The policy of the best evaluation comes first; then, with
     its networks, one particle instead of the best of many, and uniform actions ranked by the critic in place of the
-    actor's; last the policy at the end of training.
+    actor's; then the policy at the end of training, and two references: uniform actions, and none at all.
     """
     policy = load(folder / "best", trust=trust)
     names = {OWN: f"best policy, greedy, {episodes} episodes"}
     candidates = {names.get(rule, f"the same, {rule}"): part for rule, part in variants(policy).items()}
     candidates["last policy, greedy"] = load(folder, trust=trust).network
     candidates[RANDOM] = uniform_policy(policy.spec.action_dim)
+    candidates[STILL] = still_policy(policy.spec.action_dim)
     with environment(policy, policy.env, episodes, seed, trust) as env:
         return {name: evaluate(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 

@@ -1,4 +1,4 @@
-"""Actions of a fixed distribution, the actor of agents without one."""
+"""Actions that no observation changes: of a fixed distribution, the actor of agents without one, and zero."""
 
 from typing import Any
 
@@ -47,3 +47,17 @@ def symmetric_beta(key: PRNGKey, kappa: float, shape: tuple[int, ...]) -> Float[
 def uniform_policy(action_dim: int) -> BetaActions:
     """Uniformly random actions."""
     return BetaActions(jax.device_put(jnp.zeros(action_dim)))
+
+
+class NoAction(eqx.Module):
+    """a = 0: what an environment pays to a policy that does nothing."""
+
+    like: Float[Array, " a"]
+
+    def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        return self.like
+
+
+def still_policy(action_dim: int) -> NoAction:
+    """Zero actions."""
+    return NoAction(jax.device_put(jnp.zeros(action_dim)))

@@ -311,11 +311,12 @@ CARTPOLE = RFM(
     critic=Critics(tau=0.02, optim=Optim(1e-3, decay_steps=58_000, max_grad_norm=10.0)),
     optim=Optim(3e-4, decay_steps=58_000, max_grad_norm=10.0),
 )
-PUSHER = RFM(
+CHEETAH = RFM(
     flow=replace(SMALL, network=ResidualMLP(64, 2, 32)),
     target=PosteriorTarget(Gibbs(3)),
     choose=Choice(explore=First()),
-    critic=Critics(tau=0.01),
+    temperature=Tuned(0.0),
+    critic=Critics(tau=0.03),
 )
 TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
 PRESETS = (
@@ -336,10 +337,10 @@ PRESETS = (
         "with residual, categorical critics and normalised observations", run={"updates": 2},
     ),
     Preset(
-        "rfm-pusher", PUSHER, TITLE, PAPER, "the main job of `make train`: an arm of seven joints",
+        "rfm-cheetah", CHEETAH, TITLE, PAPER, "the main job of `make train`: a cheetah learns to run",
         run={
-            "env": "envpool:Pusher-v5", "steps": 80_000, "collect": 8_000, "num_envs": 16, "updates": 4,
-            "batch_size": 64, "n_step": 3, "buffer_size": 80_000, "eval_every": 20_000, "log_every": 4_000,
+            "env": "envpool:HalfCheetah-v5", "steps": 100_000, "collect": 8_000, "num_envs": 16, "updates": 4,
+            "batch_size": 64, "n_step": 5, "buffer_size": 120_000, "eval_every": 20_000, "log_every": 4_000,
         },
     ),
     Preset(
