@@ -45,6 +45,13 @@ settings.register_profile("contraflow", deadline=None, derandomize=True, max_exa
 settings.load_profile("contraflow")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """A worker that kept the compiled programs of every file would grow to 6 GB."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def allow_rank_promotion():
     """For code that calls libraries which broadcast ranks; also as @pytest.mark.usefixtures("allow_rank_promotion")."""

@@ -102,7 +102,8 @@ def test_require(tmp_path: Path):
     start = ["train", "tests.cli_helpers:Guess", *flags]
     assert cli(*start, "--require", "1", "--out", tmp_path / "a")[0] == 0
     code, out, err = cli(*start, "--require", "1.5", "--out", tmp_path / "b")
-    assert code == 1 and "1.0 is below the bar of 1.5" in out.splitlines()[-2] and err == ""
+    said = "1.0 is below the bar of 1.5; random actions score 1.0, no action 1.0"
+    assert code == 1 and out.splitlines()[-2] == said and err == ""
 
 
 def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -120,14 +121,14 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(command, "evaluate", evaluated)
     table = command.final_returns(tmp_path, False)
-    assert len(table) == 5 and next(iter(table)) == "best policy, greedy, 10 episodes"
-    assert list(table)[-2:] == ["last policy, greedy", "random actions"] and all(
-        r.shape == (10,) for r in table.values()
-    )
+    assert len(table) == 6 and next(iter(table)) == "best policy, greedy, 10 episodes"
+    assert list(table)[-3:] == ["last policy, greedy", "random actions", "no action (zeros)"]
+    assert all(r.shape == (10,) for r in table.values())
     assert len({(str(key), n) for _, key, n in seen}) == 1, "the same episodes for all"
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(policy)]) for policy, *_ in seen]
-    assert leaves[0].shape == leaves[-2].shape and not np.array_equal(leaves[0], leaves[-2])
-    assert leaves[-3].size < leaves[0].size, "no actor is left"
+    assert leaves[0].shape == leaves[-3].shape and not np.array_equal(leaves[0], leaves[-3])
+    assert leaves[-4].size < leaves[0].size, "no actor is left"
+    assert not leaves[-1].any() and leaves[-1].shape == (env.spec.action_dim,), "no action"
 
 
 @pytest.mark.slow

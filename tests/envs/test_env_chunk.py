@@ -146,6 +146,8 @@ def test_a_film_shows_every_step_of_a_chunk(tmp_path, monkeypatch, horizon: int,
     frames = [float(frame[..., :3].mean()) for frame in imageio.mimread(tmp_path / "film.gif")]
     np.testing.assert_allclose(frames, [10, 50, 90], atol=4)  # a palette of 256 colours
     assert decisions == list(range(-(-3 // execute)))
+    evaluate.film(policy, "count", 0, tmp_path / "short.gif", 20, 2)
+    assert len(imageio.mimread(tmp_path / "short.gif")) == 2
 
 
 def test_simulators_hold_copies():

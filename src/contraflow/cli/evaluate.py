@@ -38,12 +38,14 @@ class Eval:
     """Also film one episode; the ending says how (.mp4, .gif)."""
     fps: int = 50
     """Frames per second of the video; one frame per environment step."""
+    frames: int | None = None
+    """Stop filming after so many; the whole episode unless given."""
     trust: Annotated[bool, Switch] = False
     """Import code named `module:Class` in the policy's config.json."""
 
     def __post_init__(self):
-        if self.episodes < 1 or self.seed < 0 or self.fps < 1:
-            raise ValueError("episodes and fps must be at least 1, and seed not negative")
+        if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:
+            raise ValueError("episodes, fps and frames must be at least 1, and seed not negative")
 
 
 def eval_command(args: list[str]) -> int:
@@ -52,7 +54,7 @@ def eval_command(args: list[str]) -> int:
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
     if options.video:
-        film(policy, id, options.seed, options.video, options.fps)
+        film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
         returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
@@ -78,8 +80,9 @@ def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int
         return {name: evaluate(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 
 
-def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
-    """Write one episode of the policy, one frame per step of the environment, within a chunk of actions too.
+def film(policy: Policy, id: str, seed: int, path: Path, fps: int, most: int | None = None) -> None:
+    """Write one episode of the policy, one frame per step of the environment, within a chunk of actions too; the first
+    `most` of them.
 
     Raises UserError without the packages that it takes.
     """
@@ -104,7 +107,7 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int) -> None:
                         writer.append_data(world.frame())  # pyright: ignore[reportAttributeAccessIssue]
                         state, step = world.step(state, action)
                         obs, frames = step.obs, frames + 1
-                        if bool((step.terminated | step.truncated)[0]):
+                        if bool((step.terminated | step.truncated)[0]) or frames == most:
                             return
                         if time.monotonic() > said + PATIENCE:
                             print(f"{frames} frames ...", flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from contraflow.agents import presets
-from contraflow.cli.evaluate import RANDOM, final_returns
+from contraflow.cli.evaluate import RANDOM, STILL, final_returns
 from contraflow.cli.flags import Switch, read_flags
 from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
@@ -144,9 +144,11 @@ def _report(folder: Path, require: float | None, trust: bool) -> int:
     print(f"next         contraflow eval {shlex.quote(str(folder))} --video policy.mp4")
     if require is None:
         return 0
-    mean, random = (float(returns.mean()) for returns in (next(iter(table.values())), table[RANDOM]))
+    rows = next(iter(table.values())), table[RANDOM], table[STILL]
+    mean, random, still = (float(returns.mean()) for returns in rows)
     reached = mean >= require
-    print(f"{mean:.1f} is {'above' if reached else 'below'} the bar of {require:g}; random actions have {random:.1f}")
+    side = "above" if reached else "below"
+    print(f"{mean:.1f} is {side} the bar of {require:g}; random actions score {random:.1f}, no action {still:.1f}")
     if not reached:
         print("it learned less than it should have: another --seed or more --steps may do better")
     return 0 if reached else 1

@@ -339,8 +339,8 @@ PRESETS = (
     Preset(
         "rfm-cheetah", CHEETAH, TITLE, PAPER, "the main job of `make train`: a cheetah learns to run",
         run={
-            "env": "envpool:HalfCheetah-v5", "steps": 100_000, "collect": 8_000, "num_envs": 16, "updates": 4,
-            "batch_size": 64, "n_step": 5, "buffer_size": 120_000, "eval_every": 20_000, "log_every": 4_000,
+            "env": "envpool:HalfCheetah-v5", "steps": 150_000, "collect": 8_000, "num_envs": 16, "updates": 4,
+            "batch_size": 64, "n_step": 5, "buffer_size": 150_000, "eval_every": 30_000, "log_every": 5_000,
         },
     ),
     Preset(
