@@ -5,7 +5,7 @@ fields are settings. So a policy is read without the agent that trained it.
 """
 
 import importlib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,14 @@ def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
         return jnp.asarray(arrays.pop(name))
     cls = _class(data.get("kind"), trust)
     known = {field.name: field for field in fields(cls)}
-    if different := sorted(set(known) ^ (set(data) - {"kind"})):
+    optional = {name for name, field in known.items() if field.default is not MISSING}  # may be younger than the file
+    if different := sorted((set(data) - {"kind"} - set(known)) | (set(known) - set(data) - optional)):
         raise _Unfit(f"describes {cls.__name__} with other fields than this version has ({different[0]})")
     built = object.__new__(cls)  # __init__ would draw fresh weights
     for name, field in known.items():
-        if field.metadata.get("static"):
+        if name not in data:
+            part = field.default
+        elif field.metadata.get("static"):
             part = from_json(data[name]["settings"], _hints(cls)[name], trust, name)
         else:
             part = _build(data[name], arrays, trust)

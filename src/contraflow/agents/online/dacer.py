@@ -62,7 +62,7 @@ class DACER:
     def init(self, key: PRNGKey, spec: EnvSpec) -> DACERState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
-        actor = self.flow.init(k_actor, spec.action_dim, spec.obs_dim, spec.horizon)
+        actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return DACERState(
             actor, critic, target, self.scale.first(), self.optim.init(actor), critic_opt,
