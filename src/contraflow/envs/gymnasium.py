@@ -74,7 +74,7 @@ class Gymnasium:
         return self._spec
 
     @base.reports
-    def reset(self, key: PRNGKey) -> tuple[np.ndarray, np.ndarray]:
+    def reset(self, key: PRNGKey) -> tuple[np.ndarray, Any]:
         """Start N episodes that depend on the adapter's seed and `key` only; returns (state [N], obs [N, o])."""
         return np.zeros(self._spec.num_envs, bool), self._start(base.derive_seed(self._seed, key))
 
@@ -91,7 +91,7 @@ class Gymnasium:
             state, step = self._step_vector(state, scaled)
         return state, base.checked(self.name, self._spec, step)
 
-    def _start(self, seed: int) -> np.ndarray:
+    def _start(self, seed: int) -> Any:
         if self._copies:
             raw = [copy.reset(seed=seed + i)[0] for i, copy in enumerate(self._copies)]
             obs = jax.tree.map(lambda *x: np.array(x), *map(self._row, raw))

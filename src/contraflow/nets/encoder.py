@@ -77,7 +77,7 @@ class Convolutions(eqx.Module):
     def __call__(self, image: Shaped[Array, "H W C"]) -> Vector:
         x = image / 255.0 if self.part.dtype == "uint8" else image
         for layer, stride in zip(self.layers, self.pixels.strides, strict=True):
-            x = jax.nn.relu(patches(x, self.pixels.kernel, stride) @ layer.weight + layer.bias)
+            x = jax.nn.relu(patches(x, self.pixels.kernel, stride) @ layer.weight + layer.bias[None, None])
         return jnp.tanh(layer_norm(self.last(x.reshape(-1))))
 
 

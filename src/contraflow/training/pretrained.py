@@ -49,6 +49,7 @@ def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
     if have != want:
         raise UserError(
             f"{run.pretrained} takes {shown(have[0])} observations and gives {have[1] // spec.horizon} actions, "
-            f"{where} has {shown(want[0])} and {want[1] // spec.horizon}: choose the environment that it was trained for"
+            f"{where} has {shown(want[0])} and {want[1] // spec.horizon}: choose the environment that it was trained "
+            "for"
         )
     check_same_range(other, spec, run.pretrained, where)
