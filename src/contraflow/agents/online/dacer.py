@@ -101,7 +101,7 @@ class DACER:
             return gaussian_entropy(jax.vmap(lambda k: explored(obs, k))(jr.split(key, self.draws)))
 
         few = min(n, 16)
-        entropy = jax.vmap(entropy_at)(batch.obs[:few], jr.split(k_entropy, few)).mean()
+        entropy = jax.vmap(entropy_at)(jax.tree.map(lambda x: x[:few], batch.obs), jr.split(k_entropy, few)).mean()
         scale = self.scale.following(state.scale, state.step + 1, entropy)
         metrics |= {
             "actor_loss": loss,
