@@ -205,7 +205,8 @@ def _check_shape(name: str, part: str, x: Any, want: tuple[int, ...]) -> None:
 
 
 def _check_finite(name: str, part: str, x: Any) -> None:
-    if not all(np.isfinite(leaf).all() for leaf in (x.values() if isinstance(x, dict) else (x,))):
+    finite = all(map(np.all, map(np.isfinite, x.values()))) if isinstance(x, dict) else np.isfinite(x).all()
+    if not finite:
         raise UserError(f"environment {name} returned a non-finite {part}; fix the environment or its reward")
 
 
