@@ -30,6 +30,7 @@ from contraflow.envs.chunk import Chunked
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.nets.encoder import Pixels
 from contraflow.nets.mlp import MLPSpec
+from contraflow.policy import base
 from contraflow.policy.uniform import uniform_policy
 from contraflow.rl.critics import Critics
 from contraflow.runtime.collect import record
@@ -103,15 +104,31 @@ def test_a_policy_takes_one_or_many_and_names_what_does_not_fit():
     first = sac_policy()(jax.tree.map(lambda x: x[0], obs))
     assert many.shape == (3, 1) and first.shape == (1,)
     np.testing.assert_allclose(first, many[0], atol=1e-6)
+    listed = {"image": obs["image"][0], "state": obs["state"][0].tolist()}
+    np.testing.assert_allclose(sac_policy()(listed), first, atol=1e-6)
     assert "image [16, 16, 1] uint8 + state [2] float32" in repr(sac_policy())
     for bad, words in (
         ({"image": obs["image"]}, "parts image where image, state are needed"),
         (obs["state"], "no parts"),
         (obs | {"state": obs["state"][:, :1]}, r"state of shape \(3, 1\)"),
         (obs | {"image": obs["image"] / 255.0}, "float32 where .* uint8"),
+        (obs | {"image": {"left": obs["image"]}}, "object where .* uint8"),
+        ({}, "image, state are needed"),
     ):
         with pytest.raises(UserError, match=f"^this policy takes image .*{words}"):
             sac_policy()(bad)
+
+
+def test_a_cloned_flow_brings_its_encoder():
+    """The agent that starts from it acts as it does."""
+    bc, spec = with_pixels(TABLE["bc"]), Spot(1).spec
+    cloned = bc.policy(bc.init(jr.key(1), spec))
+    for name in ("reinflow", "dacer"):
+        agent = with_pixels(TABLE[name]).starting_from(cloned)
+        flow = agent.policy(agent.adopt(agent.init(jr.key(2), spec), cloned))
+        found = jax.tree.leaves(base.inner(flow, "flow").encoder)
+        for one, other in zip(found, jax.tree.leaves(cloned.flow.encoder), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_data_with_images_are_written_and_read(recorded, tmp_path):

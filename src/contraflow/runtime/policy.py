@@ -8,7 +8,7 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.core.flatten import ordered_leaves
-from contraflow.core.observation import misfit, rows, shown
+from contraflow.core.observation import misfit, shown
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy import base
 from contraflow.policy.artifact import load_policy, policy_folder
@@ -42,12 +42,10 @@ class Policy:
             if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
                 raise UserError(f"this policy takes observations of size {self.spec.obs_dim}, got shape {obs.shape}")
             return obs.ndim == 2, obs if obs.ndim == 2 else obs[None]
-        # Bytes stay bytes: an image in [0, 1] where bytes are meant, or the reverse, is refused.
-        obs = jax.tree.map(
-            lambda x: np.asarray(x) if np.asarray(x).dtype == np.uint8 else np.asarray(x, np.float32), obs
-        )
-        many = ordered_leaves(obs)[0].ndim > len(parts[0].shape)
-        if problem := misfit(parts, obs, *([rows(obs)] if many else [])):
+        obs = {key: _array(x) for key, x in obs.items()} if isinstance(obs, dict) else _array(obs)
+        first = next(iter(ordered_leaves(obs)), np.zeros(()))
+        many = first.ndim > len(parts[0].shape)
+        if problem := misfit(parts, obs, *first.shape[: int(many)]):
             raise UserError(f"this policy takes {shown(parts)}, the observation {problem}")
         return many, obs if many else jax.tree.map(lambda x: x[None], obs)
 
@@ -69,6 +67,12 @@ class Policy:
             return action
         low, high = (np.asarray(bound, action.dtype) for bound in (spec.low, spec.high))
         return np.clip((low + high) / 2 + action * ((high - low) / 2), low, high)
+
+
+def _array(x: Any) -> np.ndarray:
+    """Floats as float32. Bytes stay bytes: an image in [0, 1] where they are meant, or the reverse, is refused."""
+    array = np.asarray(x)
+    return array.astype(np.float32) if array.dtype.kind in "biuf" and array.dtype != np.uint8 else array
 
 
 def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
