@@ -95,7 +95,9 @@ class Gymnasium:
     def _start(self, seed: int) -> Any:
         if self._copies:
             raw = [copy.reset(seed=seed + i)[0] for i, copy in enumerate(self._copies)]
-            obs = jax.tree.map(lambda *x: np.array(x), *map(self._row, raw))
+            rows = [self._row(one) for one in raw]
+            parts = self._spec.obs_parts
+            obs = jax.tree.map(lambda *x: np.stack(x), *rows) if parts else np.array(rows, np.float32)
         else:
             raw = self._vector.reset(seed=seed)[0]
             obs = base.arranged(raw, self._spec.num_envs, self._spec.obs_parts)

@@ -5,7 +5,7 @@ fields are settings. So a policy is read without the agent that trained it.
 """
 
 import importlib
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from contraflow.core.settings import SCHEMA, check_schema, from_json, import_pat
 from contraflow.core.types import EnvSpec, UserError
 
 ROOT = "contraflow."
+ADDED = {"encoder"}  # fields that files of older releases lack: they have their default
 
 
 def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
@@ -107,8 +108,7 @@ def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
         return jnp.asarray(arrays.pop(name))
     cls = _class(data.get("kind"), trust)
     known = {field.name: field for field in fields(cls)}
-    optional = {name for name, field in known.items() if field.default is not MISSING}  # may be younger than the file
-    if different := sorted((set(data) - {"kind"} - set(known)) | (set(known) - set(data) - optional)):
+    if different := sorted((set(known) ^ (set(data) - {"kind"})) - (ADDED - set(data))):
         raise _Unfit(f"describes {cls.__name__} with other fields than this version has ({different[0]})")
     built = object.__new__(cls)  # __init__ would draw fresh weights
     for name, field in known.items():
