@@ -314,12 +314,11 @@ CARTPOLE = RFM(
     critic=Critics(tau=0.02, optim=Optim(1e-3, decay_steps=58_000, max_grad_norm=10.0)),
     optim=Optim(3e-4, decay_steps=58_000, max_grad_norm=10.0),
 )
-CHEETAH = RFM(
+WALKER = RFM(
     flow=replace(SMALL, network=ResidualMLP(64, 2, 32)),
     target=PosteriorTarget(Gibbs(3)),
     choose=Choice(explore=First()),
-    temperature=Tuned(0.0),
-    critic=Critics(tau=0.03),
+    critic=Critics(tau=0.02),
 )
 TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
 PRESETS = (
@@ -340,10 +339,10 @@ PRESETS = (
         "with residual, categorical critics and normalised observations", run={"updates": 2},
     ),
     Preset(
-        "rfm-cheetah", CHEETAH, TITLE, PAPER, "the main job of `make train`: a cheetah learns to run",
+        "rfm-walker", WALKER, TITLE, PAPER, "the main job of `make train`: a walker learns to walk",
         run={
-            "env": "envpool:HalfCheetah-v5", "steps": 150_000, "collect": 8_000, "num_envs": 16, "updates": 4,
-            "batch_size": 64, "n_step": 5, "buffer_size": 150_000, "eval_every": 30_000, "log_every": 5_000,
+            "env": "envpool:WalkerWalk-v1", "steps": 60_000, "collect": 4_000, "num_envs": 8, "updates": 4,
+            "batch_size": 128, "n_step": 3, "buffer_size": 60_000, "eval_every": 15_000, "log_every": 2_000,
         },
     ),
     Preset(
