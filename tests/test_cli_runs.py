@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, out, err = cli(*SMALL, "--out", folder)
     assert code == 0 and err == "", err
     assert re.search(r"trained to step 40 in \d+ min \d+ s", out)
-    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std", out)
+    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std.* mean \+- \d+\.\d \(95 %\) +min", out)
     step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
     best = f"best policy  {folder / 'best'}, from step {int(step)}"
     assert f"{best}\nlast policy  {folder / 'policy'}\ncurve        {folder / 'curve.png'}\n" in out
