@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from contraflow.agents.online.rfm import RFM as RFM
     from contraflow.agents.online.sac import SAC as SAC
     from contraflow.agents.online.sir import SIR as SIR
+    from contraflow.core.observation import Part as Part
     from contraflow.core.types import Batch as Batch
     from contraflow.core.types import EnvSpec as EnvSpec
     from contraflow.core.types import Step as Step
     from contraflow.core.types import UserError as UserError
+    from contraflow.nets.encoder import Pixels as Pixels
     from contraflow.rl.critics import Critics as Critics
     from contraflow.runtime.policy import Policy as Policy
     from contraflow.runtime.policy import load as load
@@ -34,6 +36,8 @@ _PLACES = {
     "SIR": "agents.online.sir",
     "Critics": "rl.critics",
     "EnvSpec": "core.types",
+    "Part": "core.observation",
+    "Pixels": "nets.encoder",
     "Policy": "runtime.policy",
     "Result": "training.run",
     "Run": "training.run",

@@ -5,7 +5,7 @@ stored: randomness is an argument.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -89,4 +89,4 @@ def takes_temperature(policy: Policy) -> bool:
 def adopted(spec: FlowSpec, policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
     """Copies of flow and normalisation of a pretrained policy, the flow with the settings `spec`."""
     flow, stats = flow_of(policy, agent)
-    return jax.tree.map(jnp.copy, (Flow(flow.net, spec), stats))
+    return jax.tree.map(jnp.copy, (replace(flow, spec=spec), stats))

@@ -12,10 +12,13 @@ import jax
 from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
 from contraflow.core.errors import UserError
+from contraflow.core.observation import Observation, Part
 
 Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
 PRNGKeys = Key[Array, " S"]  # one for each of S seeds
+Obs = PyTree[Shaped[Array, "..."]]
+"""One observation, or what an encoder made of it: a vector [o], an image [H, W, C] or a dict of both."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,10 +65,10 @@ class Rollout(eqx.Module):
     as in `Step`.
     """
 
-    obs: Float[Array, "T N o"]
+    obs: PyTree[Shaped[Array, "T N ..."]]
     extras: Any  # every leaf [T, N, ...]
     reward: Float[Array, "T N"]
-    next_obs: Float[Array, "T N o"]
+    next_obs: PyTree[Shaped[Array, "T N ..."]]
     terminated: Bool[Array, "T N"]
     truncated: Bool[Array, "T N"]
     valid: Bool[Array, "T N"]
@@ -79,6 +82,10 @@ class EnvSpec:
     which the first `execute` are carried out (`contraflow.envs.chunk`). `low` and `high` are the range of one action of
     the environment proper, onto which [-1, 1] is mapped; () where it is [-1, 1] itself. `obs_keys` names the parts of a
     dict or tuple observation in the order in which they follow each other; () where it is one array.
+
+    An observation is a vector of `obs_dim` numbers. Where it is more, an image or a flat dict of images and vectors,
+    `obs_parts` says so part by part, kept in the order of `core/flatten.py`, and `obs_dim` counts the numbers of all.
+    Raises ValueError for another count, and for parts of one name.
     """
 
     obs_dim: int
@@ -91,6 +98,20 @@ class EnvSpec:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     obs_keys: tuple[str, ...] = ()
+    obs_parts: tuple[Part, ...] = ()
+
+    def __post_init__(self):
+        names, size = [part.name for part in self.obs_parts], sum(part.size for part in self.obs_parts)
+        if len(set(names)) < len(names) or ("" in names and len(names) > 1):
+            raise ValueError(f"parts of an observation need different names, got {names}")
+        if names and size != self.obs_dim:
+            raise ValueError(f"the parts of an observation have {size} numbers, obs_dim says {self.obs_dim}")
+        object.__setattr__(self, "obs_parts", tuple(sorted(self.obs_parts, key=lambda part: part.name)))
+
+    @property
+    def observation(self) -> Observation:
+        """What networks are made for."""
+        return self.obs_parts or self.obs_dim
 
 
-__all__ = ["Batch", "EnvSpec", "Metrics", "PRNGKey", "PRNGKeys", "Rollout", "Step", "UserError"]
+__all__ = ["Batch", "EnvSpec", "Metrics", "Obs", "PRNGKey", "PRNGKeys", "Rollout", "Step", "UserError"]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from contraflow.core.observation import blank
 from contraflow.core.types import EnvSpec, Step
 from contraflow.data.rows import Rows
 
@@ -26,13 +27,13 @@ class Buffer(eqx.Module):
     @classmethod
     def empty(cls, capacity: int, spec: EnvSpec, obs: PyTree = None) -> "Buffer":
         """Room for `capacity` steps of spec.num_envs environments. `obs` has the structure, shapes and types of one
-        observation; None is a vector."""
+        observation; None is that of the spec."""
 
         def zeros(shape=(), dtype=jnp.float32):
             return jnp.zeros((capacity, *shape), dtype)
 
         def observations():
-            return zeros((spec.obs_dim,)) if obs is None else jax.tree.map(lambda x: zeros(x.shape, x.dtype), obs)
+            return jax.tree.map(lambda x: zeros(x.shape, x.dtype), blank(spec.observation) if obs is None else obs)
 
         flags, links = zeros(dtype=bool), jnp.full(capacity, -1, jnp.int32)
         steps = zeros(dtype=jnp.int32) if spec.execute > 1 else None

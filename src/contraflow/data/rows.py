@@ -1,6 +1,7 @@
 """Experience on the device, whether it comes from replay or from a dataset: what samplers draw from."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -32,7 +33,7 @@ class Rows(eqx.Module):
         following = np.where(data.end, -1, np.arange(1, n + 1)).astype(np.int32)
         last = np.repeat(ends, data.lengths).astype(np.int32)
         arrays = data.obs, data.action, data.reward, data.next_obs, data.terminated, following, np.int32(n), last
-        return cls(*map(jnp.asarray, arrays))
+        return cls(*jax.tree.map(jnp.asarray, arrays))
 
     def draw(self, key: PRNGKey, n: int) -> Int[Array, " n"]:
         """Places of n rows, uniform with replacement. The caller makes sure that there are rows."""

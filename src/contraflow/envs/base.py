@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from contraflow.core.flatten import leaf_names, ordered_leaves
+from contraflow.core.observation import Part, misfit
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 
 
@@ -27,7 +28,7 @@ class Env(Protocol):
     """N parallel environments.
 
     - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range.
-    - Observations are flat float32.
+    - Observations are flat float32, or what the parts of the spec say: images, or a dict of images and vectors.
     - `Step.next_obs` is the true successor, also at the end of an episode; `Step.obs` is what to act on next.
     - `terminated` and `truncated` are kept apart; an ended environment is reset by the adapter itself.
     - `jittable` environments are pure: `state` carries everything. Host environments keep the simulator on the
@@ -42,7 +43,7 @@ class Env(Protocol):
     @property
     def spec(self) -> EnvSpec: ...
     def reset(self, key: PRNGKey) -> tuple[Any, Any]:
-        """Start N episodes; returns (state, obs [N, o])."""
+        """Start N episodes; returns (state, obs [N, ...])."""
         ...
 
     def step(self, state: Any, action: Any) -> tuple[Any, Step]:
@@ -156,8 +157,11 @@ def check_num_envs(name: str, num_envs: int) -> None:
 
 
 def check_obs(name: str, spec: EnvSpec, obs: Any) -> None:
-    """Raise UserError unless first observations of a host environment are [N, o] and finite."""
-    _check_shape(name, "obs", obs, (spec.num_envs, spec.obs_dim))
+    """Raise UserError unless first observations of a host environment are as the spec says, and finite."""
+    if spec.obs_parts:
+        _check_parts(name, "obs", spec, obs)
+    else:
+        _check_shape(name, "obs", obs, (spec.num_envs, spec.obs_dim))
     _check_finite(name, "observation", obs)
 
 
@@ -165,7 +169,12 @@ ROWS = ("obs", "next_obs", "reward", "terminated", "truncated", "valid")
 
 
 def check_shapes(name: str, spec: EnvSpec, step: Step) -> None:
-    """Raise UserError unless observations are [N, o] and all else is [N]."""
+    """Raise UserError unless observations are [N, o], or as the parts of the spec say, and all else is [N]."""
+    if spec.obs_parts:
+        for part in ROWS[:2]:
+            _check_parts(name, part, spec, getattr(step, part))
+        flat = np.broadcast_to(np.float32(0), (spec.num_envs, spec.obs_dim))
+        step = replace(step, obs=flat, next_obs=flat)  # the rest is the same
     n, both = (spec.num_envs,), (spec.num_envs, spec.obs_dim)
     a, b, c, d, e, f = step.obs, step.next_obs, step.reward, step.terminated, step.truncated, step.valid
     if not (a.shape == b.shape == both and c.shape == d.shape == e.shape == f.shape == n):
@@ -183,6 +192,11 @@ def checked(name: str, spec: EnvSpec, step: Step) -> Step:
     return step
 
 
+def _check_parts(name: str, part: str, spec: EnvSpec, obs: Any) -> None:
+    if problem := misfit(spec.obs_parts, obs, spec.num_envs):
+        raise UserError(f"environment {name} returned {part} that {problem} by its spec; fix one of the two")
+
+
 def _check_shape(name: str, part: str, x: Any, want: tuple[int, ...]) -> None:
     if np.shape(x) != want:
         raise UserError(
@@ -191,30 +205,36 @@ def _check_shape(name: str, part: str, x: Any, want: tuple[int, ...]) -> None:
 
 
 def _check_finite(name: str, part: str, x: Any) -> None:
-    if not np.isfinite(x).all():
+    finite = all(map(np.all, map(np.isfinite, x.values()))) if isinstance(x, dict) else np.isfinite(x).all()
+    if not finite:
         raise UserError(f"environment {name} returned a non-finite {part}; fix the environment or its reward")
 
 
 # spaces
 
 
-def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...]]:
-    """(numbers in one observation, names of its parts in their order) of a Gymnasium space.
+def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...], tuple[Part, ...]]:
+    """(numbers in one observation, names of what is flattened in their order, parts) of a Gymnasium space.
 
-    Raises UserError unless it is made of numeric arrays of a fixed shape, none of them an image.
+    Where there is an image nothing is flattened: the parts are the leaves, "view/left", as one flat dict. Raises
+    UserError unless all are numeric arrays of a fixed shape, and images are [height, width, channels].
     """
     from gymnasium.spaces import Box, MultiBinary
 
-    tree = _plain(space)
-    for part in ordered_leaves(tree):
+    tree, parts = _plain(space), []
+    for key, part in zip(leaf_names(tree) or ("",), ordered_leaves(tree), strict=True):
         if not isinstance(part, Box | MultiBinary):
             raise UserError(f"environment {name} observes {part}; wrap it so that it returns arrays (Box observations)")
-        if _is_image(part.shape, part.dtype):
+        image = _is_image(part.shape, part.dtype)
+        if image and (len(part.shape) != 3 or part.shape[2] > min(part.shape[:2])):
             raise UserError(
-                f"environment {name} observes images {part.shape}, which need an encoder and are not read online yet; "
-                "choose one with states, or wrap it so that it returns features"
+                f"environment {name} observes images {part.shape}, an encoder takes [height, width, channels]; wrap it "
+                "so that it returns these"
             )
-    return sum(int(np.prod(part.shape)) for part in ordered_leaves(tree)), leaf_names(tree)
+        shape = part.shape if image else (int(np.prod(part.shape)),)
+        parts.append(Part(key, shape, "uint8" if image and part.dtype == np.uint8 else "float32"))
+    size = sum(part.size for part in parts)
+    return (size, (), tuple(parts)) if any(part.image for part in parts) else (size, leaf_names(tree), ())
 
 
 def _plain(space: Any) -> Any:
@@ -235,6 +255,15 @@ def flatten(obs: Any, n: int) -> np.ndarray:
     """A batch of n observations as one fresh float32 array [n, o], in the order of `ordered_leaves`."""
     parts = [np.asarray(leaf).reshape(n, -1) for leaf in ordered_leaves(obs)]
     return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
+
+
+def arranged(obs: Any, n: int, parts: tuple[Part, ...]) -> Any:
+    """A batch of n observations as fresh arrays: `flatten`, or the parts by name."""
+    if not parts:
+        return flatten(obs, n)
+    leaves = dict(zip(leaf_names(obs) or ("",), ordered_leaves(obs), strict=True))
+    by_name = {part.name: np.array(leaves[part.name]).reshape(n, *part.shape).astype(part.dtype) for part in parts}
+    return by_name.get("", by_name)
 
 
 def notes_on(name: str, obs: Any) -> tuple[str, ...]:

@@ -122,8 +122,8 @@ def _joined(xp: Any, total: Step, step: Step, active: Any, weight: float) -> Ste
 
     earned = xp.where(active, step.reward, xp.zeros_like(step.reward))
     return Step(
-        pick(step.obs, total.obs),
-        pick(step.next_obs, total.next_obs),
+        jax.tree.map(pick, step.obs, total.obs),
+        jax.tree.map(pick, step.next_obs, total.next_obs),
         total.reward + (earned if weight == 1 else weight * earned),
         pick(step.terminated, total.terminated),
         pick(step.truncated, total.truncated),

@@ -89,7 +89,12 @@ class EnvPool:
         # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.
         self._settings["max_episode_steps"] = limit + 1
         space, actions = self._build(0)
-        obs_dim, keys = base.observation_layout(self.name, space)
+        obs_dim, keys, parts = base.observation_layout(self.name, space)
+        if parts:
+            raise UserError(
+                f"environment {self.name} observes images {parts[0].shape}, which are not read through EnvPool; take "
+                "it from Gymnasium (gym:), whose images go to an encoder, or one with states"
+            )
         self._low, self._high = base.action_bounds(self.name, actions)
         spec = EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False, obs_keys=keys)
         self._spec = base.with_bounds(spec, self._low, self._high)

@@ -5,8 +5,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
+from contraflow.core.observation import blank
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs import base
 
@@ -15,12 +17,13 @@ class Gymnasium:
     """N copies of a Gymnasium environment.
 
     - `env` is an id, a VectorEnv, or a callable without arguments that builds one environment or a VectorEnv.
-    - Dict and tuple observations are flattened in the order of `spec.obs_keys`.
+    - Dict and tuple observations are flattened in the order of `spec.obs_keys`; with an image among them they are one
+      flat dict of the parts, an image alone is itself.
     - Copies made here never waste a step. A VectorEnv in NEXT_STEP mode does: those rows have `valid` False.
     - `state` is which copies a NEXT_STEP environment will reset at the coming step, [N] bool.
 
     Raises UserError when a package is missing, the id is unknown, actions are not continuous and bounded, observations
-    are not numeric arrays or are images, a VectorEnv does not say how it resets ended copies, or whatever goes wrong in
+    are not numeric arrays, a VectorEnv does not say how it resets ended copies, or whatever goes wrong in
     the environment's own code.
     """
 
@@ -59,10 +62,12 @@ class Gymnasium:
             if type(one) is SyncVectorEnv and self._mode is AutoresetMode.DISABLED:
                 self._copies = list(one.envs)
         self.holds = bool(self._copies)
-        obs_dim, keys = base.observation_layout(self.name, observation)
+        obs_dim, keys, parts = base.observation_layout(self.name, observation)
         self._low, self._high = base.action_bounds(self.name, action)
-        spec = EnvSpec(obs_dim, self._low.size, num_envs, _episode_length(one), jittable=False, obs_keys=keys)
+        sizes, layout = (obs_dim, self._low.size, num_envs), {"obs_keys": keys, "obs_parts": parts}
+        spec = EnvSpec(*sizes, _episode_length(one), jittable=False, **layout)
         self._spec = base.with_bounds(spec, self._low, self._high)
+        self._empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), blank(self._spec.observation, num_envs))
         self._start(0)
 
     @property
@@ -70,7 +75,7 @@ class Gymnasium:
         return self._spec
 
     @base.reports
-    def reset(self, key: PRNGKey) -> tuple[np.ndarray, np.ndarray]:
+    def reset(self, key: PRNGKey) -> tuple[np.ndarray, Any]:
         """Start N episodes that depend on the adapter's seed and `key` only; returns (state [N], obs [N, o])."""
         return np.zeros(self._spec.num_envs, bool), self._start(base.derive_seed(self._seed, key))
 
@@ -87,37 +92,41 @@ class Gymnasium:
             state, step = self._step_vector(state, scaled)
         return state, base.checked(self.name, self._spec, step)
 
-    def _start(self, seed: int) -> np.ndarray:
+    def _start(self, seed: int) -> Any:
         if self._copies:
             raw = [copy.reset(seed=seed + i)[0] for i, copy in enumerate(self._copies)]
-            obs = np.array([self._row(one) for one in raw], np.float32)
+            rows = [self._row(one) for one in raw]
+            parts = self._spec.obs_parts
+            obs = jax.tree.map(lambda *x: np.stack(x), *rows) if parts else np.array(rows, np.float32)
         else:
             raw = self._vector.reset(seed=seed)[0]
-            obs = base.flatten(raw, self._spec.num_envs)
+            obs = base.arranged(raw, self._spec.num_envs, self._spec.obs_parts)
         base.check_obs(self.name, self._spec, obs)
         self.notes = base.notes_on(self.name, raw)
         return obs
 
     def _step_copies(self, scaled: np.ndarray, active: np.ndarray) -> Step:
         n = self._spec.num_envs
-        next_obs, reward = np.zeros((n, self._spec.obs_dim), np.float32), np.zeros(n, np.float32)
+        next_obs, reward = _each(np.ndarray.copy, self._empty), np.zeros(n, np.float32)
         terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
         for i in active.nonzero()[0]:
             raw, earned, terminated[i], truncated[i], _ = self._copies[i].step(scaled[i])
-            next_obs[i] = self._row(raw)
+            _put(next_obs, i, self._row(raw))
             if getattr(earned, "shape", ()):
                 shape = np.shape(earned)
                 raise UserError(f"environment {self.name} returned a reward of shape {shape}; let it return a number")
             reward[i] = earned
         obs, done = next_obs, np.flatnonzero(terminated | truncated)
         if done.size:
-            obs = next_obs.copy()
+            obs = _each(np.ndarray.copy, next_obs)
             for i in done:
-                obs[i] = self._row(self._copies[i].reset()[0])
+                _put(obs, i, self._row(self._copies[i].reset()[0]))
         return Step(obs, next_obs, reward, terminated, truncated, active)
 
-    def _row(self, raw: Any) -> np.ndarray:
-        """One observation [o]. Raises UserError unless it has as many numbers as its space."""
+    def _row(self, raw: Any) -> Any:
+        """One observation [o], or its parts. Raises UserError unless it has as many numbers as its space."""
+        if self._spec.obs_parts:
+            return _each(lambda x: x[0], base.arranged(raw, 1, self._spec.obs_parts))
         row = np.asarray(raw).reshape(-1) if self._spec.obs_keys == () else base.flatten(raw, 1)[0]
         if len(row) != self._spec.obs_dim:
             raise UserError(
@@ -129,7 +138,7 @@ class Gymnasium:
     def _step_vector(self, state: np.ndarray, scaled: np.ndarray) -> tuple[np.ndarray, Step]:
         n = self._spec.num_envs
         raw, reward, terminated, truncated, info = self._vector.step(scaled)
-        obs, reward = base.flatten(raw, n), np.asarray(reward, np.float32)
+        obs, reward = base.arranged(raw, n, self._spec.obs_parts), np.asarray(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         done = terminated | truncated
         if self._mode is self._modes.NEXT_STEP:
@@ -138,12 +147,13 @@ class Gymnasium:
         if done.any() and self._mode is self._modes.SAME_STEP:
             if "final_obs" not in info:
                 raise UserError(f"environment {self.name} resets in the same step; let it give info['final_obs']")
-            next_obs = obs.copy()
+            next_obs = _each(np.ndarray.copy, obs)
             for i in np.flatnonzero(done):
-                next_obs[i] = self._row(info["final_obs"][i])
+                _put(next_obs, i, self._row(info["final_obs"][i]))
         elif done.any():
-            fresh = base.flatten(self._vector.reset(options={"reset_mask": done})[0], n)
-            obs = np.where(done[:, None], fresh, next_obs)
+            fresh = base.arranged(self._vector.reset(options={"reset_mask": done})[0], n, self._spec.obs_parts)
+            mask = lambda x: done.reshape(-1, *[1] * (x.ndim - 1))
+            obs = jax.tree.map(lambda new, old: np.where(mask(new), new, old), fresh, next_obs)
         return state, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
 
     @base.reports
@@ -165,6 +175,20 @@ class Gymnasium:
             ours = any(env is self._vector for env in self._copies)
             for env in self._copies if ours else [self._vector]:
                 env.close()
+
+
+def _each(function: Callable[[np.ndarray], np.ndarray], obs: Any) -> Any:
+    """Of the observations, or of each of their parts; `jax.tree.map` would take as long as a small simulator."""
+    return {name: function(x) for name, x in obs.items()} if isinstance(obs, dict) else function(obs)
+
+
+def _put(obs: Any, i: Any, row: Any) -> None:
+    """Make `row` the i-th of the observations, in place."""
+    if not isinstance(obs, dict):
+        obs[i] = row
+        return
+    for name, x in obs.items():
+        x[i] = row[name]
 
 
 def register_shimmy() -> None:

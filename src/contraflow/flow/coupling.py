@@ -1,6 +1,6 @@
 """Which noise x0 goes with which sample x1 of a batch: straighter paths need fewer steps.
 
-A coupling takes x0 and x1 [B, d] and the conditions [B, c], and returns x0 in its new order with a weight per pair.
+A coupling takes x0 and x1 [B, d] and the conditions [B, ...], and returns x0 in its new order with a weight per pair.
 """
 
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from contraflow.core.errors import UserError
 
 Batch = Float[Array, "B d"]
-Conditions = Float[Array, "B c"]
+Conditions = PyTree[Shaped[Array, "B ..."]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class ConditionalOT:
             raise ValueError(f"weight must be finite and not negative, got {self.weight}")
 
     def __call__(self, x0: Batch, x1: Batch, cond: Conditions) -> tuple[Batch, Float[Array, " B"]]:
+        if not isinstance(cond, jax.Array) or cond.ndim != 2:
+            raise UserError(
+                "ConditionalOT measures distances between vectors: use the coupling Independent() for images"
+            )
         square = lambda a, b: jnp.sum((a[:, None] - b[None]) ** 2, -1)
         cost = jax.lax.stop_gradient(square(x1, x0) + self.weight * square(cond, cond))
         rows, columns = optax.assignment.hungarian_algorithm(cost)

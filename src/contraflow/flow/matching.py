@@ -5,20 +5,20 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.fewstep import Matching, Objective
-from contraflow.flow.model import Condition, Flow, FlowSpec
+from contraflow.flow.model import Flow, FlowSpec
 from contraflow.flow.path import Scalar, Vector
 
 
-def matching_error(flow: Flow, cond: Condition, x0: Vector, x1: Vector, t: Scalar) -> Vector:
+def matching_error(flow: Flow, cond: Obs, x0: Vector, x1: Vector, t: Scalar) -> Vector:
     """f(x_t, t) - f*, x_t = alpha_t x1 + beta_t x0: f* is alpha' x1 + beta' x0, x0 or x1 (2210.02747; 2006.11239)."""
     path, predict = flow.spec.path, flow.spec.predict
     targets = {"noise": lambda: x0, "data": lambda: x1, "velocity": lambda: path.d_alpha(t) * x1 + path.d_beta(t) * x0}
     return flow.output(path.perturb(x0, x1, t), t, cond) - targets[predict]()
 
 
-def posterior_error(flow: Flow, cond: Condition, mean: Vector, x_t: Vector, t: Scalar) -> Vector:
+def posterior_error(flow: Flow, cond: Obs, mean: Vector, x_t: Vector, t: Scalar) -> Vector:
     """f(x_t, t) - f*, f* what the mean E[x1 | x_t] implies, which is held fixed (2601.08136, section 3)."""
     path = flow.spec.path
     convert = {"velocity": path.velocity, "noise": path.x0_from_x1, "data": lambda x1, x_t, t: x1}
@@ -30,21 +30,24 @@ def consistency_error(
     objective: Objective,
     flow: Flow,
     slow: Flow,
-    cond: Condition,
+    cond: Obs,
     x0: Vector,
     x1: Vector,
     k_interval: PRNGKey,
     k_target: PRNGKey,
     velocity: Vector | None = None,
+    slow_cond: Obs | None = None,
 ) -> Vector:
     """u(x_t, t, r) - u* of a step of random size between x0 and x1; u* is made of smaller steps (flow/fewstep.py).
 
     `velocity` is what MeanFlow's target takes for dx/dt, x1 - x0 of a pair; None is the flow's own, without noise.
+    `slow_cond` is the condition of the slow copy where `cond` is one that only `flow` can have encoded.
     """
     assert not isinstance(objective, Matching)
     t, r = objective.interval(k_interval)
     x_t = flow.spec.path.perturb(x0, x1, t)
-    u, teacher = (lambda x, t, r, f=f: f.average(x, t, r, cond) for f in (flow, slow))
+    conds = flow.encode(cond), slow.encode(cond if slow_cond is None else slow_cond)
+    u, teacher = (lambda x, t, r, f=f, c=c: f.average(x, t, r, c) for f, c in zip((flow, slow), conds, strict=True))
     v = jax.lax.stop_gradient(u(x_t, t, t)) if velocity is None else velocity
     return u(x_t, t, r) - objective.target(u, teacher, v, x_t, t, r, k_target)
 

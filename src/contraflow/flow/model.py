@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.observation import Observation
 from contraflow.core.optim import check_positive
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.fewstep import sample_average_velocity
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.flow.solver import Euler, EulerMaruyama, Solver
 from contraflow.flow.support import Box, Support
+from contraflow.nets.encoder import Encoder, Pixels, encode, encoder_for
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.transformer import ChunkTransformer
 from contraflow.nets.velocity import ResidualMLP
@@ -72,6 +74,8 @@ class FlowSpec:
     unit_input: bool = False
     """The network sees x_t / sqrt(alpha_t^2 + beta_t^2)."""
     network: ResidualMLP | ChunkTransformer = ResidualMLP()
+    pixels: Pixels = Pixels()
+    """Of observations with images."""
 
     def __post_init__(self):
         if not 0 <= self.margin < 0.5:
@@ -85,34 +89,45 @@ class FlowSpec:
             if not isinstance(self.solver, Ddim | Euler):
                 raise ValueError(f"an averaged velocity makes its steps itself: use Ddim(n), not {self.solver}")
 
-    def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> "Flow":
-        """A fresh flow of vectors [dim], chunks of `horizon` actions, under conditions [cond]."""
-        cond += self.network.embedding * self.averaged
-        return Flow(self.network.init(key, dim, cond, horizon), self)
+    def init(self, key: PRNGKey, dim: int, cond: Observation, horizon: int = 1, more: int = 0) -> "Flow":
+        """A fresh flow of vectors [dim], chunks of `horizon` actions, under vectors [cond] or other observations, and
+        `more` numbers behind them."""
+        encoder, size = encoder_for(cond, self.pixels, key)
+        size += more + self.network.embedding * self.averaged
+        return Flow(self.network.init(key, dim, size, horizon), self, encoder)
 
 
 class Flow(eqx.Module):
-    """A flow that one calls; shapes are those of one sample."""
+    """A flow that one calls; shapes are those of one sample.
+
+    A condition is a vector [c], or an observation that `encode` makes one. Every method does that by itself; whoever
+    calls one in a loop of its own encodes before it.
+    """
 
     net: Network
     spec: FlowSpec = eqx.field(static=True)
+    encoder: Encoder | None = None
 
     @property
     def dim(self) -> int:
         return self.net.dim
 
-    def output(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> Vector:
+    def encode(self, cond: Obs) -> Condition:
+        """The condition as the network gets it; one that is encoded already passes."""
+        return encode(self.encoder, cond)
+
+    def output(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Vector:
         """What the network returns at (x_t, t); of an averaged flow for a step to r, t itself where none is given."""
         return self.net(*self._inputs(x, t, cond, r))
 
-    def features(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> Float[Array, " w"]:
+    def features(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Float[Array, " w"]:
         """The last hidden layer of the network."""
         return self.net.features(*self._inputs(x, t, cond, r))
 
     def _inputs(
-        self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None
+        self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None
     ) -> tuple[Vector, Scalar, Float[Array, " told"]]:
-        spec = self.spec
+        spec, cond = self.spec, self.encode(cond)
         if spec.averaged:
             length = CLOCK * ((t if r is None else r) - t)
             cond = jnp.concatenate([cond, time_embedding(length, spec.network.embedding)])
@@ -120,17 +135,17 @@ class Flow(eqx.Module):
             x = x / jnp.sqrt(spec.path.alpha(t) ** 2 + spec.path.beta(t) ** 2)
         return x, spec.clock * t, cond
 
-    def average(self, x: Vector, t: Scalar, r: Scalar, cond: Condition) -> Vector:
+    def average(self, x: Vector, t: Scalar, r: Scalar, cond: Obs) -> Vector:
         """u(x_t, t, r) = (x_r - x_t) / (r - t) of an averaged flow."""
         return self.output(x, t, cond, r)
 
-    def velocity(self, x: Vector, t: Scalar, cond: Condition) -> Vector:
+    def velocity(self, x: Vector, t: Scalar, cond: Obs) -> Vector:
         """dx/dt at (x_t, t), whatever the network predicts."""
         if self.spec.predict == "velocity" and self.spec.clip is None:
             return self.output(x, t, cond)
         return self.spec.path.velocity(self.ends(x, t, cond)[0], x, t)
 
-    def ends(self, x: Vector, t: Scalar, cond: Condition, r: Scalar | None = None) -> tuple[Vector, Vector]:
+    def ends(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> tuple[Vector, Vector]:
         """(x1, x0) predicted at x_t; of an averaged flow, those that its step to r implies."""
         spec, out = self.spec, self.output(x, t, cond, r)
         path, inner = spec.path, jnp.maximum(t, EDGE)
@@ -148,7 +163,7 @@ class Flow(eqx.Module):
             x0 = path.x0_from_x1(x1, x, t)
         return x1, x0
 
-    def step(self, x: Vector, t: Scalar, r: Scalar, cond: Condition) -> Vector:
+    def step(self, x: Vector, t: Scalar, r: Scalar, cond: Obs) -> Vector:
         """x_r from x_t by Ddim, or by the averaged velocity."""
         spec = self.spec
         if spec.averaged or (spec.predict == "velocity" and spec.clip is None and isinstance(spec.path, Linear)):
@@ -160,9 +175,9 @@ class Flow(eqx.Module):
         """Draws of x_0 [*shape, d]."""
         return self.spec.path.source_scale * jr.normal(key, (*shape, self.dim))
 
-    def sample(self, x0: Vector, cond: Condition, key: PRNGKey | None = None, steps: int | None = None) -> Vector:
+    def sample(self, x0: Vector, cond: Obs, key: PRNGKey | None = None, steps: int | None = None) -> Vector:
         """x_1 from x_0; `key` is for solvers that add noise, `steps` takes the place of those of `Ddim`."""
-        spec, solver = self.spec, self.spec.solver
+        spec, solver, cond = self.spec, self.spec.solver, self.encode(cond)
         if spec.averaged:
             return sample_average_velocity(lambda x, t, r: self.average(x, t, r, cond), x0, steps or solver.nfe)
         if isinstance(solver, Ddim) or steps is not None:
@@ -174,9 +189,9 @@ class Flow(eqx.Module):
             return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
         return solver(lambda x, t: self.velocity(x, t, cond), x0, spec.margin, 1 - spec.margin, key)
 
-    def particles(self, cond: Condition, key: PRNGKey, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    def particles(self, cond: Obs, key: PRNGKey, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """n noises x_0 [n, d] and their ends x_1 [n, d]."""
-        x0 = self.noise(key, n)
+        x0, cond = self.noise(key, n), self.encode(cond)
         keys = jr.split(jr.fold_in(key, 1), n)  # for solvers that add noise
         return x0, jax.vmap(lambda x, k: self.sample(x, cond, k))(x0, keys)
 

@@ -1,7 +1,7 @@
 """State-action value functions."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.observation import Observation
+from contraflow.core.types import Obs, PRNGKey
+from contraflow.nets.encoder import Encoder, Pixels, encode, encoder_for
 from contraflow.nets.heads import Head, Point
 from contraflow.nets.layers import Activation, Linear, Residual, SplitLinear, activation_function, layer_norm
 
@@ -69,10 +71,11 @@ class Critic(eqx.Module):
     last: Linear
     activation: Activation = eqx.field(static=True)
     block: Block = eqx.field(static=True)
+    encoder: Encoder | None = None
 
     def __init__(
         self,
-        obs: int,
+        obs: Observation,
         action: int,
         width: int,
         depth: int,
@@ -80,19 +83,21 @@ class Critic(eqx.Module):
         outputs: int = 1,
         block: Block = "plain",
         activation: Activation = "relu",
+        pixels: Pixels = Pixels(),
         key: PRNGKey,
     ):
         """depth: hidden layers in all, or residual blocks after the first layer."""
         residual = block == "residual"
         k_first, k_last, *k_hidden = jr.split(key, depth + 1 + residual)
-        self.first = SplitLinear((action, obs), width, key=k_first)
+        self.encoder, size = encoder_for(obs, pixels, key)
+        self.first = SplitLinear((action, size), width, key=k_first)
         self.hidden = tuple(Residual(width, key=k) if residual else Linear(width, width, key=k) for k in k_hidden)
         self.last = Linear(width, outputs, key=k_last)
         self.activation = activation
         self.block = block
 
-    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " k"]:
-        h = self.first(action, obs)
+    def __call__(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, " k"]:
+        h = self.first(action, encode(self.encoder, obs))
         if self.block == "residual":
             for layer in self.hidden:
                 h = layer(h)
@@ -120,7 +125,7 @@ class QEnsemble(eqx.Module):
     def __init__(
         self,
         num: int,
-        obs: int,
+        obs: Observation,
         action: int,
         width: int,
         depth: int,
@@ -136,16 +141,27 @@ class QEnsemble(eqx.Module):
         self.members = jax.vmap(member)(jr.split(key, num))
         self.num, self.head, self.reduce = num, head, reduce
 
-    def outputs(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, "m k"]:
-        """What the head makes of, member by member."""
-        each = [jax.tree.map(lambda leaf, i=i: leaf[i], self.members) for i in range(self.num)]
-        return jnp.stack([member(obs, action) for member in each])
+    def encode(self, obs: Obs) -> Obs:
+        """The observation as the members see it, [m, c], which may stand in place of it: to be called once before a
+        loop over actions. A vector is what it is."""
+        if self.members.encoder is None or getattr(obs, "ndim", None) == 2:
+            return obs
+        return jnp.stack([encode(member.encoder, obs) for member in self._each()])
 
-    def __call__(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, " m"]:
+    def outputs(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, "m k"]:
+        """What the head makes of, member by member."""
+        seen = self.encode(obs)
+        rows: Any = [obs] * self.num if self.members.encoder is None else seen
+        return jnp.stack([member(row, action) for member, row in zip(self._each(), rows, strict=True)])
+
+    def _each(self) -> list[Critic]:
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], self.members) for i in range(self.num)]
+
+    def __call__(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, " m"]:
         """Q_i(s, a)."""
         return jax.vmap(self.head.mean)(self.outputs(obs, action))
 
-    def value(self, obs: Float[Array, " o"], action: Float[Array, " a"]) -> Float[Array, ""]:
+    def value(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, ""]:
         """Q(s, a), one number for all: what policies climb and choose by."""
         q = self(obs, action)
         weights, shift = self.reduce(q)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
+from contraflow.core.observation import rows
 from contraflow.core.types import PRNGKey
 
 
@@ -91,6 +92,6 @@ def innermost(policy: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("greedy",))
 def act_batch(policy: Policy, obs: Any, key: PRNGKey, first: Any, greedy: bool = True) -> Any:
-    """Actions [N, a] for observations [N, o]; the number of row r is first + r, and its key is folded from `key`."""
-    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(obs.shape[0]))
+    """Actions [N, a] for observations [N, ...]; the number of row r is first + r, and its key is folded from `key`."""
+    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(rows(obs)))
     return jax.vmap(lambda o, k: policy(o, k, greedy))(obs, keys)

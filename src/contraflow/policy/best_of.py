@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.nets.critic import QEnsemble
 from contraflow.policy.base import Cost, Policy
 from contraflow.policy.uniform import BetaActions
@@ -71,11 +71,11 @@ def pick(
     selector: Selector,
     key: PRNGKey,
     critic: QEnsemble | None,
-    obs: Float[Array, " o"],
+    obs: Obs,
     actions: Float[Array, "n a"],
     lam: Float[Array, ""],
 ) -> Int[Array, ""]:
-    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0, among actions [n, a] at obs [o].
+    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0, among actions [n, a] at `obs`.
 
     Without a choice it is the first, and no critic is needed.
     """

@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.model import Condition, Flow
 from contraflow.flow.path import Scalar, Vector
 from contraflow.nets.layers import time_embedding
 from contraflow.policy.base import Cost
-
-Obs = Float[Array, " o"]
 
 
 class FlowPolicy(eqx.Module):
@@ -41,7 +39,8 @@ class FlowPolicy(eqx.Module):
 
 
 def condition(flow: Flow, obs: Obs, temperature: Scalar | None) -> Condition:
-    """The observation, with features of the temperature behind it where one is given."""
+    """The observation encoded, with features of the temperature behind it where one is given."""
+    cond = flow.encode(obs)
     if temperature is None:
-        return obs
-    return jnp.concatenate([obs, time_embedding(temperature, flow.spec.network.embedding)])
+        return cond
+    return jnp.concatenate([cond, time_embedding(temperature, flow.spec.network.embedding)])

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.targets import log_normal, log_sech2
 from contraflow.nets.mlp import MLP
 from contraflow.policy.base import Cost
 
-Obs = Float[Array, " o"]
 Action = Float[Array, " a"]
 Scalar = Float[Array, ""]
 

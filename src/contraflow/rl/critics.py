@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.nets.critic import Block, Min, QEnsemble, Reduce, SubsetMin
+from contraflow.nets.encoder import Pixels
 from contraflow.nets.heads import Head, Point
 
 
@@ -31,6 +32,8 @@ class Critics:
     width: int = 64
     depth: int = 2
     block: Block = "plain"
+    pixels: Pixels = Pixels()
+    """Of observations with images."""
     gamma: float = 0.99
     """Discount, which the sampler of batches applies."""
     tau: float = 0.005
@@ -48,8 +51,8 @@ class Critics:
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> tuple[QEnsemble, QEnsemble, PyTree]:
         """(critic, its copy as target, one optimiser state per member)."""
-        sizes = self.members, spec.obs_dim, spec.action_dim, self.width, self.depth
-        critic = QEnsemble(*sizes, head=self.head, reduce=self.reduce, block=self.block, key=key)
+        sizes = self.members, spec.observation, spec.action_dim, self.width, self.depth
+        critic = QEnsemble(*sizes, head=self.head, reduce=self.reduce, block=self.block, pixels=self.pixels, key=key)
         # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(jnp.copy, critic)
         return critic, target, jax.vmap(self.optim.init)(critic.members)

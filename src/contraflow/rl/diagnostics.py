@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from contraflow.core.types import PRNGKey
+from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.path import AbstractPath
 from contraflow.flow.posterior.estimator import Estimator
 from contraflow.flow.posterior.importance import Fixed, Reverse
@@ -22,8 +22,8 @@ REFERENCE = Reverse(4096, Mixture((Noise(), UniformAction()), (0.5, 0.5)), Fixed
 def target_quality(
     estimator: Estimator,
     path: AbstractPath,
-    log_pi: Callable[[Float[Array, " o"]], LogDensity],
-    obs: Float[Array, "B o"],
+    log_pi: Callable[[Obs], LogDensity],
+    obs: Obs,
     support: Float[Array, "B n a"],
     key: PRNGKey,
 ) -> dict[str, Float[Array, ""]]:
@@ -34,7 +34,7 @@ def target_quality(
     reference). `support` holds endpoints of the policy, the first of which is noised.
     """
     k_x0, k_repeat, k_reference = jr.split(key, 3)
-    n, x1 = obs.shape[0], support[:, 0]
+    n, x1 = support.shape[0], support[:, 0]
     x0 = jr.normal(k_x0, x1.shape)
 
     def at(t, obs, x0, x1, support, key_repeat, key_reference):
@@ -56,9 +56,9 @@ def target_quality(
 
 
 def value_gap(
-    value: Callable[[Float[Array, " o"], Float[Array, " a"]], Float[Array, ""]],
+    value: Callable[[Obs, Float[Array, " a"]], Float[Array, ""]],
     lam: Float[Array, ""],
-    obs: Float[Array, "B o"],
+    obs: Obs,
     action_dim: int,
     key: PRNGKey,
 ) -> Float[Array, ""]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from contraflow.core.types import Batch, EnvSpec
+from contraflow.core.observation import shown
+from contraflow.core.types import Batch, EnvSpec, Obs, UserError
 from contraflow.policy.normalise import RunningMoments
 
 NormaliseObs = Literal["off", "running", "frozen"]
@@ -16,7 +17,13 @@ came with a pretrained policy or dataset and stay."""
 
 
 def initial_moments(mode: NormaliseObs, spec: EnvSpec) -> RunningMoments | None:
-    """Statistics of observations before any was seen; None where they are not wanted."""
+    """Statistics of observations before any was seen; None where they are not wanted. Raises UserError
+    where observations have parts."""
+    if mode != "off" and spec.obs_parts:
+        raise UserError(
+            f"observations of {shown(spec.observation)} cannot be normalised: set normalise_obs to off (images are "
+            "divided by 255), and scale vectors in the environment"
+        )
     return None if mode == "off" else RunningMoments.start(spec.obs_dim)
 
 
@@ -25,7 +32,7 @@ def pretrained_mode(mode: NormaliseObs, stats: RunningMoments | None) -> Normali
     return "frozen" if mode == "off" and stats is not None else mode
 
 
-def normalise(stats: RunningMoments | None, obs: Float[Array, " o"]) -> Float[Array, " o"]:
+def normalise(stats: RunningMoments | None, obs: Obs) -> Obs:
     """The observation as networks get it."""
     return obs if stats is None else stats(obs)
 

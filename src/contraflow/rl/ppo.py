@@ -66,7 +66,7 @@ class PPOState(eqx.Module):
 class Samples(eqx.Module):
     """Rows of a rollout with what learning needs; `obs` normalised, `weight` 0 for rows that do not count."""
 
-    obs: Float[Array, "*batch o"]
+    obs: PyTree[Array]  # leaves [*batch, ...]
     extras: Any
     advantage: Float[Array, "*batch"]
     target: Float[Array, "*batch"]
@@ -78,7 +78,7 @@ Surrogate = Callable[[Any, Samples, PRNGKey], tuple[Float[Array, ""], Metrics]]
 
 def first_state(settings: PPOSettings, actor: Any, spec: EnvSpec, key: PRNGKey, reference: Any = None) -> PPOState:
     """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
-    critic = settings.critic.init(key, spec.obs_dim, 1)
+    critic = settings.critic.init(key, spec.observation, 1)
     opts = settings.actor_optim.init(actor), settings.critic_optim.init(critic)
     stats, scale = initial_moments(settings.normalise_obs, spec), ReturnScale.start(spec.num_envs)
     return PPOState(actor, critic, *opts, stats, scale, jnp.zeros((), jnp.int32), reference)

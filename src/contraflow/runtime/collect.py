@@ -1,12 +1,14 @@
 """A policy rolled out, and what happened kept as a dataset."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.random as jr
 import numpy as np
 
 from contraflow.core.bounds import action_range, check_same_range
+from contraflow.core.observation import shown
 from contraflow.core.types import UserError
 from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.envs import make
@@ -15,7 +17,7 @@ from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
 
 COPIES = 16  # environments stepped together
-Rows = dict[str, np.ndarray]
+Rows = dict[str, Any]  # arrays, or dicts of them for observations
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ def record(
 
 def _check_fit(policy: Policy, world: Env, id: str) -> None:
     spec, own = world.spec, policy.spec
-    have, want = (spec.obs_dim, spec.action_dim), (own.obs_dim, own.action_dim // own.horizon)
+    have, want = (spec.observation, spec.action_dim), (own.observation, own.action_dim // own.horizon)
     if have != want:
         raise UserError(
-            f"{id} has {have[0]} observations and {have[1]} actions, the policy was trained for {want[0]} and "
-            f"{want[1]}: choose an environment like {policy.env}"
+            f"{id} has {shown(have[0])} observations and {have[1]} actions, the policy was trained for "
+            f"{shown(want[0])} and {want[1]}: choose an environment like {policy.env}"
         )
     check_same_range(own, spec, "the policy", id)
 
@@ -82,16 +84,16 @@ def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed:
     while done.min() < quota:
         if len(steps) == max_steps * quota:
             raise UserError(f"no episode ended within {max_steps} steps: give the environment a time limit")
-        action = act(np.asarray(obs, np.float32))
+        action = act(obs)
         state, out = step(state, action)
         row = {"obs": obs, "action": action, "reward": out.reward, "next_obs": out.next_obs}
         row |= {"terminated": out.terminated, "truncated": out.truncated, "valid": out.valid}
-        steps.append({key: np.array(value) for key, value in row.items()})  # copies: an adapter may use its own again
+        steps.append(jax.tree.map(np.array, row))  # copies: an adapter may use its own again
         ended = steps[-1]["valid"] & (steps[-1]["terminated"] | steps[-1]["truncated"])
         done += ended
         act.reset(ended | ~steps[-1]["valid"])
         obs = out.obs
-    table = {key: np.stack([row[key] for row in steps]) for key in steps[0]}
+    table = jax.tree.map(lambda *x: np.stack(x), *steps)
     return _first(table, episodes, quota)
 
 
@@ -105,7 +107,7 @@ def _first(table: Rows, episodes: int, quota: int) -> Rows:
     chosen = [(spans[e][k], e) for k in range(quota) for e in range(len(spans))][:episodes]
     t = np.concatenate([rows for rows, _ in chosen])
     e = np.concatenate([np.full(len(rows), e) for rows, e in chosen])
-    return {key: value[t, e] for key, value in table.items()} | {"end": end[t, e]}
+    return jax.tree.map(lambda x: x[t, e], table) | {"end": end[t, e]}
 
 
 class _Actor:
@@ -115,11 +117,11 @@ class _Actor:
         fresh = Policy(policy.network, policy.spec, policy.env, seed)  # numbers its observations from 0
         self._plans, self._behaviour, self._rng = Receding(fresh, copies), behaviour, np.random.default_rng(seed)
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
+    def __call__(self, obs: Any) -> np.ndarray:
         rng, noise = self._rng, self._behaviour.noise
         action = self._plans(obs, self._behaviour.explore)
         action = action + noise * rng.standard_normal(action.shape)
-        guess = rng.random(len(obs)) < self._behaviour.random
+        guess = rng.random(len(action)) < self._behaviour.random
         action = np.where(guess[:, None], rng.uniform(-1, 1, action.shape), action)
         return np.clip(action, -1, 1).astype(np.float32)
 

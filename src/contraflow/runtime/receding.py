@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.flatten import ordered_leaves
 from contraflow.core.types import UserError
 from contraflow.runtime.policy import Policy
 
@@ -31,8 +32,9 @@ class Receding:
         self._age = np.full(copies, self._execute)  # steps since the copy's last plan
 
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
-        if np.shape(obs)[:1] != self._age.shape:
-            raise UserError(f"observations of {len(self._age)} copies are needed, got shape {np.shape(obs)}")
+        shape = np.shape(next(iter(ordered_leaves(obs)), ()))
+        if shape[:1] != self._age.shape:
+            raise UserError(f"observations of {len(self._age)} copies are needed, got shape {shape}")
         due = self._age >= (self._execute if self._decay is None else 1)
         if due.any():
             self._plan(np.asarray(self._policy(obs, explore)).reshape(self._total.shape), due)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from contraflow.core.bounds import check_same_range
+from contraflow.core.observation import shown
 from contraflow.core.types import UserError
 from contraflow.envs import make
 from contraflow.envs.base import Env
@@ -27,11 +28,12 @@ def environment(
     actions differ."""
     env = chunked(make(id, num_envs, seed, trust=trust, render=render), policy.spec.horizon, policy.spec.execute)
     try:
-        have, want = (env.spec.obs_dim, env.spec.action_dim), (policy.spec.obs_dim, policy.spec.action_dim)
+        have, want = ((spec.observation, spec.action_dim) for spec in (env.spec, policy.spec))
         if have != want:
             raise UserError(
-                f"{id} has {have[0]} observations and {have[1] // policy.spec.horizon} actions, the policy was trained "
-                f"for {want[0]} and {want[1] // policy.spec.horizon}: choose an environment like {policy.env}"
+                f"{id} has {shown(have[0])} observations and {have[1] // policy.spec.horizon} actions, the policy was "
+                f"trained for {shown(want[0])} and {want[1] // policy.spec.horizon}: choose an environment "
+                f"like {policy.env}"
             )
         check_same_range(policy.spec, env.spec, "the policy", id)
         yield env

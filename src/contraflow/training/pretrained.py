@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from contraflow.core.bounds import check_same_range
+from contraflow.core.observation import shown
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy.artifact import load_policy, policy_folder
 from contraflow.policy.base import Policy
@@ -44,10 +45,11 @@ def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
     if found is None:
         return
     other, where = found[1], run.env or run.source.data
-    have, want = (other.obs_dim, other.action_dim), (spec.obs_dim, spec.action_dim)
+    have, want = (other.observation, other.action_dim), (spec.observation, spec.action_dim)
     if have != want:
         raise UserError(
-            f"{run.pretrained} takes {have[0]} observations and gives {have[1] // spec.horizon} actions, {where} has "
-            f"{want[0]} and {want[1] // spec.horizon}: choose the environment that it was trained for"
+            f"{run.pretrained} takes {shown(have[0])} observations and gives {have[1] // spec.horizon} actions, "
+            f"{where} has {shown(want[0])} and {want[1] // spec.horizon}: choose the environment that it was trained "
+            "for"
         )
     check_same_range(other, spec, run.pretrained, where)

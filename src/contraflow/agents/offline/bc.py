@@ -19,22 +19,23 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.agents.base import Preset, adopted, flow_of
 from contraflow.core.optim import Optim
-from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import Batch, EnvSpec, Metrics, Obs, PRNGKey
 from contraflow.flow.coupling import Coupling, Independent
 from contraflow.flow.fewstep import Matching, Objective, dispersion
 from contraflow.flow.matching import consistency_error, matching_error, with_objective
-from contraflow.flow.model import EDGE, Condition, Flow, FlowSpec
+from contraflow.flow.model import EDGE, Flow, FlowSpec
 from contraflow.flow.path import Vector
 from contraflow.policy.base import Policy
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.normalise import Normalised, RunningMoments
+from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.rl.normalise import normalise
 
 
 class BCState(eqx.Module):
     flow: Flow
     average: Flow  # exponential moving average, which acts
     opt: PyTree
-    stats: RunningMoments
+    stats: RunningMoments | None  # None for observations with parts
     step: Int[Array, ""]
 
 
@@ -58,31 +59,31 @@ class BC:
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
-        """A fresh flow for `spec`'s sizes; statistics come from the data."""
-        flow = self.flow.init(key, spec.action_dim, spec.obs_dim, spec.horizon)
-        stats, step = RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
+        """A fresh flow for `spec`'s sizes; statistics come from the data, but for parts, which are not normalised."""
+        flow = self.flow.init(key, spec.action_dim, spec.observation, spec.horizon)
+        stats, step = None if spec.obs_parts else RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
         return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step)
 
     def policy(self, state: BCState) -> Policy:
         """The end of the flow from a random x_0."""
-        return Normalised(state.stats, FlowPolicy(state.average))
+        return normalised(state.stats, FlowPolicy(state.average))
 
     def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
         """One gradient step on chunks [B, h a]; nothing but `obs`, `action` and `mask` is read."""
-        cond = jax.vmap(state.stats)(batch.obs)
+        cond = jax.vmap(partial(normalise, state.stats))(batch.obs)
         k_noise, k_rows, k_spread = jr.split(key, 3)
         n = batch.action.shape[0]
         matched = round(self.objective.share * n)
         x1 = self.flow.support.latent(batch.action)
         x0 = state.flow.noise(k_noise, n)
-        first, weight = self.coupling(x0[:matched], x1[:matched], cond[:matched])
+        first, weight = self.coupling(x0[:matched], x1[:matched], jax.tree.map(lambda x: x[:matched], cond))
         rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n)
 
         def loss_fn(flow):
             """(loss, metrics) over all rows."""
 
             def losses(fn, part):
-                error = jax.vmap(fn)(*(x[part] for x in rows))
+                error = jax.vmap(fn)(*jax.tree.map(lambda x: x[part], rows))
                 square = jnp.sum(batch.mask[part] * error**2, -1) / jnp.maximum(batch.mask[part].sum(-1), 1.0)
                 if self.objective.power:
                     square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
@@ -129,7 +130,7 @@ class BC:
         return replace(state, flow=flow, average=average, stats=state.stats if stats is None else stats)
 
 
-def _features(flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
+def _features(flow: Flow, cond: Obs, x0: Vector, x1: Vector, key: PRNGKey) -> Float[Array, " w"]:
     t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
     return flow.features(flow.spec.path.perturb(x0, x1, t), t, cond)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.agents.base import Preset
 from contraflow.core.optim import Optim, check_positive, gradient_step
-from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import Batch, EnvSpec, Metrics, Obs, PRNGKey
 from contraflow.flow.matching import matching_error
 from contraflow.flow.model import EDGE, Flow, FlowSpec
 from contraflow.nets.critic import Mean, QEnsemble
@@ -42,15 +42,15 @@ class OneStep(eqx.Module):
     def dim(self) -> int:
         return self.net.last.bias.shape[0]
 
-    def mu(self, obs: Float[Array, " o"], z: Float[Array, " d"]) -> Float[Array, " d"]:
+    def mu(self, obs: Obs, z: Float[Array, " d"]) -> Float[Array, " d"]:
         """The action before it is clipped."""
-        return self.net(jnp.concatenate([obs, z]))
+        return self.net(obs, z)
 
-    def from_noise(self, obs: Float[Array, " o"], z: Float[Array, " d"]) -> Float[Array, " d"]:
+    def from_noise(self, obs: Obs, z: Float[Array, " d"]) -> Float[Array, " d"]:
         """The action of z."""
         return jnp.clip(self.mu(obs, z), -1.0, 1.0)
 
-    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " d"]:
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " d"]:
         return self.from_noise(obs, jr.normal(key, (self.dim,)))
 
     @property
@@ -97,8 +97,8 @@ class FQL:
     def init(self, key: PRNGKey, spec: EnvSpec) -> FQLState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_flow, k_actor, k_critic = jr.split(key, 3)
-        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
-        actor = OneStep(self.actor.init(k_actor, spec.obs_dim + spec.action_dim, spec.action_dim))
+        flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
+        actor = OneStep(self.actor.init(k_actor, spec.observation, spec.action_dim, more=spec.action_dim))
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         opts = self.optim.init(flow), self.optim.init(actor), critic_opt
         stats = initial_moments(self.normalise_obs, spec)

@@ -62,7 +62,7 @@ class DACER:
     def init(self, key: PRNGKey, spec: EnvSpec) -> DACERState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
-        actor = self.flow.init(k_actor, spec.action_dim, spec.obs_dim, spec.horizon)
+        actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return DACERState(
             actor, critic, target, self.scale.first(), self.optim.init(actor), critic_opt,
@@ -101,7 +101,7 @@ class DACER:
             return gaussian_entropy(jax.vmap(lambda k: explored(obs, k))(jr.split(key, self.draws)))
 
         few = min(n, 16)
-        entropy = jax.vmap(entropy_at)(batch.obs[:few], jr.split(k_entropy, few)).mean()
+        entropy = jax.vmap(entropy_at)(jax.tree.map(lambda x: x[:few], batch.obs), jr.split(k_entropy, few)).mean()
         scale = self.scale.following(state.scale, state.step + 1, entropy)
         metrics |= {
             "actor_loss": loss,

@@ -112,7 +112,7 @@ class PMD:
     def init(self, key: PRNGKey, spec: EnvSpec) -> PMDState:
         """Fresh networks for `spec`'s sizes; the slow copies are copies."""
         k_actor, k_critic = jr.split(key)
-        actor = self.flow.init(k_actor, spec.action_dim, spec.obs_dim, spec.horizon)
+        actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return PMDState(
             actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.init(actor), critic_opt,

@@ -16,8 +16,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.agents.base import Preset, adopted, flow_of, takes_temperature
+from contraflow.core.observation import rows
 from contraflow.core.optim import Optim, check_positive, gradient_step
-from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import Batch, EnvSpec, Metrics, Obs, PRNGKey
 from contraflow.flow.fewstep import Matching, MeanFlow, Objective
 from contraflow.flow.likelihood import FlowDensity, Pushforward, action_log_prob
 from contraflow.flow.matching import consistency_error, posterior_error, square, with_objective
@@ -144,8 +145,8 @@ class RFM:
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
-        cond = spec.obs_dim + self.flow.network.embedding * self.condition_on_temperature
-        actor = self.flow.init(k_actor, spec.action_dim, cond, spec.horizon)
+        told = self.flow.network.embedding * self.condition_on_temperature
+        actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon, told)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
         return RFMState(
@@ -207,12 +208,13 @@ class RFM:
                 return loss
             teacher: Flow = slow
 
-            def tie(cond, x1, key):
+            def tie(obs, cond, x1, key):
                 k_interval, k_x0, k_target = jr.split(key, 3)
-                x0 = jr.normal(k_x0, x1.shape)
-                return square(consistency_error(self.objective, actor, teacher, cond, x0, x1, k_interval, k_target))
+                x0, slow_cond = jr.normal(k_x0, x1.shape), condition(teacher, obs, self._told(state))
+                ends = cond, x0, x1, k_interval, k_target
+                return square(consistency_error(self.objective, actor, teacher, *ends, slow_cond=slow_cond))
 
-            tied = jnp.mean(jax.vmap(tie)(cond, x1, jr.split(k_tie, n)))
+            tied = jnp.mean(jax.vmap(tie)(batch.obs, cond, x1, jr.split(k_tie, n)))
             return self.objective.share * loss + (1 - self.objective.share) * tied
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
@@ -230,23 +232,24 @@ class RFM:
         lam = self.temperature.following(lam, state.step + 1, has)
         return RFMState(actor, critic, target, actor_opt, critic_opt, lam, state.step + 1, slow, stats), metrics
 
-    def log_pi(self, critic: QEnsemble, obs: Float[Array, " o"], lam: Float[Array, ""]) -> LogDensity:
+    def log_pi(self, critic: QEnsemble, obs: Obs, lam: Float[Array, ""]) -> LogDensity:
         """The target distribution of u at one observation, as networks get it."""
-        q = lambda a: critic.value(obs, a)
+        seen = critic.encode(obs)
+        q = lambda a: critic.value(seen, a)
         if isinstance(self.flow.support, Box):
             return boltzmann_in_box(q, lam)
         return boltzmann(q, lam, self.target.jacobian_power)
 
-    def endpoints(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, "B n a"]:
+    def endpoints(self, state: RFMState, obs: Obs, key: PRNGKey) -> Float[Array, "B n a"]:
         """Latent particles of the policy for each observation, as networks get it; that picked by `query` first."""
 
         def one(obs, key):
             _, u, best = self._particles(state, obs, key, self.target.query)
             return jnp.roll(u, -best, axis=0)
 
-        return jax.vmap(one)(obs, jr.split(key, obs.shape[0]))
+        return jax.vmap(one)(obs, jr.split(key, rows(obs)))
 
-    def diagnostics(self, state: RFMState, obs: Float[Array, "B o"], key: PRNGKey) -> dict[str, Float[Array, ""]]:
+    def diagnostics(self, state: RFMState, obs: Obs, key: PRNGKey) -> dict[str, Float[Array, ""]]:
         """How good the regression targets are at these observations (rl/diagnostics.py)."""
         k_particles, k_target, k_gap = jr.split(key, 3)
         obs, lam = jax.vmap(lambda o: normalise(state.stats, o))(obs), state.temperature
@@ -281,7 +284,7 @@ class RFM:
         return state.temperature if self.condition_on_temperature else None
 
     def _particles(
-        self, state: RFMState, obs: Float[Array, " o"], key: PRNGKey, selector: Selector
+        self, state: RFMState, obs: Obs, key: PRNGKey, selector: Selector
     ) -> tuple[Float[Array, "n a"], Float[Array, "n a"], Int[Array, ""]]:
         """n noises, the latent actions u that they end in, and the index the selector picks by Q(s, a) / lambda."""
         k_x0, k_pick = jr.split(key)

@@ -57,7 +57,7 @@ class SAC:
     def init(self, key: PRNGKey, spec: EnvSpec) -> SACState:
         """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
-        actor = self.actor.init(k_actor, spec.obs_dim, 2 * spec.action_dim)
+        actor = self.actor.init(k_actor, spec.observation, 2 * spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         log_alpha = jnp.log(jnp.asarray(self.init_alpha, jnp.float32))
         return SACState(

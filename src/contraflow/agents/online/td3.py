@@ -59,7 +59,7 @@ class TD3:
     def init(self, key: PRNGKey, spec: EnvSpec) -> TD3State:
         """Fresh networks for `spec`'s sizes; the slow copies are copies."""
         k_actor, k_critic = jr.split(key)
-        actor = self.actor.init(k_actor, spec.obs_dim, spec.action_dim)
+        actor = self.actor.init(k_actor, spec.observation, spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return TD3State(
             actor, jax.tree.map(jnp.copy, actor), critic, target, self.optim.init(actor), critic_opt,

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from contraflow.agents.base import Preset, adopted, flow_of
 from contraflow.core.optim import Optim, check_positive
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
+from contraflow.core.types import EnvSpec, Metrics, Obs, PRNGKey, Rollout
 from contraflow.flow.kernel import Kernel, log_prob, posterior_std, rollout
 from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.path import VP
@@ -62,24 +62,24 @@ class Denoiser(eqx.Module):
     def flow(self) -> Flow:
         return self.actor
 
-    def kernel(self, flow: Flow, obs: Float[Array, " o"], min_std: float, first: int) -> Kernel:
+    def kernel(self, flow: Flow, obs: Obs, min_std: float, first: int) -> Kernel:
         """Steps first, first + 1, ... of a flow under s, with DDPM's deviation or `min_std` if that is larger."""
-        path, n = flow.spec.path, self.steps
+        path, n, cond = flow.spec.path, self.steps, flow.encode(obs)
 
         def kernel(x, k):
             t, r = (first + k) / n, (first + k + 1) / n
-            x1, x0 = flow.ends(x, t, obs, r)
+            x1, x0 = flow.ends(x, t, cond, r)
             std = posterior_std(path, t, r)
             mean = path.alpha(r) * x1 + jnp.sqrt(jnp.maximum(path.beta(r) ** 2 - std**2, 0.0)) * x0
             return mean, jnp.full_like(x, jnp.maximum(std, min_std))
 
         return kernel
 
-    def learned_kernel(self, obs: Float[Array, " o"]) -> Kernel:
+    def learned_kernel(self, obs: Obs) -> Kernel:
         """The learned steps as they act in training."""
         return self.kernel(self.actor, obs, self.min_std, self.steps - self.learned)
 
-    def chain(self, obs: Float[Array, " o"], key: PRNGKey, min_std: float) -> Float[Array, "n a"]:
+    def chain(self, obs: Obs, key: PRNGKey, min_std: float) -> Float[Array, "n a"]:
         """The learned part of a chain, from the x that the pretrained steps lead to."""
         k_x0, k_before, k_learned = jr.split(key, 3)
         x, first = self.actor.noise(k_x0), self.steps - self.learned
@@ -87,12 +87,12 @@ class Denoiser(eqx.Module):
             x = rollout(self.kernel(self.reference, obs, min_std, 0), x, first, k_before)[-1]
         return rollout(self.kernel(self.actor, obs, min_std, first), x, self.learned, k_learned)
 
-    def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+    def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
         """An action and the learned part of its chain."""
         chain = self.chain(obs, key, self.min_std)
         return self.actor.action(chain[-1]), Draw(chain, log_prob(self.learned_kernel(obs), chain, range(self.learned)))
 
-    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
         return self.actor.action(self.chain(obs, key, 0.0 if greedy else self.min_std)[-1])
 
     @property
@@ -138,7 +138,7 @@ class DPPO:
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
         """Fresh networks; `adopt` puts a trained flow in."""
         k_flow, k_critic = jr.split(key)
-        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         return first_state(self.ppo, flow, spec, k_critic, reference=jax.tree.map(jnp.copy, flow))
 
     def policy(self, state: PPOState) -> Policy:

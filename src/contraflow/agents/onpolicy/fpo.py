@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from contraflow.agents.base import Preset, adopted, flow_of
 from contraflow.core.optim import check_positive
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
+from contraflow.core.types import EnvSpec, Metrics, Obs, PRNGKey, Rollout
 from contraflow.flow.matching import matching_error
 from contraflow.flow.model import EDGE, Flow, FlowSpec
 from contraflow.flow.path import Linear
@@ -61,7 +61,7 @@ class MatchedFlow(eqx.Module):
     ratio: Ratio = eqx.field(static=True)
 
     def losses(
-        self, obs: Float[Array, " o"], end: Float[Array, " a"], t: Float[Array, " M"], noise: Float[Array, "M a"]
+        self, obs: Obs, end: Float[Array, " a"], t: Float[Array, " M"], noise: Float[Array, "M a"]
     ) -> Float[Array, " M"]:
         """l_j of the pairs (t_j, noise_j)."""
         reduce = jnp.mean if self.ratio == "mean" else jnp.sum
@@ -72,7 +72,7 @@ class MatchedFlow(eqx.Module):
 
         return jax.vmap(one)(t, noise)
 
-    def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+    def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
         """An action, and pairs with their losses."""
         k_solve, k_t, k_noise = jr.split(key, 3)
         end = self.flow.sample(self.flow.noise(k_solve), obs, jr.fold_in(k_solve, 1))
@@ -80,7 +80,7 @@ class MatchedFlow(eqx.Module):
         noise = self.flow.noise(k_noise, self.pairs)
         return self.flow.action(end), Draw(end, t, noise, self.losses(obs, end, t, noise))
 
-    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
         return FlowPolicy(self.flow)(obs, key)
 
     @property
@@ -115,7 +115,7 @@ class FPO:
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
         """Fresh networks; `adopt` puts a trained flow in."""
         k_flow, k_critic = jr.split(key)
-        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         return first_state(self.ppo, MatchedFlow(flow, self.pairs, self.weight, self.ratio), spec, k_critic)
 
     def policy(self, state: PPOState) -> Policy:

@@ -57,7 +57,7 @@ class PPO:
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
         """Fresh networks for `spec`'s sizes; the last layer of the mean is a hundredth of the usual."""
         k_actor, k_critic = jr.split(key)
-        mean = self.actor.init(k_actor, spec.obs_dim, spec.action_dim)
+        mean = self.actor.init(k_actor, spec.observation, spec.action_dim)
         mean = eqx.tree_at(lambda m: m.last.weight, mean, 0.01 * mean.last.weight)
         actor = ClippedGaussian(mean, jnp.full(spec.action_dim, jnp.log(self.init_std), float))
         return first_state(self.ppo, actor, spec, k_critic)

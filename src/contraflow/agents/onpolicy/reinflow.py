@@ -17,8 +17,9 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int
 
 from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.core.observation import rows
 from contraflow.core.optim import Optim, check_positive
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Rollout
+from contraflow.core.types import EnvSpec, Metrics, Obs, PRNGKey, Rollout
 from contraflow.flow.kernel import Kernel, log_prob, rollout
 from contraflow.flow.model import Flow, FlowSpec
 from contraflow.nets.layers import time_embedding
@@ -54,32 +55,33 @@ class NoisyFlow(eqx.Module):
     low: float = eqx.field(static=True)
     steps: int = eqx.field(static=True)
 
-    def kernel(self, obs: Float[Array, " o"]) -> Kernel:
+    def kernel(self, obs: Obs) -> Kernel:
         """The chain under s."""
+        cond, seen = self.flow.encode(obs), self.noise.encode(obs)
 
         def kernel(x, k):
-            return self.flow.step(x, k / self.steps, (k + 1) / self.steps, obs), self.std(k, obs)
+            return self.flow.step(x, k / self.steps, (k + 1) / self.steps, cond), self.std(k, seen)
 
         return kernel
 
-    def std(self, k: Int[Array, ""], obs: Float[Array, " o"]) -> Float[Array, " a"]:
+    def std(self, k: Int[Array, ""], obs: Obs) -> Float[Array, " a"]:
         """sigma of step k."""
         spec = self.flow.spec
         low, high = 2 * jnp.log(self.low), jax.lax.stop_gradient(self.reach)
-        out = self.noise(jnp.concatenate([obs, time_embedding(spec.clock * k / self.steps, spec.network.embedding)]))
+        out = self.noise(obs, time_embedding(spec.clock * k / self.steps, spec.network.embedding))
         return jnp.exp(0.5 * (low + (high - low) * (jnp.tanh(out) + 1) / 2))
 
-    def chain(self, obs: Float[Array, " o"], key: PRNGKey) -> Float[Array, "n a"]:
+    def chain(self, obs: Obs, key: PRNGKey) -> Float[Array, "n a"]:
         """x_0 ... x_K."""
         k_x0, k_chain = jr.split(key)
         return rollout(self.kernel(obs), self.flow.noise(k_x0), self.steps, k_chain)
 
-    def sample(self, obs: Float[Array, " o"], key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
+    def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
         """An action and the chain that led to it."""
         chain = self.chain(obs, key)
         return self.flow.action(chain[-1]), Draw(chain, log_prob(self.kernel(obs), chain, range(self.steps)))
 
-    def __call__(self, obs: Float[Array, " o"], key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
         end = self.flow.sample(self.flow.noise(key), obs, steps=self.steps) if greedy else self.chain(obs, key)[-1]
         return self.flow.action(end)
 
@@ -128,9 +130,10 @@ class ReinFlow:
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
         """Fresh networks; `adopt` puts a trained flow in."""
         k_flow, k_noise, k_critic = jr.split(key, 3)
-        flow = self.flow.init(k_flow, spec.action_dim, spec.obs_dim, spec.horizon)
-        into, hidden = spec.obs_dim + self.flow.network.embedding, max(self.ppo.critic.width // 4, 8)
-        noise = MLP(into, spec.action_dim, hidden, 2, activation="tanh", key=k_noise)
+        flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
+        sizes = spec.observation, spec.action_dim, max(self.ppo.critic.width // 4, 8), 2
+        more, pixels = self.flow.network.embedding, self.flow.pixels
+        noise = MLP(*sizes, more=more, activation="tanh", pixels=pixels, key=k_noise)
         noise = eqx.tree_at(lambda m: m.last.weight, noise, 0.01 * noise.last.weight)
         actor = NoisyFlow(flow, noise, self._reach(jnp.zeros((), jnp.int32)), self.std[0], self.steps)
         reference = jax.tree.map(jnp.copy, flow) if self.anchor else None
@@ -186,8 +189,8 @@ class ReinFlow:
             loss, metrics = loss + self.anchor * gap, metrics | {"anchor": gap}
         return loss, metrics | ratio_metrics(log_ratio, self.clip)
 
-    def _distance(self, flow: Flow, reference: Flow, obs: Float[Array, "B o"], key: PRNGKey) -> Float[Array, ""]:
-        x0 = flow.noise(key, obs.shape[0])
+    def _distance(self, flow: Flow, reference: Flow, obs: Obs, key: PRNGKey) -> Float[Array, ""]:
+        x0 = flow.noise(key, rows(obs))
         new, old = (
             jax.vmap(lambda o, x, f=f: f.sample(x, o, steps=self.steps))(obs, x0)
             for f in (flow, jax.lax.stop_gradient(reference))

@@ -8,12 +8,16 @@ on after a success; and a trajectory that was cut off ends without `terminated`.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from contraflow.core.bounds import ROUNDING, Bounds, action_range, range_text, same_range
+from contraflow.core.flatten import leaf_names, ordered_leaves
+from contraflow.core.observation import Observation, Part, shown
 from contraflow.core.types import EnvSpec, UserError
 
 VECTORS, REQUIRED = ("obs", "action", "next_obs"), ("obs", "action", "reward", "terminated")
@@ -35,10 +39,10 @@ class Dataset:
     """
 
     name: str
-    obs: Float32[np.ndarray, "n o"]
+    obs: Any  # float32 [n, o], images [n, H, W, C], or a dict of parts [n, ...]
     action: Float32[np.ndarray, "n a"]
     reward: Float32[np.ndarray, " n"]
-    next_obs: Float32[np.ndarray, "n o"]
+    next_obs: Any
     terminated: Bool[np.ndarray, " n"]
     end: Bool[np.ndarray, " n"]
     known: Bool[np.ndarray, " n"]
@@ -50,6 +54,15 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.reward)
+
+    @property
+    def observation(self) -> Observation:
+        """What one observation is."""
+        if isinstance(self.obs, np.ndarray) and self.obs.ndim == 2:
+            return self.obs.shape[1]
+        names = leaf_names(self.obs) or ("",)
+        leaves = zip(names, ordered_leaves(self.obs), strict=True)
+        return tuple(Part(name, x.shape[1:], "uint8" if x.dtype == np.uint8 else "float32") for name, x in leaves)
 
     @property
     def starts(self) -> Int[np.ndarray, " t"]:
@@ -80,9 +93,12 @@ class Dataset:
         """SHA-256 of the arrays: another one where anything in them differs."""
         total = hashlib.sha256()
         for key in (*COLUMNS, "low", "high"):
-            array = np.ascontiguousarray(getattr(self, key))
-            total.update(f"{key} {array.dtype} {array.shape}".encode())
-            total.update(array.data)
+            for name, leaf in zip(
+                leaf_names(getattr(self, key)) or ("",), ordered_leaves(getattr(self, key)), strict=True
+            ):
+                array = np.ascontiguousarray(leaf)
+                total.update(f"{key}{name and '/'}{name} {array.dtype} {array.shape}".encode())
+                total.update(array.data)
         return total.hexdigest()
 
     def spec(self, horizon: int = 1, execute: int = 1) -> EnvSpec:
@@ -96,9 +112,10 @@ class Dataset:
                 f"no trajectory of {self.name} has {horizon} steps, the longest has {longest}: choose a horizon from 1 "
                 f"to {longest}, or longer trajectories"
             )
-        sizes, bounds = (self.obs.shape[1], self.action.shape[1] * horizon), (self.low, self.high)
-        low, high = (tuple(bound.tolist()) for bound in bounds)
-        return EnvSpec(*sizes, 1, None, False, horizon=horizon, execute=execute, low=low, high=high)
+        seen, low, high = self.observation, tuple(self.low.tolist()), tuple(self.high.tolist())
+        parts = () if isinstance(seen, int) else seen
+        sizes = sum(part.size for part in parts) if isinstance(seen, tuple) else seen, self.action.shape[1] * horizon
+        return EnvSpec(*sizes, 1, None, False, horizon, execute, low, high, obs_parts=parts)
 
     def with_successor(self) -> "Dataset":
         """Without the rows whose successor is unknown; those before them end their trajectories.
@@ -112,7 +129,8 @@ class Dataset:
                 f"dataset {self.name} records no successor of any step: imitate it, or record longer trajectories"
             )
         end = self.end | ~np.append(self.known[1:], True)
-        return replace(self, **{key: (end if key == "end" else getattr(self, key))[self.known] for key in COLUMNS})
+        rows = {key: end if key == "end" else getattr(self, key) for key in COLUMNS}
+        return replace(self, **jax.tree.map(lambda x: x[self.known], rows))
 
     def with_bounds(self, low: Any, high: Any, *, clip: bool = False, where: str = "these bounds") -> "Dataset":
         """The same raw actions as shares of another range, [-1, 1] of [low, high], which is then the stated one.
@@ -133,11 +151,11 @@ class Dataset:
         Raises UserError for other sizes, of a chunk one action counting, and for raw actions outside the range by more
         than rounding without `clip`.
         """
-        have, want = (self.obs.shape[1], self.action.shape[1]), (spec.obs_dim, spec.action_dim // spec.horizon)
+        have, want = (self.observation, self.action.shape[1]), (spec.observation, spec.action_dim // spec.horizon)
         if have != want:
             raise UserError(
-                f"dataset {self.name} has {have[0]} observations and {have[1]} actions, {env} has {want[0]} and "
-                f"{want[1]}: choose the environment that it was recorded in{_named(self.env)}"
+                f"dataset {self.name} has {shown(have[0])} observations and {have[1]} actions, {env} has "
+                f"{shown(want[0])} and {want[1]}: choose the environment that it was recorded in{_named(self.env)}"
             )
         new, own = action_range(spec), (self.low.astype(np.float64), self.high.astype(np.float64))
         if self.stated and same_range(own, new):
@@ -175,7 +193,10 @@ def build(
     same_length(name, rows)
     rows.setdefault("known", np.ones(len(rows["action"]), bool))
     rows = {key: _converted(name, key, rows[key], said) for key in COLUMNS}
-    if rows["obs"].shape != rows["next_obs"].shape:
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), rows[key]) for key in ("obs", "next_obs")]
+    if shapes[0] != shapes[1]:
+        if not all(isinstance(rows[key], np.ndarray) and rows[key].ndim == 2 for key in ("obs", "next_obs")):
+            raise UserError(f"dataset {name}: obs and next_obs have other parts or shapes; record both alike")
         width = [rows[key].shape[1] for key in ("obs", "next_obs")]
         raise UserError(f"dataset {name}: obs has {width[0]} columns and next_obs {width[1]}; record both alike")
     if not rows["end"].any():
@@ -226,11 +247,12 @@ def join(trajectories: Sequence[Mapping[str, Any]], *, name: str, **options: Any
     return build(flat, name=name, **options)
 
 
-def unrecorded(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def unrecorded(rows: Mapping[str, Any]) -> dict[str, Any]:
     """Rows with `next_obs` by shift, where the source has no observation after the last step of a trajectory: there it
     repeats obs, and is not `known` unless the step terminated, as nothing reads it then."""
     end, obs = np.append(rows["end"][:-1].astype(bool), True), rows["obs"]
-    following = np.where(end[:, None], obs, np.roll(obs, -1, axis=0))
+    shifted = lambda x: np.where(end.reshape(-1, *[1] * (x.ndim - 1)), x, np.roll(x, -1, axis=0))
+    following = jax.tree.map(shifted, obs)
     return {**rows, "next_obs": following, "known": ~end | rows["terminated"].astype(bool)}
 
 
@@ -247,6 +269,9 @@ def columns(name: str, arrays: Mapping[str, Any], required: Iterable[str] = ()) 
     for key in (*VECTORS, *NUMBERS):
         if key not in rows:
             continue
+        if key.endswith("obs") and (isinstance(rows[key], dict) or np.ndim(rows[key]) == 4):
+            rows[key] = jax.tree.map(partial(_part, name, key), rows[key])
+            continue
         try:
             array = np.asarray(rows[key])
         except ValueError:
@@ -259,11 +284,23 @@ def columns(name: str, arrays: Mapping[str, Any], required: Iterable[str] = ()) 
         elif not vectors and shape[1:] == (1,):
             array = array[:, 0]
         if array.ndim != 1 + vectors:
-            wanted = "rows of numbers; images are not read" if vectors else "one number for each step"
+            wanted = "rows of numbers, or images [n, H, W, C]" if vectors else "one number for each step"
             raise UserError(f"dataset {name}: {key} has shape {list(shape)}; it must be {wanted}")
         rows[key] = array
         _check_finite(name, key, array)
     return rows
+
+
+def _part(name: str, key: str, array: Any) -> np.ndarray:
+    """A part of an observation: images as they are, vectors [n, k]."""
+    array = np.asarray(array)
+    if array.dtype.kind not in "biuf" or array.ndim not in (1, 2, 4):
+        what = f"{array.dtype}{list(array.shape)}"
+        raise UserError(f"dataset {name}: a part of {key} is {what}; it must be numbers [n, k] or images [n, H, W, C]")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UserError(f"dataset {name}: a part of {key} is not finite: repair or leave out its trajectory")
+    pixels = array.ndim == 4 and array.dtype == np.uint8
+    return array if pixels else (array[:, None] if array.ndim == 1 else array).astype(np.float32)
 
 
 def same_length(name: str, rows: Mapping[str, Any], empty: bool = False) -> None:
@@ -273,15 +310,16 @@ def same_length(name: str, rows: Mapping[str, Any], empty: bool = False) -> None
     if n == 0 and not empty:
         raise UserError(f"dataset {name} is empty: record at least one trajectory of two steps")
     for key in (*VECTORS, *NUMBERS):
-        if key in rows and len(rows[key]) != n:
-            have = len(rows[key])
+        for have in {len(leaf) for leaf in ordered_leaves(rows[key])} - {n} if key in rows else ():
             raise UserError(f"dataset {name}: {key} has {have} rows, action has {n}; each step needs one of both")
 
 
-def _converted(name: str, key: str, array: np.ndarray, said: list[str]) -> np.ndarray:
+def _converted(name: str, key: str, array: Any, said: list[str]) -> Any:
     """A column as bool or float32, in which it must be finite; a note where that loses what varies in it."""
     if key in ("terminated", "end", "known"):
         return array.astype(bool)
+    if isinstance(array, dict) or array.ndim == 4:
+        return array  # what `_part` made of it
     with np.errstate(over="ignore"):
         small = array.astype(np.float32, copy=False)
     _check_finite(name, key, small)

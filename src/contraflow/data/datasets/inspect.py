@@ -3,6 +3,7 @@
 import numpy as np
 
 from contraflow.core.bounds import ROUNDING, range_text
+from contraflow.core.observation import shown
 from contraflow.data.datasets.dataset import Dataset
 
 SATURATED, SHOWN = 0.1, 8  # share of actions at a bound that is worth a word; columns that are named
@@ -14,6 +15,7 @@ def summary(data: Dataset) -> list[tuple[str, str]]:
     terminated, cut = int((data.end & data.terminated).sum()), int((data.end & ~data.terminated).sum())
     inside = int((data.terminated & ~data.end).sum())
     extra = f"; {inside:,} terminated rows within trajectories" if inside else ""
+    vectors = isinstance(data.observation, int)
     spread = f"std {returns.std():.4g}  min {returns.min():.4g}  max {returns.max():.4g}"
     return [
         ("dataset", data.name),
@@ -23,7 +25,7 @@ def summary(data: Dataset) -> list[tuple[str, str]]:
         ("returns", f"mean {returns.mean():.4g}  {spread}"),
         ("ends", f"{terminated:,} terminated, {cut:,} truncated{extra}"),
         ("rewards", f"{reward.min():.4g} to {reward.max():.4g}, mean {reward.mean():.4g}"),
-        ("observations", f"{data.obs.shape[1]}: {_ranges(data.obs)}"),
+        ("observations", shown(data.observation) + (f": {_ranges(data.obs)}" if vectors else "")),
         ("actions", f"{data.action.shape[1]}: {_ranges(data.raw_action)}"),
         ("bounds", range_text(data.low, data.high) + ("" if data.stated else " (not stated: the range of the data)")),
     ]
@@ -32,7 +34,8 @@ def summary(data: Dataset) -> list[tuple[str, str]]:
 def problems(data: Dataset) -> list[str]:
     """What had to be assumed, and what training might trip over."""
     found = list(data.notes)
-    for what, rows in (("observation", data.obs), ("action", data.action)):
+    vectors = isinstance(data.observation, int)
+    for what, rows in (("observation", data.obs), ("action", data.action))[not vectors :]:
         constant = np.flatnonzero(np.ptp(rows, axis=0) <= 1e-6 * np.maximum(1, abs(rows[0])))
         if constant.size:
             found.append(f"{what} columns that never vary: {', '.join(map(str, constant[:SHOWN]))}{_more(constant)}")
@@ -43,6 +46,8 @@ def problems(data: Dataset) -> list[str]:
         found.append("nothing terminates: right only where no episode ends but by its time limit")
     if data.reward.min() == data.reward.max():
         found.append(f"every reward is {data.reward[0]:g}")
+    if not vectors:
+        return found
     within = np.flatnonzero(~data.end & data.known)
     scale = data.moments()[1]
     jumps = (abs(data.next_obs[within] - data.obs[within + 1]) > 1e-3 * scale).any(1)

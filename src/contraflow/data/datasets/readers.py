@@ -87,7 +87,11 @@ def from_arrays(
     (ends of trajectories) and `masks` (0 where the value ends). Without next_obs, it is the following row of obs, where
     there is one. Arguments and errors as for `load`.
     """
-    rows: dict[str, Any] = {ALIASES.get(key, key): value for key, value in arrays.items()}
+    rows: dict[str, Any] = {}
+    for key, value in arrays.items():
+        key, slash, part = key.partition("/")
+        at = rows.setdefault(ALIASES.get(key, key), {}) if slash else rows  # obs/image is a part of obs
+        at[part if slash else ALIASES.get(key, key)] = value
     for key in ("obs", "action"):
         if key not in rows:
             raise UserError(
@@ -235,7 +239,9 @@ def _lerobot(path: Path, bounds: dict[str, Any]) -> Dataset:
             raise UserError(f"{path} has empty entries in {name}; repair or leave out their episodes")
         return values.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
 
-    notes: list[str] = []
+    features = info.get("features", {})
+    pictures = [name for name, feature in features.items() if feature.get("dtype") in ("video", "image")]
+    notes = [f"{', '.join(pictures)} of LeRobot are not read: observations are the states alone"] if pictures else []
     states = ["observation.state", "observation.environment_state"]
     rows = {"action": column("action")}
     rows["obs"] = np.concatenate([column(name) for name in states if name in table.column_names], axis=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.flatten import leaf_names, ordered_leaves
 from contraflow.core.types import UserError
 from contraflow.data.datasets import minari
 from contraflow.data.datasets.dataset import COLUMNS, Dataset
@@ -37,6 +38,8 @@ def write(data: Dataset, target: str | Path, kind: str = "hdf5", algorithm: str 
             f"dataset {data.name} lacks the successor of {int((~data.known).sum())} steps, which Minari's formats "
             "need: write it as .npz"
         )
+    if not npz and not isinstance(data.observation, int):
+        raise UserError(f"dataset {data.name} has images, which are not written in Minari's formats: write it as .npz")
     try:
         return _write_npz(data, place) if npz else _write_minari(data, target, place, kind, algorithm)
     except OSError as error:
@@ -87,7 +90,10 @@ def _episodes(data: Dataset) -> list[Any]:
 
 def _write_npz(data: Dataset, place: Path) -> Path:
     keys = (*COLUMNS, "low", "high") if data.stated else COLUMNS
-    arrays: dict[str, Any] = {key: getattr(data, key) for key in keys}
+    arrays: dict[str, Any] = {}
+    for key in keys:
+        leaves = zip(leaf_names(getattr(data, key)), ordered_leaves(getattr(data, key)), strict=False)
+        arrays |= {f"{key}/{name}": leaf for name, leaf in leaves} or {key: getattr(data, key)}
     arrays |= {"action": data.raw_action, "notes": np.array(data.notes, str)}
     if data.env:
         arrays["env"] = np.array(data.env)

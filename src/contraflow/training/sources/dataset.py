@@ -114,7 +114,8 @@ class Dataset:
 
     def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
         """Observations of the data."""
-        return jax.tree.map(lambda x: x[world.data.draw(key, GLANCE)], world.data.obs)
+        at = world.data.draw(key, GLANCE)
+        return jax.tree.map(lambda x: x[at], world.data.obs)
 
 
 def sampler(source: Any, agent: Any) -> Chunk:

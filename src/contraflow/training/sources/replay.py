@@ -163,4 +163,5 @@ class Replay:
     def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
         """Observations [B, ...] of late, to look at the agent with; `carry` is of one seed."""
         rows = carry.learner.buffer.rows
-        return jax.tree.map(lambda x: x[rows.draw(key, self.batch_size)], rows.obs)
+        at = rows.draw(key, self.batch_size)
+        return jax.tree.map(lambda x: x[at], rows.obs)
