@@ -120,6 +120,8 @@ def tables(
     table: tyro.conf.Positional[Path] = DATA / "study_test.csv", than: str = "rfm-paper", level: float = 0.95
 ) -> None:
     """Print them; intervals have the coverage `level`."""
+    if not any(row["policy"] == "last" for row in read(table)):
+        sys.exit(f"{table} holds no finished run: `study.py collect` writes it")
     returns, random = read_returns(table)
     own = returns["own"]
     envs = sorted({env for by_env in own.values() for env in by_env})

@@ -152,6 +152,21 @@ def broken_reset(num_envs: int, seed: int) -> Gymnasium:
     return Gymnasium(Broken, num_envs, seed)
 
 
+def far(num_envs: int, seed: int) -> Gymnasium:
+    class Far(Pointer):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.full(1, 1e9), {}
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return 1e9 + obs.astype(np.float64), *rest
+
+    return Gymnasium(Far, num_envs, seed)
+
+
 def discrete(num_envs: int, seed: int) -> Gymnasium:
     class Discrete(Pointer):
         action_space = gymnasium.spaces.Discrete(3)

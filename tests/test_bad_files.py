@@ -107,6 +107,24 @@ def test_a_config_cut_short(finished: Path):
     assert_refused(["resume", str(finished), "--trust"], "not valid JSON")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("eval.csv", "step,seconds\n20,abc\n"),
+        ("eval.csv", "step,seconds,return_mean\n20,1\n"),
+        ("eval.csv", "step,seconds\n20,1\n"),
+        ("metrics.jsonl", "no json\n"),
+        ("metrics.jsonl", "{}\n"),
+        ("metrics.jsonl", "3\n"),
+        ("best/evaluation.json", "3"),
+        ("best/evaluation.json", "{}"),
+    ],
+)
+def test_damaged_records(name: str, text: str, finished: Path):
+    (finished / name).write_text(text)
+    assert_refused(["resume", str(finished), "--trust", "--quiet", "--steps", "60"], name, "is damaged", "delete")
+
+
 def test_a_policy_of_the_wrong_shape(finished: Path):
     file = finished / "policy/model.safetensors"
     arrays = load_file(file)

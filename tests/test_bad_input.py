@@ -27,6 +27,8 @@ from contraflow.training.run import read_config
         ("train --seed 3 rfm", ["the preset comes first"]),
         ("train runs/none", ["runs/none does not exist"]),
         ("train rfm --agent.critic.gama 1", ["no flag --agent.critic.gama", "did you mean --agent.critic.gamma?"]),
+        ("train rfm --agent.widht 9", ["did you mean --agent.critic.width or --agent.flow.network.width?"]),
+        ("train rfm --agent.critic.widht 9", ["did you mean --agent.critic.width?"]),
         ("train rfm --stepz 9", ["there is no flag --stepz; did you mean --steps?"]),
         ("train rfm agent.flow.solver:huen", ["no kind huen", "did you mean 'heun'"]),
         ("train rfm agent.flow.solvr:heun", ["no setting solvr", "did you mean 'solver'"]),
@@ -44,6 +46,8 @@ from contraflow.training.run import read_config
         ("train rfm --steps -5", ["--steps must be at least 1, got -5"]),
         ("train rfm --steps many", ["--steps", "many"]),
         ("train rfm --steps 1.5", ["--steps", "1.5 is not a whole number"]),
+        ("train rfm --steps inf", ["--steps", "inf is not a whole number"]),
+        ("train rfm --steps nan", ["--steps", "nan is not a whole number"]),
         ("train rfm --agent.critic.width 0", ["width must be positive, got 0"]),
         ("train rfm --agent.critic.tau 0", ["tau is a target-update rate"]),
         ("train rfm agent.temperature:constant --agent.temperature.value -1", ["temperature must be positive"]),
@@ -202,6 +206,19 @@ def test_an_environment_that_raises(moment: str, tmp_path: Path):
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     assert_refused([*GUESS, "--out", str(tmp_path / "file/run")], "cannot be made", "choose another --out")
+
+
+def test_other_places_that_cannot_be_made(tmp_path: Path):
+    """Of a page, a film and a comparison, before the work; the message has the flag that named the place."""
+    cli(*GUESS, "--out", tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file/new")
+    assert_refused(["report", str(tmp_path), "--out", f"{place}/page.html"], "cannot be made", "choose another --out")
+    film = ["eval", str(tmp_path / "run"), "--trust", "--video", f"{place}/film.mp4"]
+    assert_refused(film, "cannot be made", "choose another --video")
+    assert_refused(
+        ["compare", "--agents", "sir", "--envs", "probe:action", "--steps", "9", "--out", place], "cannot be"
+    )
 
 
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

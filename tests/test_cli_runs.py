@@ -22,6 +22,7 @@ from contraflow.envs import make
 from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
 from contraflow.training import checkpoint
+from contraflow.training.evaluate import margin
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import read_config, write_config
 
@@ -36,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, out, err = cli(*SMALL, "--out", folder)
     assert code == 0 and err == "", err
     assert re.search(r"trained to step 40 in \d+ min \d+ s", out)
-    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std", out)
+    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std.* mean \+- \d+\.\d \(95 %\) +min", out)
     step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
     best = f"best policy  {folder / 'best'}, from step {int(step)}"
     assert f"{best}\nlast policy  {folder / 'policy'}\ncurve        {folder / 'curve.png'}\n" in out
@@ -69,7 +70,9 @@ def test_eval(trained: Path):
     policy = load(trained)
     with command.environment(policy, policy.env, 3, 5) as env:
         wanted = command.evaluate(policy.network, env, jax.random.key(5), 3)
-    assert np.allclose(numbers, [wanted.mean(), wanted.std(), wanted.min(), wanted.max()], atol=0.051)
+    told = [wanted.mean(), wanted.std(), margin(wanted), wanted.min(), wanted.max()]
+    assert np.allclose(numbers, told, atol=0.051)
+    assert "(95 %)" in out and "(95 %)" not in cli("eval", trained, "--episodes", "1")[1], "one episode has none"
     assert cli("eval", trained / "policy", "--episodes", "3", "--seed", "5")[1] == out
     assert cli("eval", trained, "--episodes", "3", "--seed", "6")[1] != out
     assert cli("eval", trained, "--env", "probe:obs", "--episodes", "2")[1].startswith("probe:obs, 2 episodes")

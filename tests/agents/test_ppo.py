@@ -1,6 +1,6 @@
 """PPO, ReinFlow, DPPO, FPO: exact ratios, closed forms of their chains, reductions to each other."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import equinox as eqx
@@ -14,7 +14,7 @@ from contraflow.agents.onpolicy.dppo import DIFFUSION, DPPO
 from contraflow.agents.onpolicy.fpo import FPO, MatchedFlow
 from contraflow.agents.onpolicy.ppo import PPO
 from contraflow.agents.onpolicy.reinflow import ReinFlow
-from contraflow.core.optim import Optim
+from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Rollout, UserError
 from contraflow.flow.kernel import log_prob
 from contraflow.flow.model import Ddim, Flow, FlowSpec
@@ -375,3 +375,27 @@ def test_more_minibatches_than_rows_are_refused():
     state = start(AGENTS["ppo"], jr.key(0))
     with pytest.raises(UserError, match="rollout of 24 rows cannot be cut into 25 minibatches"):
         jax.eval_shape(lambda s, r: agent.update(s, r, jr.key(0)), state, acted(agent, state, jr.key(1)))
+
+
+@dataclass(frozen=True)
+class Counted:
+    count: int
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: ReinFlow(steps=0), "steps must be positive"),
+        (lambda: check_positive(Counted(2.5), "count"), "count must be a whole number, got 2.5"),
+        (lambda: ReinFlow(std_end=-1.0), "std_end in"),
+        (lambda: ReinFlow(anchor=-1.0), "anchor >= 0"),
+        (lambda: FPO(pairs=0), "pairs must be positive"),
+        (lambda: FPO(flow=replace(FlowSpec(), network=ResidualMLP(depth=0))), "depth must be positive"),
+        (lambda: PPOSettings(target_kl=0.0), "target_kl must be positive"),
+        (lambda: PPOSettings(minibatches=0), "minibatches must be positive"),
+        (lambda: PPO(clip=float("nan")), "clip must be positive"),
+    ],
+)
+def test_only_what_can_be_is_accepted(wrong, words: str):
+    with pytest.raises(ValueError, match=words):
+        wrong()

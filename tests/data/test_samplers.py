@@ -14,6 +14,8 @@ from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Chunk, Mixed, NStep, Uniform
+from contraflow.envs.chunk import Chunked
+from contraflow.envs.probe import PROBES
 
 LENGTHS = (5, 1, 8, 3)
 n = sum(LENGTHS)
@@ -99,6 +101,27 @@ def test_one_step_is_the_same_by_every_name(source: str):
     uniform = draw(Uniform(0.9), rows, jr.key(2), 300)
     same(uniform, draw(NStep(1, 0.9), rows, jr.key(2), 300))
     same(uniform, draw(Chunk(1, 0.9), rows, jr.key(2), 300))
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.0])
+def test_chunks_of_replay_are_discounted_by_the_steps_taken(gamma: float):
+    """Episodes of five steps with reward 1, cut by a time limit, in chunks of two: the third chunk is one step. What
+    follows is bootstrapped with gamma^2, gamma^2 and gamma; of two chunks with gamma^4, gamma^3 and gamma."""
+    env = Chunked(PROBES["truncation"](2), 2, 2, gamma)
+    buffer = Buffer.empty(20, env.spec)
+    state, obs = env.reset(jr.key(0))
+    for _ in range(6):
+        state, step = env.step(state, jnp.zeros((2, 2)))
+        buffer, obs = buffer.add(obs, jnp.zeros((2, 2)), step), step.obs
+    assert buffer.rows.steps is not None and buffer.rows.steps[:6].tolist() == [2, 2, 2, 2, 1, 1]
+    for sampler, spans in ((Uniform(gamma), (2, 2, 1)), (NStep(2, gamma), (4, 3, 1))):
+        batch = jax.tree.map(np.asarray, draw(sampler, buffer.rows, jr.key(1), 60))
+        number = np.round(batch.obs[:, 0] * 5).astype(int) // 2  # of the chunk in its episode
+        assert set(number) == {0, 1, 2}
+        span = np.asarray(spans)[number]
+        np.testing.assert_allclose(batch.discount, gamma**span, rtol=1e-5)
+        worth = [sum(gamma**k for k in range(n)) for n in span]
+        np.testing.assert_allclose(batch.reward, worth, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [Uniform(0.9), NStep(2, 0.9), Chunk(3, 0.9)])

@@ -72,6 +72,12 @@ def test_all_agents_share_critic_and_budget_but_those_that_keep_their_own(tmp_pa
     assert (ppo.eval_every, ppo.log_every, ppo.trackers) == (10_000, 1_000, ())
 
 
+def test_the_warm_up_depends_on_the_budget(tmp_path: Path):
+    """As in `train`: a short comparison needs no --collect."""
+    (cell,) = Matrix(tmp_path, {"sir": EVERY["sir"]}, ["probe:action"], Settings(steps=3000), 1).cells()
+    assert cell.run.source.collect == 150
+
+
 def test_an_agent_that_learns_from_data_is_told_from_which(tmp_path: Path):
     """One dataset for each environment; the one of its own run where none is given."""
     envs, data, agents = ["probe:action", "probe:constant"], {"probe:action": "a", "probe:constant": "b"}, dict(EVERY)

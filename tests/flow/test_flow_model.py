@@ -209,6 +209,8 @@ def test_steps_asked_for_take_the_place_of_the_solvers():
         {"margin": 0.5},
         {"margin": -0.1},
         {"clock": 0.0},
+        {"clip": 0.0},
+        {"clip": -1.0},
         {"path": VP(), "solver": EulerMaruyama(5, path=Linear())},
         {"averaged": True, "path": VP()},
         {"averaged": True, "predict": "noise"},
@@ -216,7 +218,7 @@ def test_steps_asked_for_take_the_place_of_the_solvers():
     ],
 )
 def test_what_does_not_fit_is_refused(bad):
-    with pytest.raises(ValueError, match=r"margin|clock|path|averaged"):
+    with pytest.raises(ValueError, match=r"margin|clock|clip|path|averaged"):
         FlowSpec(**bad)
 
 

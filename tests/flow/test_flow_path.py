@@ -172,3 +172,10 @@ def test_the_source_has_the_scale_from_which_the_exact_field_ends_at_the_data(pa
     if isinstance(path, VE):
         ends = jax.vmap(lambda x: RK4(200)(field, x, 1e-3, 1 - 1e-3))(jnp.array([[-1.0], [1.0]]))
         assert_close((ends[1] - ends[0]) / 2, 0.01, 0.02)
+
+
+@pytest.mark.parametrize("bad", [(VP, -0.1, 20.0), (VP, 0.0, 20.0), (VP, 2.0, 1.0), (VE, 0.0, 1.0), (VE, 2.0, 1.0)])
+def test_noise_that_no_path_has_is_refused(bad):
+    kind, low, high = bad
+    with pytest.raises(ValueError, match=f"{kind.__name__} needs 0 <"):
+        kind(low, high)

@@ -209,6 +209,12 @@ def test_flat_target_with_truncated_noise_gives_the_truncated_mean(x, t):
     assert abs(out.mean.mean() - oracle.mean()) < 4 * oracle.std() / np.sqrt(64 * repeats)
 
 
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.nan, np.inf])
+def test_a_bound_is_positive(bound):
+    with pytest.raises(ValueError, match="bound of a truncated proposal must be positive"):
+        TruncatedNoise(bound)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="2 components but 3 shares"):
         Mixture(shares=(0.2, 0.3, 0.5))

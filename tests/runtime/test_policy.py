@@ -137,6 +137,12 @@ def edit(folder: Path, **change):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
 
+def swap(folder: Path, name: str, value: object):
+    """One field of the outermost part of the policy."""
+    policy = json.loads((folder / "policy/config.json").read_text())["policy"]
+    edit(folder, policy=policy | {name: value})
+
+
 def reshape(folder: Path):
     file = folder / "policy/model.safetensors"
     arrays = load_file(file)
@@ -161,6 +167,11 @@ def reshape(folder: Path):
         (lambda f: edit(f, policy={"kind": "policy.flow:Missing"}), "--trust"),
         (lambda f: edit(f, policy={"kind": "policy.flow:FlowPolicy", "flow": None}), "other fields"),
         (lambda f: edit(f, policy=[]), "does not mention"),
+        (lambda f: edit(f, policy={"array": ["a"], "shape": [1]}), "no name and shape"),
+        (lambda f: edit(f, policy={"array": "a", "shape": 3}), "no name and shape"),
+        (lambda f: edit(f, policy={"array": "a"}), "no name and shape"),
+        (lambda f: swap(f, "explore", 3), "BestOf.explore by 3, which are no settings"),
+        (lambda f: swap(f, "explore", {}), "BestOf.explore by {}, which are no settings"),
     ],
 )
 def test_damage_is_named(damage, message: str | None, tmp_path: Path):

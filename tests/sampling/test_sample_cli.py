@@ -112,6 +112,13 @@ def test_values_out_of_range_are_refused(wrong: str):
         main(["two-moons", wrong])
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("contraflow.sampling.compare.train", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be made .*: choose another --out"):
+        main(["two-moons", "--out", str(tmp_path / "file/new")])
+
+
 def test_calls_that_make_no_whole_chains_are_refused():
     with pytest.raises(UserError, match=r"fab makes 1 \+ 63 density calls per chain"):
         main(["two-moons", "--methods", "fab", "--batch", "5", "--samples", "3"])

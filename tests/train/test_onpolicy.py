@@ -4,7 +4,9 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -27,6 +29,7 @@ from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.flow.path import VP
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.artifact import save_policy
 from contraflow.policy.base import inner
 from contraflow.rl.ppo import PPOSettings
 from contraflow.training import run as driver
@@ -192,6 +195,25 @@ def test_fine_tuning_starts_from_the_artefact(agent, imitated: Path, tmp_path: P
     assert moved.spec.horizon == 2 and not np.allclose(end(moved.network), new)
 
 
+class Wrapped(eqx.Module):
+    """A part of a policy that is the user's own."""
+
+    policy: Any
+
+    def __call__(self, obs, key, greedy=True):
+        return self.policy(obs, key, greedy)
+
+
+def test_trust_reaches_the_pretrained_policy(imitated: Path, tmp_path: Path):
+    """In all three places that read it: what is taken over, what must fit, and the first state."""
+    source = contraflow.load(imitated)
+    save_policy(tmp_path / "mine", Wrapped(source.network), source.spec, source.env)
+    run = replace(RUN, agent=FPO(ppo=SMALL), pretrained=str(tmp_path / "mine"), steps=64)
+    with pytest.raises(UserError, match="pass --trust"):
+        driver.train(run, tmp_path / "run", quiet=True)
+    assert driver.train(run, tmp_path / "run", trust=True, quiet=True).steps == run.total
+
+
 def test_what_does_not_fit_is_refused(imitated: Path, demonstrations: Path, tmp_path: Path):
     out = tmp_path / "run"
     cartpole = Rollouts("jax:cartpole-swingup", num_envs=2, unroll=16)
@@ -208,6 +230,8 @@ def test_what_does_not_fit_is_refused(imitated: Path, demonstrations: Path, tmp_
     ):
         with pytest.raises(UserError, match=message):
             driver.train(run, out, quiet=True)
+        with pytest.raises(UserError, match=message):
+            driver.train_seeds(run, (0, 1), out, quiet=True)
         assert not out.exists()
 
 

@@ -135,7 +135,16 @@ def test_chunks_of_replay_are_discounted_step_by_step(tmp_path: Path):
     train(replace(TINY, agent=Watcher(), source=source), tmp_path / "run", quiet=True)
     row = rows_of(tmp_path / "run")[40]
     assert row["reward"] == pytest.approx(0.9) and row["discount"] == 0 and row["return"] == 1
-    assert source.sampler(Watcher()) == Uniform(0.9**2)
+    assert source.sampler(Watcher()) == Uniform(0.9), "rows know of how many steps they are"
+
+
+def test_no_discount_within_a_chunk_is_not_one_either():
+    """gamma = 0 counts the first reward only; a rollout's decision is worth the plain sum, as in DPPO."""
+    run = replace(TINY, agent=Watcher(gamma=0.0), source=replace(TINY.source, horizon=2, execute=2))
+    ppo = with_source(PRESETS["ppo"], env="probe:obs-action", num_envs=2, horizon=2, execute=2)
+    for one, gamma in ((run, 0.0), (ppo, 1.0)):
+        with closing(one.source.open(one, False)) as opened:
+            assert opened.world.env.gamma == gamma
 
 
 # budgets
@@ -241,6 +250,21 @@ def test_what_belongs_to_ended_episodes_is_forgotten(tmp_path: Path):
 
 
 # environments are released
+
+
+def test_environments_are_closed_where_the_data_do_not_fit(double: Path, monkeypatch: pytest.MonkeyPatch):
+    """The data have three observations, the environment one."""
+    from contraflow.envs.gymnasium import Gymnasium
+
+    closed = []
+    real = Gymnasium.close
+    monkeypatch.setattr(Gymnasium, "close", lambda self: (closed.append(self), real(self)))
+    place = str(double), "tests.cli_helpers:pointer"
+    for source, count in ((Dataset(*place), 1), (OfflineToOnline(*place, offline_steps=20), 3)):
+        run = replace(TINY, agent=Watcher(), source=source)
+        with pytest.raises(UserError, match="has 3 observations"):
+            run.source.open(run, True)
+        assert len({id(env) for env in closed}) == count
 
 
 def test_environments_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

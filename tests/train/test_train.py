@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -301,6 +301,29 @@ def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch):
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch):
     text = shown(monkeypatch, terminal=True)
     assert "30/40" in text and "return 3.2" in text and "\x1b[" in text
+
+
+@dataclass(frozen=True)
+class Saturated(Guess):
+    """Its critic has to clip every fifth target."""
+
+    def update(self, state, batch, key):
+        state, metrics = super().update(state, batch, key)
+        return state, metrics | {"targets_out_of_range": 0.2}
+
+
+def test_targets_that_are_clipped_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train(replace(GUESS, agent=Saturated()), tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("note: 20% of the critic's targets lie beyond the range of its head") == 1
+    assert "--agent.critic.head.low" in out
+
+
+def test_what_an_environment_has_to_say_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Observations near 1e9 in double precision: training environment and evaluation say it, the user reads it once."""
+    run = replace(GUESS, source=replace(GUESS.source, env="tests.cli_helpers:far"))
+    train(run, tmp_path, trust=True)
+    assert capsys.readouterr().out.count("note: observations of Far reach 1e+09, where float32 tells apart only") == 1
 
 
 def test_quiet_is_silent(monkeypatch: pytest.MonkeyPatch):

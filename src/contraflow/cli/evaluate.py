@@ -11,13 +11,14 @@ import numpy as np
 import tyro
 
 from contraflow.cli.flags import Switch, read_flags
+from contraflow.core.files import make_folder
 from contraflow.core.types import UserError
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
 from contraflow.policy.uniform import still_policy, uniform_policy
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.training.evaluate import evaluate
+from contraflow.training.evaluate import evaluate, margin
 
 EPISODES = 10
 RANDOM, STILL = "random actions", "no action (zeros)"
@@ -59,8 +60,14 @@ def eval_command(args: list[str]) -> int:
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
         returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
     print(f"{id}, {options.episodes} episodes, seed {options.seed}")
-    print(f"mean {returns.mean():.1f}  std {returns.std():.1f}  min {returns.min():.1f}  max {returns.max():.1f}")
+    ends = f"min {returns.min():.1f}  max {returns.max():.1f}"
+    print(f"mean {returns.mean():.1f}  std {returns.std():.1f}  {interval(returns)}{ends}")
     return 0
+
+
+def interval(returns: np.ndarray) -> str:
+    """Half the width of the 95 % interval of the mean, to be followed by more; "" for a single episode."""
+    return f"mean +- {margin(returns):.1f} (95 %)  " if len(returns) > 1 else ""
 
 
 def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
@@ -90,7 +97,7 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int, most: int | N
         import imageio.v2 as imageio
     except ImportError:
         raise UserError('videos need imageio: pip install "contraflow[mujoco]"') from None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--video")
     speed: dict[str, Any] = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps}
     k_reset, k_act = jr.split(jr.key(seed))
     with environment(policy, id, 1, seed, render=True) as env:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -53,8 +54,15 @@ def _unknown(flag: str, known: Any) -> str:
         own = {known.removeprefix(prefix) for known in names if known.startswith(prefix)}
         if new := moved(name.removeprefix(prefix), own):
             return f"{flag} is now {prefix}{new}"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"there is no flag {flag}; " + (f"did you mean {close[0]}?" if close else "--help-all lists them")
+    # What was mistyped is mostly the last word; the words before it are often left out.
+    before, dot, word = name.rpartition(".")
+    words = difflib.get_close_matches(word, {n.rpartition(".")[2] for n in names}, n=1, cutoff=0.75) if dot else []
+    same = [n for n in names if words and n.rpartition(".")[2] == words[0]]
+    same = [n for n in same if n.rpartition(".")[0] == before] or same
+    close = difflib.get_close_matches(name, same or names, n=3 if same else 1, cutoff=0.0 if same else 0.6)
+    return f"there is no flag {flag}; " + (
+        f"did you mean {' or '.join(sorted(close))}?" if close else "--help-all lists them"
+    )
 
 
 def flag_names(settings: Any, prefix: str = "--") -> Iterator[str]:
@@ -106,7 +114,7 @@ def _whole(text: str) -> int:
         try:
             value = float(text)
         except ValueError:
-            value = 0.5
-        if value != int(value):
+            value = math.nan
+        if not value.is_integer():
             raise ValueError(f"{text} is not a whole number") from None
         return int(value)

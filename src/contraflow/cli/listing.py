@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from contraflow.cli.flags import read_flags
-from contraflow.core.types import UserError
+from contraflow.core.errors import UserError
 
 
 @dataclass(frozen=True)

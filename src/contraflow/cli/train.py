@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from contraflow.agents import presets
-from contraflow.cli.evaluate import RANDOM, STILL, final_returns
+from contraflow.cli.evaluate import RANDOM, STILL, final_returns, interval
 from contraflow.cli.flags import Switch, read_flags
 from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
@@ -155,4 +155,5 @@ def _report(folder: Path, require: float | None, trust: bool) -> int:
 
 
 def _summary(returns: np.ndarray) -> str:
-    return f"mean {returns.mean():8.1f}  std {returns.std():6.1f}  min {returns.min():8.1f}  max {returns.max():8.1f}"
+    ends = f"min {returns.min():8.1f}  max {returns.max():8.1f}"
+    return f"mean {returns.mean():8.1f}  std {returns.std():6.1f}  {interval(returns)}{ends}"

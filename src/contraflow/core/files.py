@@ -48,14 +48,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Make `folder` and its parents; those that were not there, from the top down. Raises UserError if it cannot be
-    made."""
+def make_folder(folder: Path, flag: str = "--out") -> list[Path]:
+    """Make `folder` and its parents; those that were not there, from the top down. Raises UserError, with the `flag`
+    that named it, if it cannot be made."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror or error}): choose another --out") from None
+        raise UserError(f"{folder} cannot be made ({error.strerror or error}): choose another {flag}") from None
     return missing[::-1]
 
 

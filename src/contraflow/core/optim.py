@@ -39,10 +39,13 @@ class Optim:
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """Raise ValueError naming the first of the fields that is not above 0."""
+    """Raise ValueError naming the first of the fields that is not above 0, or not whole where its type is int."""
     for name in names:
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+        if settings.__dataclass_fields__[name].type in (int, "int") and type(value) is not int:
+            raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def gradient_step(

@@ -9,7 +9,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
 from contraflow.core.errors import UserError
 from contraflow.core.observation import Observation, Part
@@ -19,24 +19,6 @@ PRNGKey = Key[Array, ""]
 PRNGKeys = Key[Array, " S"]  # one for each of S seeds
 Obs = PyTree[Shaped[Array, "..."]]
 """One observation, or what an encoder made of it: a vector [o], an image [H, W, C] or a dict of both."""
-
-
-class Transition(eqx.Module):
-    """One environment transition; leading axes are free: [] one, [B] batch, [N] step of all environments.
-
-    `next_obs` is always the true successor of `obs`, never the observation after an autoreset.
-    Bootstrapping is masked by `terminated` only; `truncated` ends an episode without ending the return.
-    `span` counts environment steps: 1, or up to n for the n-step rows of `Buffer.sample`, whose `reward` is discounted
-    and summed over them, and whose `next_obs`, `terminated` and `truncated` belong to the last.
-    """
-
-    obs: Float[Array, "*batch o"]
-    action: Float[Array, "*batch a"]
-    reward: Float[Array, "*batch"]
-    next_obs: Float[Array, "*batch o"]
-    terminated: Bool[Array, "*batch"]
-    truncated: Bool[Array, "*batch"]
-    span: Int[Array, "*batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -132,4 +114,4 @@ class EnvSpec:
         return self.obs_parts or self.obs_dim
 
 
-__all__ = ["Batch", "EnvSpec", "Metrics", "Obs", "PRNGKey", "PRNGKeys", "Rollout", "Step", "Transition", "UserError"]
+__all__ = ["Batch", "EnvSpec", "Metrics", "Obs", "PRNGKey", "PRNGKeys", "Rollout", "Step", "UserError"]

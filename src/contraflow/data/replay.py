@@ -36,9 +36,9 @@ class Buffer(eqx.Module):
             return jax.tree.map(lambda x: zeros(x.shape, x.dtype), blank(spec.observation) if obs is None else obs)
 
         flags, links = zeros(dtype=bool), jnp.full(capacity, -1, jnp.int32)
-        rows = Rows(
-            observations(), zeros((spec.action_dim,)), zeros(), observations(), flags, links, jnp.zeros((), jnp.int32)
-        )
+        steps = zeros(dtype=jnp.int32) if spec.execute > 1 else None
+        size = jnp.zeros((), jnp.int32)
+        rows = Rows(observations(), zeros((spec.action_dim,)), zeros(), observations(), flags, links, size, steps=steps)
         return cls(rows, jnp.full(spec.num_envs, -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     @property
@@ -63,7 +63,8 @@ class Buffer(eqx.Module):
         last = jnp.where(step.valid, jnp.where(step.terminated | step.truncated, -1, place), last)
         obs, action, reward, next_obs, terminated = stored
         size = jnp.minimum(rows.size + count, capacity)
-        rows = Rows(obs, action, reward, next_obs, terminated, links, size)
+        steps = None if rows.steps is None else rows.steps.at[place].set(step.steps, mode="drop")
+        rows = Rows(obs, action, reward, next_obs, terminated, links, size, steps=steps)
         return Buffer(rows, last, (self.index + count) % capacity)
 
     def cut(self) -> "Buffer":

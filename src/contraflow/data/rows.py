@@ -22,6 +22,7 @@ class Rows(eqx.Module):
     next: Int[Array, " C"]  # place of the row one step later in the same trajectory, -1 if there is none (yet)
     size: Int[Array, ""]
     last: Int[Array, " C"] | None = None  # of a dataset, in time order: place of the last row of the same trajectory
+    steps: Int[Array, " C"] | None = None  # of the environment in a row that is a chunk of actions; None is one each
 
     @classmethod
     def of(cls, data: Dataset, successor: bool = True) -> "Rows":

@@ -3,6 +3,10 @@
 A row's reward is sum_{i<k} gamma^i r_i over the k <= n steps that follow each other in its trajectory up to its end, a
 terminated step or the newest row; its discount gamma^k, or 0 where the last of them terminated. So a trajectory that is
 cut off is bootstrapped, however few steps are left (Q-chunking, 2507.07969, leaves those rows out).
+
+A row of replay may be a chunk that was carried out, of s_i steps, fewer where its episode ended within it, and with a
+reward that is discounted already. Then the weight of r_i is gamma^(s_0 + ... + s_(i-1)), the discount
+gamma^(s_0 + ... + s_(k-1)).
 """
 
 from dataclasses import dataclass
@@ -29,7 +33,8 @@ class Uniform:
     def __call__(self, rows: Rows, key: PRNGKey, n: int) -> Batch:
         """n steps; the caller makes sure that there are rows."""
         at = rows.draw(key, n)
-        discount = jnp.where(rows.terminated[at], 0.0, self.gamma)
+        after = self.gamma if rows.steps is None else jnp.asarray(self.gamma) ** rows.steps[at]
+        discount = jnp.where(rows.terminated[at], 0.0, after)
         return _batch(rows, at, at, rows.action[at], rows.reward[at], discount)
 
 
@@ -113,11 +118,16 @@ def _follow(
     places, inside = _chain(rows, first, steps)
     ends = jnp.cumsum(rows.terminated[places], axis=1)
     counted = inside & (jnp.pad(ends[:, :-1], ((0, 0), (1, 0))) == 0)  # nothing counts after a terminated step
-    powers = jnp.asarray(gamma ** np.arange(steps), jnp.float32)
-    reward = jnp.sum(jnp.where(counted, powers[None] * rows.reward[places], 0.0), axis=1)
     span = jnp.sum(counted, axis=1)
     last = jnp.take_along_axis(places, span[:, None] - 1, axis=1)[:, 0]
-    return places, inside, last, reward, jnp.where(rows.terminated[last], 0.0, gamma**span)
+    if rows.steps is None:
+        powers, after = jnp.asarray(gamma ** np.arange(steps), jnp.float32)[None], gamma**span
+    else:
+        taken = jnp.cumsum(jnp.where(counted, rows.steps[places], 0), axis=1)
+        powers = jnp.asarray(gamma) ** jnp.pad(taken[:, :-1], ((0, 0), (1, 0)))
+        after = jnp.asarray(gamma) ** taken[:, -1]
+    reward = jnp.sum(jnp.where(counted, powers * rows.reward[places], 0.0), axis=1)
+    return places, inside, last, reward, jnp.where(rows.terminated[last], 0.0, after)
 
 
 def _chain(rows: Rows, first: Int[Array, " n"], steps: int) -> tuple[Int[Array, "n k"], Bool[Array, "n k"]]:

@@ -80,7 +80,7 @@ class FlowSpec:
     def __post_init__(self):
         if not 0 <= self.margin < 0.5:
             raise ValueError(f"margin must lie in [0, 0.5), got {self.margin}")
-        check_positive(self, "clock")
+        check_positive(self, "clock", *(["clip"] if self.clip is not None else []))
         if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
             raise ValueError(f"the solver's path {self.solver.path} is not the flow's {self.path}")
         if self.averaged:

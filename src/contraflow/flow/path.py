@@ -9,6 +9,7 @@ A new path is a frozen dataclass with `alpha` and `beta`; derivatives come from 
 Sources: Lipman et al. 2210.02747; Albergo et al. 2303.08797.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -150,11 +151,16 @@ class Cosine(AbstractPath):
 class VP(AbstractPath):
     """alpha = exp(-T/2), beta = sqrt(1 - exp(-T)), T = (1-t)^2 (b_max - b_min)/2 + (1-t) b_min (DDPM, Song 2011.13456).
 
-    alpha_0 = .0066 rather than 0, so a little of x1 is left at the source; beta' diverges at t = 1.
+    alpha_0 = .0066 rather than 0, so a little of x1 is left at the source; beta' diverges at t = 1. ValueError unless
+    0 < b_min <= b_max.
     """
 
     b_min: float = 0.1
     b_max: float = 20.0
+
+    def __post_init__(self):
+        if not 0 < self.b_min <= self.b_max < math.inf:
+            raise ValueError(f"VP needs 0 < b_min <= b_max, got {self.b_min} and {self.b_max}")
 
     def _log_decay(self, t):
         left = jnp.maximum(1.0 - t, 0.0)  # a time computed as (k + 1) / n may come out just above 1
@@ -169,10 +175,17 @@ class VP(AbstractPath):
 
 @dataclass(frozen=True)
 class VE(AbstractPath):
-    """alpha = 1, beta = s_max (s_min / s_max)^t; the source has standard deviation s_max, not 1 (Song 2011.13456)."""
+    """alpha = 1, beta = s_max (s_min / s_max)^t; the source has standard deviation s_max, not 1 (Song 2011.13456).
+
+    ValueError unless 0 < s_min < s_max.
+    """
 
     s_min: float = 0.01
     s_max: float = 10.0
+
+    def __post_init__(self):
+        if not 0 < self.s_min < self.s_max < math.inf:
+            raise ValueError(f"VE needs 0 < s_min < s_max, got {self.s_min} and {self.s_max}")
 
     @property
     def source_scale(self):

@@ -100,7 +100,10 @@ def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
     if not isinstance(data, dict):
         raise _Unfit(f"is described by {data!r}, which is no part of a policy")
     if "array" in data:
-        name, shape = data["array"], tuple(data.get("shape", ()))
+        name, shape = data["array"], data.get("shape")
+        if not (isinstance(name, str) and isinstance(shape, list)):
+            raise _Unfit(f"describes an array by {data!r}, which is no name and shape")
+        shape = tuple(shape)
         if name not in arrays:
             raise _Unfit(f"lacks the array {name}: it belongs to another version")
         if arrays[name].shape != shape:
@@ -115,6 +118,8 @@ def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
         if name not in data:
             part = field.default
         elif field.metadata.get("static"):
+            if not (isinstance(data[name], dict) and "settings" in data[name]):
+                raise _Unfit(f"describes {cls.__name__}.{name} by {data[name]!r}, which are no settings")
             part = from_json(data[name]["settings"], _hints(cls)[name], trust, name)
         else:
             part = _build(data[name], arrays, trust)

@@ -49,7 +49,7 @@ class PPOSettings:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        check_positive(self, "epochs", "minibatches")
+        check_positive(self, "epochs", "minibatches", *(["target_kl"] if self.target_kl is not None else []))
 
 
 class PPOState(eqx.Module):

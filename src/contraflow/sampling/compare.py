@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 
+from contraflow.core.files import make_folder
 from contraflow.core.settings import suggest
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.flow.path import VE
@@ -166,6 +167,7 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
         raise UserError(f"{folder} already holds results; choose another --out")
     trainers = {name: settings.trainer(name) for name in dict.fromkeys(settings.methods)}
     calls = equal_calls(trainers)
+    make_folder(folder)  # before the work
 
     seeds = range(settings.seed, settings.seed + settings.seeds)
     keys = [jr.split(jr.key(seed)) for seed in seeds]
@@ -196,7 +198,6 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
         routes = trajectories(field(flow), trainer.path.source_scale * noise, steps)
         panels.append((f"{name}, {steps} steps", shown, routes))
     results = {"settings": asdict(settings), "density_calls": calls, "floor": floors, "log_z": log_zs, "rows": rows}
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1, default=str))
     from contraflow.sampling.plot import plot_comparison
 

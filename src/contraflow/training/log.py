@@ -80,7 +80,7 @@ class Log:
         """`group` is what the runs of several seeds have in common."""
         self._metrics, self._eval = folder / "metrics.jsonl", folder / "eval.csv"
         _keep(self._metrics, lambda line: json.loads(line)["step"] <= step)
-        _keep(self._eval, lambda line: not line[0].isdigit() or int(line.split(",")[0]) <= step)
+        _keep(self._eval, lambda line: not line[:1].isdigit() or int(line.split(",")[0]) <= step)
         self._trackers: list[Tracker] = [
             _TensorBoard(folder, config, step) if name == "tensorboard" else _Remote(name, folder, group, config)
             for name in trackers
@@ -108,16 +108,33 @@ class Log:
 
 
 def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Keep the wanted lines; one without its end is what a killed process left, and goes."""
+    """Keep the wanted lines; one without its end is what a killed process left, and goes. Raises UserError for lines
+    that are not ours."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and wanted(line)))
+        try:
+            lines = path.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if line.endswith("\n") and wanted(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from None
+        write_text(path, kept)
 
 
-def read_evaluations(folder: Path) -> list[dict[str, float]]:
-    """Rows of `eval.csv` as numbers; [] if there is none yet."""
+def read_evaluations(folder: Path, *needed: str) -> list[dict[str, float]]:
+    """Rows of `eval.csv` as numbers, with at least the columns `needed`; [] if there is none yet. Raises UserError if
+    it is damaged."""
     path = folder / "eval.csv"
     if not path.exists():
         return []
-    with path.open() as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open() as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, error) from None
+    for name in needed:
+        if any(name not in row for row in rows):
+            raise _damaged(path, f"it has no column {name}")
+    return rows
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} is damaged ({reason}); restore it, or delete it: the checkpoints do not need it")

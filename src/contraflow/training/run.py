@@ -34,6 +34,7 @@ from contraflow.training.sources.base import Opened, check_counts
 from contraflow.training.sources.dataset import recorded
 
 INDEX = "seeds.json"
+SATURATED = 0.01  # share of targets beyond the range of a critic from which on that is said
 
 
 @dataclass(frozen=True)
@@ -396,8 +397,9 @@ def _drive(
         del carries
         live = list(range(len(runs)))  # numbers of the seeds that the carry holds
         failed: dict[int, UserError] = {}
+        warned = ""
         shown = stack.enter_context(Progress(_header(runs, taken, out), run.total, taken, quiet))
-        for note in opened.data.notes if opened.data else ():
+        for note in opened.notes:
             shown.note(f"note: {note}")
 
         def one_of(s: int) -> Carry:
@@ -424,6 +426,8 @@ def _drive(
                 else:
                     writers[i].metrics(taken, values | ({"seeds_at_once": len(live)} if len(runs) > 1 else {}))
             sound = [s for s, i in enumerate(live) if i not in failed]
+            if sound and not warned and (warned := _saturation([metrics[s] for s in sound])):
+                shown.note(warned)
             if sound:
                 shown.update(stage.name, taken, _mean_return([metrics[s] for s in sound]))
             if len(sound) < len(live):
@@ -464,6 +468,17 @@ def _common_step(carry: Carry, run: Run) -> int:
 def _mean_return(metrics: list[dict[str, float]]) -> dict[str, float]:
     returns = [values["return"] for values in metrics if "return" in values]
     return {"return": float(np.mean(returns))} if returns else {}
+
+
+def _saturation(metrics: list[dict[str, float]]) -> str:
+    """A line for the user where the range of the critic's head cuts targets off; "" where it does not."""
+    share = max(values.get("targets_out_of_range", 0.0) for values in metrics)
+    if share <= SATURATED:
+        return ""
+    return (
+        f"note: {share:.0%} of the critic's targets lie beyond the range of its head, which takes them for its ends: "
+        "widen --agent.critic.head.low and --agent.critic.head.high, or scale the reward"
+    )
 
 
 def _header(runs: Sequence[Run], taken: int, out: Path) -> str:

@@ -34,7 +34,7 @@ class RunWriter:
         self.run, self.folder = run, folder
         self._world, self._about = world, about
         self._log = Log(folder, run.trackers, settings.to_json(run), taken, group)
-        self._history = read_evaluations(folder)
+        self._history = read_evaluations(folder, "step", "seconds", "return_mean")
         self._clock = time.monotonic() - (self._history[-1]["seconds"] if self._history else 0.0)
         self._returns = np.zeros(0)
         self._best = -np.inf
@@ -110,9 +110,15 @@ class RunWriter:
 
 
 def best_evaluation(folder: Path) -> dict[str, Any] | None:
-    """`step` and `return_mean` of the policy in `folder`/best; None if there is none."""
+    """`step` and `return_mean` of the policy in `folder`/best; None if there is none. Raises UserError if it is
+    damaged."""
     file = folder / "best" / BEST
-    return read_json(file) if file.exists() else None
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if not (isinstance(found, dict) and {"step", "return_mean"} <= found.keys()):
+        raise UserError(f"{file} is damaged; delete {folder / 'best'}, which is written again where that can be done")
+    return found
 
 
 def check_finite(metrics: dict[str, float], before: int, after: int, folder: Path) -> None:

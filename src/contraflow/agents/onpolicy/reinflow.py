@@ -120,6 +120,8 @@ class ReinFlow:
         check_positive(self, "steps", "clip")
         if not 0 < self.std[0] <= self.std[1]:
             raise ValueError(f"std needs 0 < smallest <= largest, got {self.std}")
+        if not (0 <= self.std_end <= 1 and self.anchor >= 0):
+            raise ValueError(f"ReinFlow needs std_end in [0, 1] and anchor >= 0, got {self.std_end} and {self.anchor}")
 
     @property
     def gamma(self) -> float:

@@ -31,8 +31,8 @@ class Settings:
     steps: int
     """Environment steps of a run, summed over `num_envs`; one step is one decision of the agent. For agents that learn
     from a dataset, gradient steps."""
-    collect: int = 5_000
-    """Steps of uniformly random actions before learning starts."""
+    collect: int | None = None
+    """Steps of uniformly random actions before learning starts; None is a twentieth of all, at most 5000."""
     num_envs: int = 1
     """Environments stepped in parallel."""
     updates: int = 1

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -11,6 +10,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from contraflow.core.files import make_folder, replacing
 from contraflow.core.settings import suggest, version
 from contraflow.core.types import UserError
 from contraflow.experiments.report import charts, statistics, tables
@@ -42,6 +42,7 @@ def write_report(
         raise UserError(f"there is no agent {reference} in {folder}; {suggest(reference, agents)}")
     free = [r.agent for r in records if r.cost is not None and r.cost["nfe"] == 0]
     reference = reference or (free or agents)[0]
+    make_folder(out.parent)
     table = collect(records, scale)
     pictures = {name: _png(figure) for name, figure in charts.draw(records, table, reference).items()}
     page = ENVIRONMENT.get_template("page.html").render(
@@ -50,12 +51,13 @@ def write_report(
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
         fewest=min(map(len, table.scores.values()), default=0), statistics=statistics, captions=charts.CAPTIONS,
     )  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
     contents = {out.with_name(f"{out.stem}-{name}.png"): png for name, png in pictures.items()} | {out: page.encode()}
     for file, content in contents.items():
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
+        try:
+            with replacing(file) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror or error}): choose another --out") from None
     return list(contents), left
 
 

@@ -7,6 +7,7 @@ All densities are over the latent endpoint u = x1 (for policies: the action befo
 then has a boundary term and is refused by the estimators.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -52,6 +53,10 @@ class TruncatedNoise:
 
     bound: float = 1.0
     boundary: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"the bound of a truncated proposal must be positive, got {self.bound}")
 
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
         """n draws [n, d], within the box whatever x_t is."""

@@ -1,5 +1,7 @@
 """What all sources share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from contraflow.core.types import EnvSpec, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.replay import Buffer
-from contraflow.envs import close, make
+from contraflow.envs import close, make, notes
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
 from contraflow.training.loop import Learner, World
@@ -29,24 +31,41 @@ class Opened:
         """Of the dataset."""
         return self.data.digest() if self.data else None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should read of data and environments, each once."""
+        envs = [env for env in (self.world.env, self.evaluation) if env is not None]
+        said = [*(self.data.notes if self.data else ()), *(note for env in envs for note in notes(env))]
+        return tuple(dict.fromkeys(said))
+
     def close(self) -> None:
         for env in (self.world.env, self.evaluation):
             if env is not None:
                 close(env)
 
 
-def environment(source: Any, agent: Any, num_envs: int, seed: int, trust: bool) -> Env:
-    """The environment of a source, with chunks of actions where it has any."""
-    env = make(source.env, num_envs, seed, trust=trust)
-    return chunked(env, source.horizon, source.execute, discount(agent) or 1.0)
+def environment(source: Any, num_envs: int, seed: int, trust: bool, gamma: float = 1.0) -> Env:
+    """The environment of a source, with chunks of actions where it has any; `gamma` discounts within a chunk."""
+    return chunked(make(source.env, num_envs, seed, trust=trust), source.horizon, source.execute, gamma)
 
 
-def environments(source: Any, run: Any, trust: bool) -> tuple[Env, Env]:
+def environments(source: Any, run: Any, trust: bool, gamma: float = 1.0) -> tuple[Env, Env]:
     """That of training and that of evaluations."""
-    return (
-        environment(source, run.agent, source.num_envs, run.seed, trust),
-        environment(source, run.agent, run.eval_episodes, run.seed + 10_000, trust),
-    )
+    env = environment(source, source.num_envs, run.seed, trust, gamma)
+    with closed_on_error(env):
+        return env, environment(source, run.eval_episodes, run.seed + 10_000, trust, gamma)
+
+
+@contextmanager
+def closed_on_error(*envs: Env | None) -> Iterator[None]:
+    """What was opened is closed if what comes next fails: nobody else holds it yet."""
+    try:
+        yield
+    except BaseException:
+        for env in envs:
+            if env is not None:
+                close(env)
+        raise
 
 
 @partial(jax.jit, static_argnames=("agent", "spec", "buffer_size"))
@@ -60,6 +79,12 @@ def first_learner(agent: Any, spec: EnvSpec, key: PRNGKey, buffer_size: int = 0)
 def discount(agent: Any) -> float | None:
     """gamma of an agent that has one."""
     return getattr(agent, "gamma", None)
+
+
+def gamma_of(agent: Any) -> float:
+    """gamma of an agent, 0 included; 1 where it has none."""
+    gamma = discount(agent)
+    return 1.0 if gamma is None else gamma
 
 
 def check_counts(settings: Any, *names: str) -> None:

@@ -20,9 +20,11 @@ from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    closed_on_error,
     discount,
     environment,
     first_learner,
+    gamma_of,
     need,
 )
 
@@ -92,9 +94,11 @@ class Dataset:
         data = read(self)
         evaluation = None
         if self.env:
-            evaluation = environment(self, run.agent, run.eval_episodes, run.seed + 10_000, trust)
-            data = data.check(evaluation.spec, self.env, clip=self.clip)
-        world = World(data.spec(self.horizon, self.execute), None, rows_of(data, run.agent))
+            evaluation = environment(self, run.eval_episodes, run.seed + 10_000, trust)
+        with closed_on_error(evaluation):
+            if evaluation is not None:
+                data = data.check(evaluation.spec, self.env, clip=self.clip)
+            world = World(data.spec(self.horizon, self.execute), None, rows_of(data, run.agent))
         return Opened(world, evaluation, data)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
@@ -116,8 +120,7 @@ class Dataset:
 
 def sampler(source: Any, agent: Any) -> Chunk:
     """Rows of `source.horizon` actions, discounted as the agent does."""
-    gamma = discount(agent)
-    return Chunk(source.horizon, 1.0 if gamma is None else gamma)
+    return Chunk(source.horizon, gamma_of(agent))
 
 
 def read(source: Any) -> datasets.Dataset:

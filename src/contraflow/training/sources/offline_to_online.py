@@ -13,7 +13,7 @@ from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed, Sampler
 from contraflow.training.loop import Carry, Learner, Stage, World
 from contraflow.training.sources import dataset
-from contraflow.training.sources.base import Opened, environments, first_learner, need
+from contraflow.training.sources.base import Opened, closed_on_error, environments, first_learner, gamma_of, need
 from contraflow.training.sources.dataset import Dataset
 from contraflow.training.sources.replay import Interact, Replay
 
@@ -84,15 +84,16 @@ class OfflineToOnline:
         """Both parts. Raises UserError where the data do not fit the environment."""
         data = dataset.read(self)
         need(self.env, "--env, where the data name none", "the environment to go on in")
-        env, evaluation = environments(self, run, trust)
-        data = data.check(env.spec, self.env, clip=self.clip)
-        if self.mix is None and (len(data) > self.buffer_size or self.horizon > 1):
-            raise UserError(
-                f"the {len(data)} steps of the data do not fit the replay: raise --buffer-size to more"
-                if self.horizon == 1
-                else "chunks of the data cannot be put into the replay: give --mix"
-            )
-        return Opened(World(env.spec, env, dataset.rows_of(data, run.agent)), evaluation, data)
+        env, evaluation = environments(self, run, trust, gamma_of(run.agent))
+        with closed_on_error(env, evaluation):
+            data = data.check(env.spec, self.env, clip=self.clip)
+            if self.mix is None and (len(data) > self.buffer_size or self.horizon > 1):
+                raise UserError(
+                    f"the {len(data)} steps of the data do not fit the replay: raise --buffer-size to more"
+                    if self.horizon == 1
+                    else "chunks of the data cannot be put into the replay: give --mix"
+                )
+            return Opened(World(env.spec, env, dataset.rows_of(data, run.agent)), evaluation, data)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
         """A fresh one, that knows the moments of the observations; with `mix` None the replay holds the data."""

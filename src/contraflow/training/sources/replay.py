@@ -18,6 +18,7 @@ from contraflow.training.sources.base import (
     discount,
     environments,
     first_learner,
+    gamma_of,
     iterations,
 )
 
@@ -130,7 +131,7 @@ class Replay:
 
     def open(self, run: Any, trust: bool) -> Opened:
         """Its environments, with nothing run in them yet."""
-        env, evaluation = environments(self, run, trust)
+        env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         return Opened(World(env.spec, env), evaluation)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
@@ -155,9 +156,8 @@ class Replay:
         return stage, iterations(taken, until, self.each)
 
     def sampler(self, agent: Any) -> Uniform | NStep:
-        """Rows are decisions: a chunk of several steps is discounted by all of them."""
-        gamma = discount(agent)
-        gamma = 1.0 if gamma is None else gamma**self.execute
+        """Rows are decisions; one of several steps is discounted by those that were taken (`Rows.steps`)."""
+        gamma = gamma_of(agent)
         return Uniform(gamma) if self.n_step == 1 else NStep(self.n_step, gamma)
 
     def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
