@@ -8,7 +8,7 @@ import pytest
 from tests.data.data_helpers import LENGTHS, analytic, changed, flat, trajectories
 
 from contraflow import EnvSpec, UserError
-from contraflow.core.bounds import check_same_range
+from contraflow.core.bounds import check_fit
 from contraflow.data.datasets.dataset import GUESSED, Dataset, build, join
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import from_arrays
@@ -177,10 +177,10 @@ def test_actions_that_the_environment_cannot_carry_out(stated):
 
 
 def test_a_policy_and_an_environment_of_other_ranges():
-    check_same_range(spec(-1, 1), spec(-1 - 1e-6, 1), "it", "there")
-    check_same_range(spec(-1, 1, action=1), EnvSpec(2, 3, 4, None, True, horizon=3), "it", "there")
+    check_fit(spec(-1, 1), spec(-1 - 1e-6, 1), "it", "there")
+    check_fit(spec(-1, 1, action=1), EnvSpec(2, 3, 4, None, True, horizon=3), "it", "there")
     with pytest.raises(UserError, match=r"it was trained for actions in \[-1, 1\], there takes \[-2, 2\]: choose an"):
-        check_same_range(spec(-1, 1), spec(-2, 2), "it", "there")
+        check_fit(spec(-1, 1), spec(-2, 2), "it", "there")
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (2, 2)])

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.cli_helpers import assert_refused, cli
 
 from contraflow import SIR, EnvSpec, Policy, UserError
+from contraflow.core.bounds import check_fit
 from contraflow.data.datasets.readers import load
 from contraflow.data.datasets.write import write
 from contraflow.envs import make
@@ -145,6 +146,14 @@ def test_an_environment_that_does_not_fit(logged: list[Logged]):
         record(wide, 1)
     with pytest.raises(UserError, match="no episode ended within 2 steps: give the environment a time limit"):
         record(ramp(), 2, max_steps=2)
+
+
+def test_the_order_of_the_parts_of_an_observation_must_agree():
+    spec = EnvSpec(2, 1, 1, None, False, obs_keys=("angle", "speed"))
+    check_fit(spec, replace(spec, num_envs=8), "it", "there")
+    check_fit(spec, replace(spec, obs_keys=()), "it", "there")  # one array: nothing is known of its order
+    with pytest.raises(UserError, match="there observes speed, angle, it was trained for angle, speed: choose an env"):
+        check_fit(spec, replace(spec, obs_keys=("speed", "angle")), "it", "there", "jax:pendulum")
 
 
 def test_an_evaluation_elsewhere_takes_actions_of_the_same_range():

@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused(imitated: Path, demonstrations: Path, tmp_
     bc = Run(BC(), data, trackers=())
     for run, message in (
         (replace(RUN, pretrained=str(imitated)), "PPO starts from scratch"),
-        (replace(RUN, source=cartpole, agent=FPO(ppo=SMALL), pretrained=str(imitated)), "3 observations"),
+        (replace(RUN, source=cartpole, agent=FPO(ppo=SMALL), pretrained=str(imitated)), "was trained for 3 and 1"),
         (replace(RUN, agent=FPO(ppo=SMALL), pretrained=str(tmp_path / "nothing")), "holds no policy"),
         (replace(RUN, agent=DPPO(ppo=SMALL), pretrained=str(imitated)), "learned must lie"),
         (replace(bc, source=Dataset()), "--data"),

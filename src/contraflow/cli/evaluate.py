@@ -13,6 +13,7 @@ import tyro
 from contraflow.cli.flags import Switch, read_flags
 from contraflow.core.files import make_folder
 from contraflow.core.types import UserError
+from contraflow.envs.base import notes
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
 from contraflow.policy.uniform import still_policy, uniform_policy
@@ -58,6 +59,8 @@ def eval_command(args: list[str]) -> int:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
+        for note in notes(env):
+            print(note)
         returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
     print(f"{id}, {options.episodes} episodes, seed {options.seed}")
     ends = f"min {returns.min():.1f}  max {returns.max():.1f}"

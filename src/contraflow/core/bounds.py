@@ -1,8 +1,9 @@
-"""Ranges of actions: data, a policy and an environment must mean the same by an action in [-1, 1]."""
+"""What data, a policy and an environment must agree on: above all what an action in [-1, 1] means."""
 
 import numpy as np
 from jaxtyping import Float64
 
+from contraflow.core.observation import shown
 from contraflow.core.types import EnvSpec, UserError
 
 ROUNDING = 1e-4  # of half the range: by so much an action or a bound may be off without a word
@@ -23,15 +24,26 @@ def same_range(one: Bounds, other: Bounds) -> bool:
     return all(bool((abs(a - b) <= slack).all()) for a, b in zip(one, other, strict=True))
 
 
-def check_same_range(policy: EnvSpec, env: EnvSpec, name: str, where: str) -> None:
-    """Raise UserError unless the policy called `name` and the environment `where` agree on the range of actions.
+def check_fit(policy: EnvSpec, env: EnvSpec, name: str, where: str, like: str = "") -> None:
+    """Raise UserError unless the policy called `name` and the environment `where` agree on observations, in the order
+    of their parts too, on sizes and on the range of actions. `like` names an environment that suits the policy.
 
-    Sizes are those of both already.
+    Either may have chunks of its own.
     """
-    have, want = action_range(policy), action_range(env)
-    if not same_range(have, want):
+    have, want = ((spec.observation, spec.action_dim // spec.horizon) for spec in (env, policy))
+    remedy = f"choose an environment like {like}" if like else "choose the environment that it was trained for"
+    if have != want:
         raise UserError(
-            f"{name} was trained for actions in {range_text(*have)}, {where} takes {range_text(*want)}: choose an "
+            f"{where} has {shown(have[0])} observations and {have[1]} actions, {name} was trained for "
+            f"{shown(want[0])} and {want[1]}: {remedy}"
+        )
+    if policy.obs_keys and env.obs_keys and policy.obs_keys != env.obs_keys:
+        parts, own = (", ".join(spec.obs_keys[:SHOWN]) for spec in (env, policy))
+        raise UserError(f"{where} observes {parts}, {name} was trained for {own}: {remedy}")
+    here, there = action_range(policy), action_range(env)
+    if not same_range(here, there):
+        raise UserError(
+            f"{name} was trained for actions in {range_text(*here)}, {where} takes {range_text(*there)}: choose an "
             "environment with the range that it was trained for"
         )
 

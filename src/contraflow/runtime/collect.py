@@ -7,8 +7,7 @@ import jax
 import jax.random as jr
 import numpy as np
 
-from contraflow.core.bounds import action_range, check_same_range
-from contraflow.core.observation import shown
+from contraflow.core.bounds import action_range, check_fit
 from contraflow.core.types import UserError
 from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.envs import make
@@ -54,23 +53,12 @@ def record(
     id = env or policy.env
     world = make(id, min(episodes, COPIES), seed, trust=trust)
     try:
-        _check_fit(policy, world, id)
+        check_fit(policy.spec, world.spec, "the policy", id, policy.env)
         columns = _roll(policy, world, episodes, behaviour, seed, max_steps)
         low, high = (bound.astype(np.float32) for bound in action_range(world.spec))
     finally:
         getattr(world, "close", lambda: None)()
     return replace(build(columns, name=id, env=id, low=-1.0, high=1.0), low=low, high=high)
-
-
-def _check_fit(policy: Policy, world: Env, id: str) -> None:
-    spec, own = world.spec, policy.spec
-    have, want = (spec.observation, spec.action_dim), (own.observation, own.action_dim // own.horizon)
-    if have != want:
-        raise UserError(
-            f"{id} has {shown(have[0])} observations and {have[1]} actions, the policy was trained for "
-            f"{shown(want[0])} and {want[1]}: choose an environment like {policy.env}"
-        )
-    check_same_range(own, spec, "the policy", id)
 
 
 def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:

@@ -4,8 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from contraflow.core.bounds import check_same_range
-from contraflow.core.observation import shown
+from contraflow.core import bounds
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy.artifact import load_policy, policy_folder
 from contraflow.policy.base import Policy
@@ -44,12 +43,4 @@ def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
     found = load(run, trust)
     if found is None:
         return
-    other, where = found[1], run.env or run.source.data
-    have, want = (other.observation, other.action_dim), (spec.observation, spec.action_dim)
-    if have != want:
-        raise UserError(
-            f"{run.pretrained} takes {shown(have[0])} observations and gives {have[1] // spec.horizon} actions, "
-            f"{where} has {shown(want[0])} and {want[1] // spec.horizon}: choose the environment that it was trained "
-            "for"
-        )
-    check_same_range(other, spec, run.pretrained, where)
+    bounds.check_fit(found[1], spec, run.pretrained, run.env or run.source.data)
