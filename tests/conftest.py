@@ -5,6 +5,7 @@ Most of the time goes into compiling, so a program is compiled once for all test
 JAX_COMPILATION_CACHE_DIR=<folder> also for the next run. Annotations, shapes and keys are checked before that.
 """
 
+import ctypes
 import os
 import signal
 import tempfile
@@ -45,11 +46,16 @@ settings.register_profile("contraflow", deadline=None, derandomize=True, max_exa
 settings.load_profile("contraflow")
 
 
+trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of the C library of Linux
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forgotten_programs():
-    """A worker that kept the compiled programs of every file would grow to 6 GB."""
+    """A worker that kept the compiled programs of every file would grow to 6 GB; what it frees must go back, too."""
     yield
     jax.clear_caches()
+    if trim is not None:
+        trim(0)
 
 
 @pytest.fixture
