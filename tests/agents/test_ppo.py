@@ -225,6 +225,8 @@ def test_dummy_rows_have_no_part_in_advantages():
     x, weight = jnp.array([1.0, 2.0, 4.0, 1e3, -7e4]), jnp.array([1.0, 1.0, 1.0, 0.0, 0.0])
     got = np.asarray(normalise_advantage(x, weight))[:3]
     np.testing.assert_allclose(got, (np.array([1, 2, 4]) - 7 / 3) / np.std([1, 2, 4]), rtol=1e-5)
+    lone = normalise_advantage(jnp.array([5.0, 99.0]), jnp.array([1.0, 0.0]))
+    assert lone[0] == 0, "the one row that counts is the mean itself"
 
 
 def test_the_scale_of_rewards_is_that_of_returns_within_episodes():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def every_episode_starts_alike(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Probe, "step")
     def step(right, self, state, action):
         moved, after = right(self, state, action)
-        return replace(moved, key=state.key), after
+        return replace(moved, key=jax.random.clone(state.key)), after
 
 
 @bug(CHUNK + "test_the_reward_of_a_chunk_is_the_discounted_sum[0.5-jax]")
