@@ -114,6 +114,24 @@ def test_masked_actions_are_neither_cloned_nor_distilled():
     np.testing.assert_allclose(part[1]["matching_loss"], whole[1]["matching_loss"], rtol=0.5)
 
 
+def test_the_loss_of_the_actor_by_hand():
+    """alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the end of the flow from the same z."""
+    slope = jnp.array([0.5, -1.0, 2.0])
+    agent = replace(SMALL, critic=FROZEN)
+    state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), slope)
+    _, metrics = jax.jit(agent.update)(state, batch(jr.key(1)), jr.key(2))
+
+    @jax.jit
+    def by_hand(state, key):
+        z = jr.normal(jr.split(key, 4)[3], (32, D))
+        obs = jnp.zeros((32, 1))
+        mu = jax.vmap(state.actor.mu)(obs, z)
+        ends = jnp.clip(jax.vmap(state.flow.sample)(z, obs), -1.0, 1.0)
+        return agent.alpha * jnp.mean((mu - ends) ** 2) - jnp.mean(jnp.clip(mu, -1.0, 1.0) @ slope)
+
+    np.testing.assert_allclose(metrics["actor_loss"], by_hand(state, jr.key(2)), rtol=1e-4)
+
+
 def test_targets_are_those_of_the_actor_at_the_successor():
     """y = r + discount mean_j Q_j(s', mu(s', z')), with a key of its own for every row."""
     state = jax.jit(lambda k: SMALL.init(k, SPEC))(jr.key(0))
