@@ -73,7 +73,7 @@ def the_deviation_of_advantages_counts_dummy_rows(patch: pytest.MonkeyPatch) -> 
         return (x - mean) / (jnp.std(x) + 1e-8)
 
 
-@bug(PPO + "test_what_dummy_rows_hold_changes_nothing")
+@bug(PPO + "test_what_dummy_rows_hold_changes_nothing[ppo]")
 def dummy_rows_of_a_rollout_are_learned_from(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, ppo, "weighted_mean")
     def mean(right, x, weight):
@@ -190,7 +190,7 @@ def sac_cools_where_there_is_too_little_entropy(patch: pytest.MonkeyPatch) -> No
         return replace(new, log_alpha=2 * state.log_alpha - new.log_alpha), metrics
 
 
-@bug("agents/test_sir.py::test_backup_takes_the_minimum_of_the_target_under_the_backup_rule")
+@bug(PMD_TESTS + "test_the_backup_chooses_by_the_target")
 def the_backup_asks_the_online_critic(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Critics, "learn")
     def learn(right, self, critic, *rest, **named):
