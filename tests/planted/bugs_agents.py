@@ -291,7 +291,7 @@ def the_average_forgets_what_it_should_keep(patch: pytest.MonkeyPatch) -> None:
         return eqx.tree_at(lambda s: s.average, new, swapped), metrics
 
 
-@bug(RFM_TESTS + "test_explore_picks_at_the_temperature")
+@bug("policy/test_policies.py::test_particles_are_picked_by_their_value_over_the_temperature")
 def actions_are_picked_as_if_it_were_colder(patch: pytest.MonkeyPatch) -> None:
     for module in (best_of, rfm):
 
