@@ -130,7 +130,7 @@ def test_particles_are_picked_by_their_value_over_the_temperature(critic):
     actions = jnp.array([[0.0, 0.0], [0.3, 0.1], [-0.2, 0.9]])
     one = lambda key: pick(Softmax(3), key, critic, OBS, actions, jnp.asarray(0.5))
     picks = np.bincount(jax.vmap(one)(jr.split(jr.key(4), 4000)), minlength=3)
-    assert stats.chisquare(picks, 4000 * special.softmax(actions.sum(1) / 0.5)).pvalue > 1e-3
+    assert stats.chisquare(picks, 4000 * special.softmax(np.asarray(actions, float).sum(1) / 0.5)).pvalue > 1e-3
 
 
 def test_the_temperature_reaches_a_flow_that_is_told():
