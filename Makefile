@@ -25,7 +25,7 @@ test-all: .venv/installed-dev
 test-portable: .venv/installed-dev
 	.venv/bin/python tests/portable.py --jobs $(JOBS) $(if $(VARIANTS),--only $(VARIANTS)) $(TESTS)
 
-# Does the suite notice what is wrong? BUGS=gae for those whose names contain it.
+# Does the suite notice what is wrong? BUGS=dppo for those whose names contain it.
 planted: .venv/installed-dev
 	.venv/bin/python -m tests.planted --jobs $(JOBS) $(BUGS)
 

@@ -98,6 +98,56 @@ def test_the_critic_gives_the_flow_no_gradient():
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one.actor, other.actor)), strict=True))
 
 
+def test_masked_actions_are_neither_cloned_nor_distilled():
+    """Where the third action of every row is masked, and critics are flat, nothing moves what the networks say of it;
+    and losses are means over what counts."""
+    agent = replace(SMALL, critic=FROZEN)
+    state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), jnp.zeros(D))
+    update = jax.jit(agent.update)
+    whole, part = (
+        update(state, batch(jr.key(1), mask=jnp.ones((32, D)).at[:, 2].set(third)), jr.key(2)) for third in (1.0, 0.0)
+    )
+    for net in (lambda s: s.flow.net, lambda s: s.actor.net):
+        moved = net(part[0]).last.bias - net(state).last.bias
+        assert moved[2] == 0 and jnp.abs(moved[:2]).min() > 1e-3
+        assert jnp.abs(net(whole[0]).last.bias - net(state).last.bias)[2] > 1e-3
+    np.testing.assert_allclose(part[1]["matching_loss"], whole[1]["matching_loss"], rtol=0.5)
+
+
+def test_the_loss_of_the_actor_by_hand():
+    """alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the end of the flow from the same z."""
+    slope = jnp.array([0.5, -1.0, 2.0])
+    agent = replace(SMALL, critic=FROZEN)
+    state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), slope)
+    _, metrics = jax.jit(agent.update)(state, batch(jr.key(1)), jr.key(2))
+
+    @jax.jit
+    def by_hand(state, key):
+        z = jr.normal(jr.split(key, 4)[3], (32, D))
+        obs = jnp.zeros((32, 1))
+        mu = jax.vmap(state.actor.mu)(obs, z)
+        ends = jnp.clip(jax.vmap(state.flow.sample)(z, obs), -1.0, 1.0)
+        return agent.alpha * jnp.mean((mu - ends) ** 2) - jnp.mean(jnp.clip(mu, -1.0, 1.0) @ slope)
+
+    np.testing.assert_allclose(metrics["actor_loss"], by_hand(state, jr.key(2)), rtol=1e-4)
+
+
+def test_targets_are_those_of_the_actor_at_the_successor():
+    """y = r + discount mean_j Q_j(s', mu(s', z')), with a key of its own for every row."""
+    state = jax.jit(lambda k: SMALL.init(k, SPEC))(jr.key(0))
+    state = with_slope(state, jnp.array([0.5, -1.0, 2.0]))
+    rows = replace(batch(jr.key(1)), next_obs=jr.normal(jr.key(5), (32, 1)))
+    _, metrics = jax.jit(SMALL.update)(state, rows, jr.key(2))
+
+    @jax.jit
+    def value(state, rows, key):
+        keys = jr.split(jr.split(key, 4)[0], 32)
+        action = jax.vmap(lambda o, k: state.actor.from_noise(o, jr.normal(k, (D,))))(rows.next_obs, keys)
+        return jnp.mean(rows.reward + 0.9 * action @ jnp.array([0.5, -1.0, 2.0]))
+
+    np.testing.assert_allclose(metrics["q"], value(state, rows, jr.key(2)), rtol=1e-3)
+
+
 def test_teacher_and_actor_see_the_same_noise():
     """Without it the actor would regress on the mean of the flow: its spread would vanish as alpha grows."""
     agent = replace(SMALL, alpha=100.0)

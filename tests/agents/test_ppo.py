@@ -24,7 +24,7 @@ from contraflow.policy.normalise import RunningMoments
 from contraflow.rl.advantage import gae
 from contraflow.rl.advantage import normalise as normalise_advantage
 from contraflow.rl.normalise import ReturnScale, normalise
-from contraflow.rl.ppo import PPOSettings, Samples, clipped
+from contraflow.rl.ppo import PPOSettings, Samples, _samples, clipped, passes
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 PASSES = PPOSettings(minibatches=2, epochs=2, critic=MLPSpec(16, 1))
@@ -111,6 +111,81 @@ def test_an_update_moves_what_it_should(name: str):
     assert new.stats is None or max(jax.tree.leaves(moved.stats)) > 0
 
 
+def test_what_an_update_learns_from():
+    """Row by row: values of normalised observations, V(s') of the true successor unless that terminated, A + V."""
+    agent = AGENTS["ppo"]
+    stats = RunningMoments(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 0.25, 1.0]), jnp.asarray(9.0))
+    state = replace(start(agent, jr.key(0)), stats=stats)
+    r = acted(agent, state, jr.key(1))
+    assert (r.terminated & ~r.truncated).any() and (r.truncated & ~r.terminated).any()
+    got = jax.jit(lambda s, r: _samples(s, r, r.reward, 0.9, 0.8))(state, r)
+    scaled = [(np.asarray(x) - np.asarray(stats.mean)) / np.sqrt(np.asarray(stats.var)) for x in (r.obs, r.next_obs)]
+    np.testing.assert_allclose(got.obs, scaled[0].reshape(-1, 3), rtol=1e-4, atol=1e-5)
+    value, following = (np.asarray(jax.jit(jax.vmap(jax.vmap(state.critic)))(x))[..., 0] for x in scaled)
+    wanted = np.zeros((6, 4))
+    for n in range(4):
+        later = 0.0
+        for t in reversed(range(6)):
+            step = float(r.reward[t, n]) - value[t, n] + (0.0 if r.terminated[t, n] else 0.9 * following[t, n])
+            later = step + (0.0 if r.terminated[t, n] or r.truncated[t, n] else 0.72 * later)
+            wanted[t, n] = later
+    np.testing.assert_allclose(got.target, (wanted + value).ravel(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got.advantage, ((wanted - wanted.mean()) / wanted.std()).ravel(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_dummy_rows_hold_changes_nothing(name: str):
+    """A simulator that resets in a step of its own leaves a row between two episodes that never happened."""
+    agent = AGENTS[name]
+    state = start(agent, jr.key(0))
+    r = acted(agent, state, jr.key(1))
+    end, at = r.terminated | r.truncated, jnp.zeros((6, 4), bool).at[3, 1].set(True)
+    r = replace(
+        r, terminated=r.terminated.at[2, 1].set(True) & ~at, truncated=r.truncated & ~at, valid=~at,
+        reward=jnp.where(at, 0.0, r.reward),
+    )  # fmt: skip
+    other = replace(r, obs=r.obs.at[3, 1].set(7.0), next_obs=r.next_obs.at[3, 1].set(-5.0))
+    other = replace(other, extras=jax.tree.map(lambda x: x.at[3, 1].set(x[0, 0]), r.extras))
+    assert end.any()
+    update = jax.jit(agent.update)
+    (one, metrics), (two, others) = update(state, r, jr.key(2)), update(state, other, jr.key(2))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    assert metrics["kl"] == others["kl"], "which may end the passes"
+
+
+ROWS = 12
+
+
+def visits(key, kl: float, target_kl: float | None):
+    """(row by row in the order of the visits, -1 where there was none; metrics) of three passes over 12 rows by 3s,
+    in which the k-th step moves the policy by k `kl`."""
+
+    def step(nets, batch, key):
+        order, taken = nets
+        order = jax.lax.dynamic_update_slice(order, batch, (3 * taken,))
+        return (order, taken + 1), {"kl": kl * (taken + 1.0)}
+
+    start = jnp.full(3 * ROWS, -1), jnp.zeros((), jnp.int32)
+    run = jax.jit(lambda key: passes(step, start, jnp.arange(ROWS), key, 3, 4, target_kl))
+    (order, _), metrics = run(key)
+    return np.asarray(order), {name: float(x) for name, x in metrics.items()}
+
+
+def test_passes_go_over_all_rows_in_new_orders():
+    order, metrics = visits(jr.key(0), 1.0, None)
+    rounds = order.reshape(3, ROWS)
+    assert all(sorted(one) == list(range(ROWS)) for one in rounds.tolist())
+    assert len({tuple(one) for one in rounds.tolist()}) == 3 and rounds[0].tolist() != list(range(ROWS))
+    assert metrics == {"kl": pytest.approx(6.5), "updates": 12}
+
+
+def test_passes_end_once_the_policy_has_moved_too_far():
+    """The step that went too far is the last; metrics are means over the steps that were taken."""
+    order, metrics = visits(jr.key(0), 0.1, 0.45)
+    assert (order[: 3 * 5] >= 0).all() and (order[3 * 5 :] == -1).all()
+    assert metrics == {"kl": pytest.approx(0.3), "updates": 5}
+
+
 def test_dppo_discounts_the_steps_before_the_last():
     """The last step has the advantage itself, each one before it gamma times less; clips grow towards the last."""
     agent = replace(AGENTS["dppo"], gamma_denoise=0.5, clip=0.9, clip_first=0.3, min_std=0.3)
@@ -151,6 +226,8 @@ def test_dummy_rows_have_no_part_in_advantages():
     x, weight = jnp.array([1.0, 2.0, 4.0, 1e3, -7e4]), jnp.array([1.0, 1.0, 1.0, 0.0, 0.0])
     got = np.asarray(normalise_advantage(x, weight))[:3]
     np.testing.assert_allclose(got, (np.array([1, 2, 4]) - 7 / 3) / np.std([1, 2, 4]), rtol=1e-5)
+    lone = normalise_advantage(jnp.array([5.0, 99.0]), jnp.array([1.0, 0.0]))
+    assert lone[0] == 0, "the one row that counts is the mean itself"
 
 
 def test_the_scale_of_rewards_is_that_of_returns_within_episodes():

@@ -126,6 +126,18 @@ def test_dppo_denoises_as_the_cloned_policy(cloned):
     np.testing.assert_allclose(jax.jit(lambda p: p(obs, key))(policy), jnp.clip(x, -1, 1), rtol=1e-5, atol=1e-6)
 
 
+def test_what_dppo_does_not_learn_stays_as_it_was(cloned):
+    """The first steps are those of the pretrained network, wherever the one that learns has moved."""
+    agent, state = started(DENOISER, cloned)
+    moved = replace(state, actor=jax.tree.map(lambda w: w + 0.3, state.actor))
+    sample = jax.jit(lambda state: agent.policy(state).sample(OBS[0], jr.key(3))[1].chain)
+    before, after = sample(state), sample(moved)
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before[1:] - after[1:]).min() > 1e-3
+    other = replace(state, reference=jax.tree.map(lambda w: w + 0.3, state.reference))
+    assert np.abs(sample(other)[0] - before[0]).min() > 1e-3
+
+
 @pytest.mark.parametrize(
     "name", [n if n in ("rfm", "reinflow") else pytest.param(n, marks=pytest.mark.slow) for n in [*AGENTS, "dppo"]]
 )

@@ -298,8 +298,9 @@ AVERAGE = replace(
 
 
 def test_update_adds_matching_and_ties_and_moves_the_copy():
-    """loss = share match + (1 - share) tie; the copy follows the actor."""
+    """loss = share match + (1 - share) tie, for which the copy is asked, not the actor; the copy follows the actor."""
     state, data = start(AVERAGE), batch()
+    state = eqx.tree_at(lambda s: s.slow, state, jax.tree.map(lambda w: w + 0.1, state.slow))
     losses = {}
     for share in (0.2, 0.5, 0.8):
         new, metrics = jax.jit(replace(AVERAGE, objective=Shortcut(share, 3)).update)(state, data, jr.key(6))

@@ -79,10 +79,13 @@ def test_a_mean_of_many_has_the_interval_of_a_gaussian():
 
 
 def test_tasks_are_strata():
-    """Without spread within a task there is nothing to resample, however much the tasks differ."""
+    """Without spread within a task there is nothing to resample, however much the tasks differ; and the runs of one
+    are drawn apart from those of another: drawn together, tasks that mirror each other would leave no spread."""
     scores = np.tile(np.array([0.0, 1.0, 5.0, 9.0]), (6, 1))
     e = estimate(lambda s: s.mean((-2, -1)), scores)
     assert e.low == e.high == e.value == 3.75
+    mirrored = estimate(lambda s: s.mean((-2, -1)), np.stack([np.arange(6.0), -np.arange(6.0)], 1))
+    assert mirrored.value == 0 and mirrored.low < -0.5 and mirrored.high > 0.5
 
 
 def test_one_run_has_no_interval():

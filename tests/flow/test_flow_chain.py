@@ -51,10 +51,19 @@ def test_the_density_of_another_chain_is_normalised():
 
 
 def test_log_density_by_hand():
-    xs = jnp.array([[0.0], [0.5], [0.1]])
-    got = log_prob(linear, xs, [1])
-    gap = (0.1 - (A * 0.5 + C)) / STD
-    np.testing.assert_allclose(got, [[-0.5 * gap**2 - np.log(STD) - 0.5 * np.log(2 * np.pi)]], rtol=1e-5)
+    """Of steps 1 and 2 of a kernel that differs from step to step; and the chain is drawn by the same."""
+
+    def timed(x, k):
+        return A * x + C * k, jnp.full_like(x, STD * (k + 1))
+
+    xs = jnp.array([[0.0], [0.5], [0.1], [0.7]])
+    got = log_prob(timed, xs, [1, 2])
+    for k, density in zip((1, 2), got, strict=True):
+        std = STD * (k + 1)
+        gap = (xs[k + 1] - (A * xs[k] + C * k)) / std
+        np.testing.assert_allclose(density, -0.5 * gap**2 - np.log(std) - 0.5 * np.log(2 * np.pi), rtol=1e-5)
+    still = rollout(lambda x, k: (A * x + C * k, 0.0 * x), xs[0], 3, jr.key(1))
+    np.testing.assert_allclose(still[:, 0], [0.0, 0.0, C, A * C + 2 * C], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("path", [VP(), Cosine()])

@@ -6,6 +6,9 @@ A bug is a function that puts something wrong in the place of a function, method
 must fail with it. It touches what it changes through Python, as any caller does, so a rename that forgets it breaks it
 with an ImportError or AttributeError, and tests/test_planted.py says so. First the tests run as they are and must pass;
 then each bug runs in a process of its own, with `pytest -p tests.planted.plugin --planted NAME`.
+
+What was imported by name elsewhere stays as it was: a bug patches the module that uses a function, or the attribute of
+a class. What an update makes of its own parts is patched while the update is traced, in a `patch.context()`.
 """
 
 import functools

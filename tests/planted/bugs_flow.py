@@ -1,15 +1,23 @@
 """In flows and estimators of the posterior mean."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
+from contraflow.flow import fewstep, kernel
+from contraflow.flow.coupling import ConditionalOT
+from contraflow.flow.likelihood import Exact
+from contraflow.flow.model import Flow
 from contraflow.flow.path import VE, AbstractPath, Linear
 from contraflow.flow.posterior import starts, strata
 from contraflow.flow.posterior.control import Fixed, MinVariance
 from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.local import Local
+from contraflow.flow.solver import EulerMaruyama, RungeKutta
 from contraflow.rl import energy
 
 POSTERIOR = "flow/test_flow_posterior.py::"
@@ -135,3 +143,81 @@ def latent_actions_without_the_jacobian_of_tanh(patch: pytest.MonkeyPatch) -> No
     @wrong(patch, energy, "log_sech2")
     def jacobian(right, u):
         return 0.0 * right(u)
+
+
+@bug(POSTERIOR + "test_local_is_right_at_the_end_only")
+def the_local_score_points_downhill(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Local, "__call__")
+    def call(right, self, key, path, log_pi, *rest):
+        return right(self, key, path, lambda u: -log_pi(u), *rest)
+
+
+@bug("flow/test_flow_solver.py::test_euler_on_a_gaussian")
+def times_of_a_solver_are_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, RungeKutta, "__call__")
+    def solve(right, self, drift, x, t0, t1, key=None):
+        return right(self, lambda x, t: drift(x, t + (t1 - t0) / self.steps), x, t0, t1, key)
+
+
+@bug("flow/test_flow_solver.py::test_sde_keeps_the_marginals")
+def the_noise_of_an_sde_has_no_drift_against_it(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, EulerMaruyama, "chain")
+    def chain(right, self, drift, x, t0, t1, key):
+        def uncorrected(x, t):
+            v = drift(x, t)
+            return v - 0.5 * self.sigma(t) ** 2 * self.path.score_from_velocity(v, x, t)
+
+        return right(self, uncorrected, x, t0, t1, key)
+
+
+@bug("flow/test_flow_likelihood.py::test_exact_for_a_linear_field")
+def a_density_grows_where_the_flow_spreads(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Exact, "__call__")
+    def divergence(right, self, *args):
+        return -right(self, *args)
+
+
+@bug("flow/test_flow_model.py::test_a_clip_bounds_the_end_and_moves_the_noise_with_it")
+def a_clipped_end_leaves_its_noise_behind(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Flow, "ends")
+    def ends(right, self, *args):
+        free = replace(self, spec=replace(self.spec, clip=None))
+        return right(self, *args)[0], right(free, *args)[1]
+
+
+@bug("flow/test_flow_chain.py::test_log_density_by_hand")
+def a_chain_is_scored_by_the_step_before(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, kernel, "log_prob")
+    def density(right, steps, chain, learned):
+        return right(lambda x, k: steps(x, k - 1), chain, learned)
+
+
+@bug("flow/test_flow_chain.py::test_ddpm_noise")
+def the_noise_of_ddpm_is_at_the_wrong_end(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, kernel, "posterior_std")
+    def std(right, path, t, r):
+        return right(path, t, r) * path.beta(t) / path.beta(r)
+
+
+@bug("flow/test_flow_fewstep.py::test_two_steps_are_one")
+def the_second_step_starts_where_the_first_did(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fewstep, "split_target")
+    def target(right, u, x_t, t, r, share):
+        q = t + share * (r - t)
+        return share * u(x_t, t, q) + (1 - share) * u(x_t, q, r)
+
+
+@bug("flow/test_flow_fewstep.py::test_the_identity_of_mean_flow")
+def mean_flow_moves_against_its_derivative(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fewstep, "mean_flow_target")
+    def target(right, u, v, x_t, t, r):
+        return 2 * v - right(u, v, x_t, t, r)
+
+
+@bug("flow/test_flow_coupling.py::test_the_best_permutation_by_brute_force")
+def pairs_are_permuted_the_other_way(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ConditionalOT, "__call__")
+    def couple(right, self, x0, x1, cond):
+        new, weight = right(self, x0, x1, cond)
+        order = jnp.argmin(jnp.sum((new[:, None] - x0[None]) ** 2, -1), 1)
+        return x0[jnp.argsort(order)], weight

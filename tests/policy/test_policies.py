@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.flow.path import Linear
@@ -15,7 +15,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLP
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.base import Cost, Noisy, Policy, ablations, act_batch, inner, innermost
-from contraflow.policy.best_of import ONE, UNIFORM, Argmax, BestOf, First, Softmax
+from contraflow.policy.best_of import ONE, UNIFORM, Argmax, BestOf, First, Softmax, pick
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.gaussian import ClippedGaussian, Deterministic, SquashedGaussian
 from contraflow.policy.normalise import Normalised, RunningMoments, normalised
@@ -124,6 +124,13 @@ def test_exploring_and_greedy_follow_their_own_rules(flow, critic):
     np.testing.assert_allclose(explored, particles[jnp.argmax(particles.sum(1))], rtol=1e-5)
     one = FlowPolicy(flow).particles(OBS, jr.split(jr.key(3))[0], 1)[0]
     np.testing.assert_allclose(greedy, one, rtol=1e-5)
+
+
+def test_particles_are_picked_by_their_value_over_the_temperature(critic):
+    actions = jnp.array([[0.0, 0.0], [0.3, 0.1], [-0.2, 0.9]])
+    one = lambda key: pick(Softmax(3), key, critic, OBS, actions, jnp.asarray(0.5))
+    picks = np.bincount(jax.vmap(one)(jr.split(jr.key(4), 4000)), minlength=3)
+    assert stats.chisquare(picks, 4000 * special.softmax(np.asarray(actions, float).sum(1) / 0.5)).pvalue > 1e-3
 
 
 def test_the_temperature_reaches_a_flow_that_is_told():

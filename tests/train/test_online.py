@@ -16,8 +16,9 @@ from tests.train.loop_helpers import QUICK, WARM, begin, learner_of, run_epoch
 from contraflow.agents.online.sir import SIR
 from contraflow.core.types import Step, UserError
 from contraflow.data.samplers import NStep, Uniform
-from contraflow.envs.probe import TwoStep
+from contraflow.envs.probe import Action, TwoStep
 from contraflow.policy.best_of import Softmax
+from contraflow.policy.uniform import uniform_policy
 from contraflow.rl.critics import Critics
 from contraflow.training.evaluate import evaluate
 from contraflow.training.loop import _loop
@@ -190,3 +191,12 @@ def test_evaluation_counts_the_same_number_of_episodes_for_every_copy():
     np.testing.assert_array_equal(evaluate(policy, Scripted(), jr.key(1), 4), [0, 10, 20, 1])
     with pytest.raises(UserError, match="time limit"):
         evaluate(policy, Scripted(4), jr.key(1), 4, max_steps=2)
+
+
+def test_every_action_of_an_evaluation_has_noise_of_its_own():
+    """Two copies, three episodes of one step each: the return tells the action, and no two are alike."""
+    policy = uniform_policy(1)
+    together = evaluate(policy, Action(2), jr.key(1), 6)
+    assert len(np.unique(together.round(5))) == 6
+    on_host = evaluate(policy, Host(Action(2), calls=[]), jr.key(1), 6)
+    np.testing.assert_allclose(on_host, together, rtol=1e-5)

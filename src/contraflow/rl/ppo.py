@@ -194,10 +194,11 @@ def clipped(
     return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1.0 - clip, 1.0 + clip))
 
 
-def ratio_metrics(log_ratio: Float[Array, "*s"], clip: Float[Array, "*s"] | float) -> Metrics:
+def ratio_metrics(log_ratio: Float[Array, "B ..."], clip: float, weight: Float[Array, " B"]) -> Metrics:
     """`kl` E[rho - 1 - log rho] >= 0, an estimate of KL(old, new); `clip_share` of ratios outside of the interval."""
     ratio = jnp.exp(log_ratio)
-    return {"kl": jnp.mean(ratio - 1.0 - log_ratio), "clip_share": jnp.mean(jnp.abs(ratio - 1.0) > clip)}
+    mean = lambda x: weighted_mean(x.reshape(x.shape[0], -1).mean(1), weight)
+    return {"kl": mean(ratio - 1.0 - log_ratio), "clip_share": mean(jnp.abs(ratio - 1.0) > clip)}
 
 
 def weighted_mean(x: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, ""]:

@@ -176,7 +176,7 @@ class DPPO:
         clip = self.clip_first + (self.clip - self.clip_first) * (rise if self.learned > 1 else 1.0)
         loss = jax.vmap(lambda x, a: clipped(x, a * discount, clip).mean())(log_ratio, batch.advantage)
         loss = weighted_mean(loss, batch.weight)
-        return loss, {"actor_loss": loss} | ratio_metrics(log_ratio, self.clip)
+        return loss, {"actor_loss": loss} | ratio_metrics(log_ratio, self.clip, batch.weight)
 
     @property
     def _steps(self) -> int:

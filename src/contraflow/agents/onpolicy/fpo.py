@@ -143,7 +143,7 @@ class FPO:
         log_ratio = jnp.clip(draw.loss.mean(1) - new.mean(1), -CUT, CUT)
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
         metrics = {"actor_loss": loss, "matching_loss": new.mean()}
-        return loss, metrics | ratio_metrics(log_ratio, self.clip)
+        return loss, metrics | ratio_metrics(log_ratio, self.clip, batch.weight)
 
 
 PRESETS = (Preset("fpo", FPO(), "Flow matching policy gradients", "2507.21053", "PPO on matching losses", "rollout"),)

@@ -74,7 +74,7 @@ class PPO:
         log_ratio = jax.vmap(actor.log_prob)(batch.obs, batch.extras.action) - batch.extras.log_prob
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
         entropy = jnp.sum(actor.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e))
-        metrics = {"actor_loss": loss, "entropy": entropy} | ratio_metrics(log_ratio, self.clip)
+        metrics = {"actor_loss": loss, "entropy": entropy} | ratio_metrics(log_ratio, self.clip, batch.weight)
         return loss - self.entropy * entropy, metrics
 
 

@@ -181,21 +181,22 @@ class ReinFlow:
 
         log_ratio, log_std = jax.vmap(one)(batch.obs, batch.extras)
         loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
-        entropy = log_std.mean() + 0.5 * jnp.log(2 * jnp.pi * jnp.e)
-        metrics = {"actor_loss": loss, "entropy": entropy, "std": jnp.exp(log_std.mean())}
+        log_std = weighted_mean(log_std, batch.weight)
+        entropy = log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)
+        metrics = {"actor_loss": loss, "entropy": entropy, "std": jnp.exp(log_std)}
         loss = loss - self.entropy * entropy
         if self.anchor:
-            gap = self._distance(actor.flow, reference, batch.obs, key)
+            gap = weighted_mean(self._distance(actor.flow, reference, batch.obs, key), batch.weight)
             loss, metrics = loss + self.anchor * gap, metrics | {"anchor": gap}
-        return loss, metrics | ratio_metrics(log_ratio, self.clip)
+        return loss, metrics | ratio_metrics(log_ratio, self.clip, batch.weight)
 
-    def _distance(self, flow: Flow, reference: Flow, obs: Obs, key: PRNGKey) -> Float[Array, ""]:
+    def _distance(self, flow: Flow, reference: Flow, obs: Obs, key: PRNGKey) -> Float[Array, " B"]:
         x0 = flow.noise(key, rows(obs))
         new, old = (
             jax.vmap(lambda o, x, f=f: f.sample(x, o, steps=self.steps))(obs, x0)
             for f in (flow, jax.lax.stop_gradient(reference))
         )
-        return jnp.mean((new - old) ** 2)
+        return jnp.mean((new - old) ** 2, -1)
 
     def _reach(self, rollouts: Any) -> Float[Array, ""]:
         low, high = self.std

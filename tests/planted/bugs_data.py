@@ -1,0 +1,197 @@
+"""In data, environments, and what runs a trained policy."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.planted import bug, wrong
+
+from contraflow.data import samplers
+from contraflow.data.datasets import dataset
+from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.replay import Buffer
+from contraflow.data.rows import Rows
+from contraflow.data.samplers import Mixed
+from contraflow.envs import chunk, control
+from contraflow.envs.chunk import Chunked
+from contraflow.envs.gymnasium import Gymnasium
+from contraflow.envs.probe import Probe
+from contraflow.policy import base
+from contraflow.runtime.policy import Policy
+from contraflow.runtime.receding import Receding
+
+SAMPLERS = "data/test_samplers.py::"
+OFFLINE = "data/test_offline.py::"
+CHUNK = "envs/test_env_chunk.py::"
+
+
+@bug(SAMPLERS + "test_a_truncated_step_is_bootstrapped_and_a_terminated_one_is_not")
+def terminated_steps_are_bootstrapped(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_batch")
+    def batch(right, rows, first, last, action, reward, discount, *mask):
+        return right(rows, first, last, action, reward, jnp.full_like(discount, discount.max()), *mask)
+
+
+@bug(SAMPLERS + "test_every_row_by_hand[3-0.9-replay]")
+def replay_takes_truncation_for_termination(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Buffer, "add")
+    def add(right, self, obs, action, step):
+        return right(self, obs, action, replace(step, terminated=step.terminated | step.truncated))
+
+
+@bug(SAMPLERS + "test_every_row_by_hand[3-0.9-dataset]")
+def the_discount_of_several_steps_lacks_one(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_follow")
+    def follow(right, rows, first, steps, gamma):
+        *rest, discount = right(rows, first, steps, gamma)
+        return *rest, discount / gamma
+
+
+@bug(SAMPLERS + "test_every_row_by_hand[3-0.9-dataset]")
+def chunks_run_into_the_next_trajectory(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_chain")
+    def chain(right, rows, first, steps):
+        return right(replace(rows, last=jnp.full_like(rows.last, len(rows.last) - 1)), first, steps)
+
+
+@bug(SAMPLERS + "test_every_row_by_hand[3-0.9-dataset]")
+def the_successor_is_that_of_the_first_step(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_batch")
+    def batch(right, rows, first, last, *rest):
+        return right(rows, first, first, *rest)
+
+
+@bug(SAMPLERS + "test_a_mixture_holds_its_share_in_every_part")
+def the_shares_of_a_mixture_are_swapped(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Mixed, "__call__")
+    def draw(right, self, rows, key, n):
+        return right(replace(self, ratio=1.0 - self.ratio), rows, key, n)
+
+
+@bug("data/test_buffer.py::test_sampling_is_uniform_over_what_is_filled")
+def places_that_are_still_empty_are_drawn(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Rows, "draw")
+    def draw(right, self, key, n):
+        return right(replace(self, size=jnp.asarray(len(self.reward), jnp.int32)), key, n)
+
+
+@bug(OFFLINE + "test_what_learns_values_gets_the_rows_with_a_successor")
+def the_step_before_a_dropped_one_goes_on(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Dataset, "with_successor")
+    def kept(right, self):
+        return replace(right(self), end=np.append(self.end[self.known][:-1], True))
+
+
+@bug(OFFLINE + "test_actions_are_converted_to_the_range_of_the_environment")
+def actions_keep_their_centre(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, dataset, "_unit")
+    def unit(right, name, raw, bounds, clip, said, outside):
+        half = (bounds[1] - bounds[0]) / 2
+        return right(name, raw, (-half, half), True, said, outside)
+
+
+@bug(OFFLINE + "test_a_step_without_successor_is_kept_and_marked")
+def successors_that_were_not_recorded_count_as_known(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, dataset, "unrecorded")
+    def shifted(right, rows):
+        return right(rows) | {"known": np.ones(len(rows["end"]), bool)}
+
+
+@bug("envs/test_env_gymnasium.py::test_vector_env_rows")
+def gymnasium_reports_truncation_as_termination(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Gymnasium, "_step_vector")
+    def step(right, self, state, scaled):
+        state, after = right(self, state, scaled)
+        return state, replace(after, terminated=after.terminated | after.truncated)
+
+
+@bug("envs/test_env_gymnasium.py::test_vector_env_rows")
+def gymnasium_hands_out_the_new_episode_as_successor(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Gymnasium, "_step_vector")
+    def step(right, self, state, scaled):
+        state, after = right(self, state, scaled)
+        return state, replace(after, next_obs=after.obs)
+
+
+@bug("envs/test_env_gymnasium.py::test_vector_env_rows")
+def the_step_that_only_resets_counts(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Gymnasium, "_step_vector")
+    def step(right, self, state, scaled):
+        state, after = right(self, state, scaled)
+        return state, replace(after, valid=np.ones_like(after.valid))
+
+
+@bug("envs/test_env_control.py::test_ends_are_truncations_and_the_last_observation_is_true")
+def a_control_task_ends_for_good_at_its_time_limit(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, control, "_step")
+    def step(right, env, state, action):
+        state, after = right(env, state, action)
+        return state, replace(after, terminated=after.truncated, truncated=after.terminated)
+
+
+@bug("envs/test_env_probe.py::test_random_starts_differ_between_copies_and_episodes")
+def every_episode_starts_alike(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Probe, "step")
+    def step(right, self, state, action):
+        moved, after = right(self, state, action)
+        return replace(moved, key=jax.random.clone(state.key)), after
+
+
+@bug(CHUNK + "test_the_reward_of_a_chunk_is_the_discounted_sum[0.5-jax]")
+def the_first_reward_of_a_chunk_is_discounted(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Chunked, "step")
+    def step(right, self, state, action):
+        state, total = right(self, state, action)
+        return state, replace(total, reward=self.gamma * total.reward)
+
+
+@bug(CHUNK + "test_a_chunk_ends_with_its_episode[jax]")
+def copies_that_wait_are_not_held(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(chunk, "_held", lambda active, new, old: new)
+
+
+@bug(CHUNK + "test_a_chunk_ends_with_its_episode[host]")
+def a_chunk_counts_as_one_step(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, chunk, "_joined")
+    def joined(right, xp, total, *rest):
+        return replace(right(xp, total, *rest), steps=total.steps)
+
+
+@bug("runtime/test_receding.py::test_ensembling_is_the_weighted_mean_of_all_plans[0.3]")
+def the_oldest_plan_weighs_least(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Receding, "_plan")
+    def plan(right, self, chunk, due):
+        self._decay = -self._decay
+        right(self, chunk, due)
+        self._decay = -self._decay
+
+
+@bug("runtime/test_receding.py::test_an_episode_of_one_copy_starts_anew")
+def a_new_episode_goes_on_with_the_old_plan(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Receding, "reset", lambda self, copies=slice(None): None)
+
+
+@bug("policy/test_policies.py::test_rows_of_a_batch_are_numbered")
+def every_row_of_a_batch_has_the_same_noise(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, base, "act_batch")
+    def act(right, policy, obs, key, first, greedy=True):
+        return jnp.concatenate([right(policy, row[None], key, first, greedy) for row in obs])
+
+
+@bug("runtime/test_policy.py::test_one_observation_or_many")
+def actions_are_numbered_by_call(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Policy, "__call__")
+    def act(right, self, obs, explore=False):
+        before = self._seen
+        action = right(self, obs, explore)
+        self._seen = before + 1
+        return action
+
+
+@bug("runtime/test_policy.py::test_actions_in_the_range_of_the_robot")
+def a_robot_moves_the_other_way(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Policy, "raw")
+    def raw(right, self, action):
+        return right(self, -np.asarray(action))
