@@ -72,9 +72,8 @@ def main(out: Path, minutes: float = 600.0, only: str = "") -> int:
         print(f"{name} ...", flush=True)
         begin = time.monotonic()
         with (out / f"{name}.log").open("a") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-            )
+            env = os.environ | {"PYTHONUNBUFFERED": "1"}
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
             try:
                 code: int | str = process.wait(left)
             except subprocess.TimeoutExpired:

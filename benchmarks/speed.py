@@ -36,6 +36,7 @@ from contraflow.training.sources import base, replay, rollouts
 OBS, ACT, BATCH = 17, 6, 256
 SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
 STEPS = 500
+TASKS = ("rfm-cartpole", "rfm-walker")  # presets made for one task
 Case = Callable[[], object]
 Cases = dict[str, Case]
 agent_of = lambda name: presets()[name].agent
@@ -223,7 +224,7 @@ def products(jaxpr: Any) -> int:
 
 def family_cases(other: str | None, clock: Any, rows: int = 128, width: int = 64) -> None:
     """What an update and an action of every off-policy preset cost at common sizes, each otherwise its own."""
-    found = {name: p.agent for name, p in presets().items() if p.needs == "replay" and name != "rfm-cartpole"}
+    found = {name: p.agent for name, p in presets().items() if p.needs == "replay" and name not in TASKS}
     chosen = {name: sized(agent, width) for name, agent in found.items()}
     updates = {name: updater(agent, rows) for name, agent in chosen.items()}
     acts = {name: actor(agent, True) for name, agent in chosen.items()}
@@ -251,15 +252,9 @@ CASES = {
 
 
 def main(
-    what: tuple[str, ...] = (*CASES, "seeds"),
-    /,
-    peer: str | None = None,
-    clock: Literal["wall", "cpu"] = "wall",
-    seeds: int = 8,
-    agent: str = "sac",
-    env: str = "jax:pendulum",
-    width: int = 32,
-) -> None:
+    what: tuple[str, ...] = (*CASES, "seeds"), /, peer: str | None = None, clock: Literal["wall", "cpu"] = "wall",
+    seeds: int = 8, agent: str = "sac", env: str = "jax:pendulum", width: int = 32,
+) -> None:  # fmt: skip
     """Print the tables of `what`; the last four settings are those of `seeds`."""
     if unknown := set(what) - {*CASES, "seeds"}:
         raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, seeds")

@@ -56,17 +56,12 @@ def agents() -> dict[str, Any]:
     }
 
 
-def run(
-    out: Path, seeds: int = 5, jobs: int = 2, agents_: tuple[str, ...] = (), envs: tuple[str, ...] = TASKS,
-    steps: int | None = None,
-) -> None:  # fmt: skip
-    """Train and evaluate, seed by seed; `--steps` for a shorter comparison."""
+def run(out: Path, seeds: int = 5, jobs: int = 2, agents_: tuple[str, ...] = (), envs: tuple[str, ...] = TASKS) -> None:
+    """Train and evaluate, seed by seed."""
     chosen = {name: run for name, run in agents().items() if not agents_ or name in agents_}
-    few = {} if steps is None else {name: max(1, steps // 4) for name in ("collect", "eval_every", "log_every")}
-    settings = SETTINGS if steps is None else replace(SETTINGS, steps=steps, **few)
-    matrix = Matrix(out, chosen, envs, settings, seeds)
+    matrix = Matrix(out, chosen, envs, SETTINGS, seeds)
     matrix.record()
-    outcome = run_cells(matrix.cells(), out, Local(jobs), settings.final_episodes, quiet=not sys.stdout.isatty())
+    outcome = run_cells(matrix.cells(), out, Local(jobs), SETTINGS.final_episodes, quiet=not sys.stdout.isatty())
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}")
     sys.exit(1 if outcome.failed or outcome.interrupted else 0)

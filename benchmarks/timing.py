@@ -8,11 +8,9 @@ import jax
 
 
 def paired(
-    cases: Mapping[str, Callable[[], object]],
-    rounds: int = 15,
-    inner: int = 1,
+    cases: Mapping[str, Callable[[], object]], rounds: int = 15, inner: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds per call of every case, one entry per round; each case is run once first, to compile."""
     for call in cases.values():
         jax.block_until_ready(call())
