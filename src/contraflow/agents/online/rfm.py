@@ -319,7 +319,7 @@ WALKER = RFM(
     target=PosteriorTarget(Gibbs(3)),
     choose=Choice(explore=First()),
     temperature=Tuned(0.0),
-    critic=Critics(tau=0.03),
+    critic=Critics(tau=0.02),
 )
 TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
 PRESETS = (
@@ -342,8 +342,8 @@ PRESETS = (
     Preset(
         "rfm-walker", WALKER, TITLE, PAPER, "the main job of `make train`: a walker learns to walk",
         run={
-            "env": "envpool:WalkerWalk-v1", "steps": 120_000, "collect": 8_000, "num_envs": 16, "updates": 4,
-            "batch_size": 64, "n_step": 3, "buffer_size": 120_000, "eval_every": 20_000, "log_every": 4_000,
+            "env": "envpool:WalkerWalk-v1", "steps": 70_000, "collect": 4_000, "num_envs": 8, "updates": 4,
+            "batch_size": 128, "n_step": 3, "buffer_size": 70_000, "eval_every": 10_000, "log_every": 2_000,
         },
     ),
     Preset(
