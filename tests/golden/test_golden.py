@@ -1,4 +1,7 @@
-"""Two updates of presets from a fixed state give the numbers of the first edition (golden.json)."""
+"""Two updates of presets from a fixed state give the numbers of the first edition (golden.json).
+
+But for `kl` and `clip_share` of a rollout, which counted steps that never happened.
+"""
 
 import json
 from pathlib import Path

@@ -34,7 +34,7 @@ def advantages_run_on_into_the_next_episode(patch: pytest.MonkeyPatch) -> None:
         return right(reward, value, following, terminated, jnp.zeros_like(truncated), gamma, lam)
 
 
-@bug("agents/test_ppo.py")
+@bug("agents/test_ppo.py::test_dummy_rows_have_no_part_in_advantages")
 def dummy_rows_count_in_the_moments_of_advantages(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, advantage, "normalise")
     def normalise(right, x, weight):
