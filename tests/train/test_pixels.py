@@ -61,7 +61,7 @@ def run_of(name: str, data: Path) -> Run:
     return Run(agent, source, steps=80, **SHORT)
 
 
-SLOW = ("fql", "bc")
+SLOW = ("rfm", "fql", "bc")
 
 
 @pytest.mark.parametrize(
