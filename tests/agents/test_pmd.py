@@ -26,7 +26,7 @@ from contraflow.rl.temperature import Constant, Tuned
 SPEC = EnvSpec(1, 1, 1, 1, True)
 SLOPE, LAM = 1.0, 1.0
 AGENT = PMD(
-    flow=FlowSpec(solver=Ddim(8), network=ResidualMLP(32, 2, 8)), candidates=Candidates(own=16, noise=0.0), tau=1e-30,
+    flow=FlowSpec(solver=Ddim(20), network=ResidualMLP(32, 2, 8)), candidates=Candidates(own=16, noise=0.0), tau=1e-30,
     temperature=Constant(LAM), critic=Critics(width=1, depth=1, optim=Optim(1e-30)), optim=Optim(3e-3),
     choose=Selection(greedy=Argmax(4)),
 )  # fmt: skip

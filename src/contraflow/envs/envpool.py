@@ -67,11 +67,12 @@ class EnvPool:
         num_threads: int = 0,
         render: bool = False,
         render_size: tuple[int, int] = (480, 480),
-        camera: int = -1,
+        camera: int | None = None,
     ) -> None:
         """`episode_length` None keeps the task's own limit; `num_threads` 0 means one per core.
 
-        `render_size` is (height, width) of `frame()`; `camera` -1 is the task's default view.
+        `render_size` is (height, width) of `frame()`; `camera` None is the first of the DeepMind Control Suite, which
+        follows what walks, and elsewhere the task's default view, -1.
         """
         self.name, self._seed, self._gl = f"envpool:{id}", seed, None
         self._pool: Any = None
@@ -83,7 +84,8 @@ class EnvPool:
             height, width = render_size
             self._gl = _gl_context(width, height)
             self._settings |= {"render_mode": "rgb_array", "render_width": width, "render_height": height}
-            self._settings |= {"render_camera_id": camera}
+            suite = type(envpool.make_spec(id)).__name__.startswith("Dmc")
+            self._settings |= {"render_camera_id": (0 if suite else -1) if camera is None else camera}
 
         limit = episode_length or int(envpool.make_spec(id).config.max_episode_steps)
         # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.

@@ -74,13 +74,15 @@ def _loop(
 ) -> tuple[Carry, Metrics]:
     """n iterations of S seeds and the sums of their metrics; n is traced, so that one program serves every interval."""
 
+    iterate = jax.jit(lambda world, carry, key: stage.iterate(agent, world, carry, key))  # traced once for both below
+
     def one(carry, key):
         def body(_, state):
             carry, sums = state
-            carry, metrics = stage.iterate(agent, world, carry, key)
+            carry, metrics = iterate(world, carry, key)
             return carry, jax.tree.map(lambda s, m: s + m, sums, metrics)
 
-        shapes = jax.eval_shape(lambda c: stage.iterate(agent, world, c, key)[1], carry)
+        shapes = jax.eval_shape(iterate, world, carry, key)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         return jax.lax.fori_loop(0, n, body, (carry, zeros))
 
