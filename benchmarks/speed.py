@@ -35,8 +35,7 @@ from contraflow.training.sources import base, replay, rollouts
 
 OBS, ACT, BATCH = 17, 6, 256
 SPEC = EnvSpec(OBS, ACT, 1, 1000, False)
-STEPS = 500
-TASKS = ("rfm-cartpole", "rfm-walker")  # presets made for one task
+STEPS, TASKS = 500, ("rfm-cartpole", "rfm-walker")  # TASKS: presets made for one
 Case = Callable[[], object]
 Cases = dict[str, Case]
 agent_of = lambda name: presets()[name].agent
@@ -159,10 +158,11 @@ def sac_cases(other: str | None, clock: Any) -> None:
 
 
 def ppo_cases(other: str | None, clock: Any) -> None:
-    copies, unroll = 16, 125
+    """A rollout and its update, on two simulators."""
+    copies, unroll, keys = 16, 125, jr.key(0)[None]
     print(f"\nPPO on Hopper-v5: rollouts of {copies} x {unroll}, 10 epochs of 16 minibatches, width 64")
     agent = replace(agent_of("ppo"), ppo=replace(agent_of("ppo").ppo, epochs=10, minibatches=16))
-    cases, keys = {}, jr.key(0)[None]
+    cases = {}
     for name, id in {"ours, Gymnasium": "gym:Hopper-v5", "ours, EnvPool": "envpool:Hopper-v5"}.items():
         env = make(id, copies, 0)
         cases[name] = looping(rollouts.Unroll(unroll), agent, env, started(agent, env, None, keys), keys, 1)

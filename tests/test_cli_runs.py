@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, out, err = cli(*SMALL, "--out", folder)
     assert code == 0 and err == "", err
     assert re.search(r"trained to step 40 in \d+ min \d+ s", out)
-    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d +std.* mean \+- \d+\.\d \(95 %\) +min", out)
+    assert re.search(r"best policy, greedy, 10 episodes +mean +-?\d+\.\d \+- \d+\.\d \(95 %\)  std.*min", out)
     step = max(read_evaluations(folder), key=lambda row: row["return_mean"])["step"]
     best = f"best policy  {folder / 'best'}, from step {int(step)}"
     assert f"{best}\nlast policy  {folder / 'policy'}\ncurve        {folder / 'curve.png'}\n" in out
@@ -70,12 +70,14 @@ def test_eval(trained: Path):
     policy = load(trained)
     with command.environment(policy, policy.env, 3, 5) as env:
         wanted = command.evaluate(policy.network, env, jax.random.key(5), 3)
-    told = [wanted.mean(), wanted.std(), margin(wanted), wanted.min(), wanted.max()]
+    told = [wanted.mean(), margin(wanted), wanted.std(), wanted.min(), wanted.max()]
     assert np.allclose(numbers, told, atol=0.051)
     assert "(95 %)" in out and "(95 %)" not in cli("eval", trained, "--episodes", "1")[1], "one episode has none"
     assert cli("eval", trained / "policy", "--episodes", "3", "--seed", "5")[1] == out
     assert cli("eval", trained, "--episodes", "3", "--seed", "6")[1] != out
     assert cli("eval", trained, "--env", "probe:obs", "--episodes", "2")[1].startswith("probe:obs, 2 episodes")
+    noted = cli("eval", trained, "--env", "tests.cli_helpers:far", "--trust", "--episodes", "2")[1]
+    assert noted.startswith("note: observations of Far reach 1e+09"), noted
 
 
 def test_resume_on_a_finished_run_says_so(trained: Path):

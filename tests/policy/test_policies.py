@@ -19,7 +19,7 @@ from contraflow.policy.best_of import ONE, UNIFORM, Argmax, BestOf, First, Softm
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.gaussian import ClippedGaussian, Deterministic, SquashedGaussian
 from contraflow.policy.normalise import Normalised, RunningMoments, normalised
-from contraflow.policy.uniform import BetaActions, uniform_policy
+from contraflow.policy.uniform import BetaActions, still_policy, uniform_policy
 
 OBS = jnp.array([0.5, -1.0, 2.0])
 STATS = RunningMoments(jnp.array([1.0, 0.0, 2.0]), jnp.array([4.0, 1.0, 0.25]), jnp.asarray(10.0))
@@ -195,3 +195,9 @@ def test_uniform_actions_fill_the_box():
     a = np.asarray(uniform_policy(2).particles(OBS, jr.key(0), 4000))
     assert stats.kstest(a[:, 0], stats.uniform(-1, 2).cdf).pvalue > 1e-3
     assert abs(np.corrcoef(a.T)[0, 1]) < 0.07
+
+
+def test_no_action_is_zero_whatever_is_asked():
+    for greedy in (True, False):
+        np.testing.assert_array_equal(still_policy(3)(OBS, jr.key(0), greedy), jnp.zeros(3))
+    assert np.shape(act_batch(still_policy(3), OBS[None], jr.key(0), 0)) == (1, 3)

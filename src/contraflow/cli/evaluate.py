@@ -60,17 +60,19 @@ def eval_command(args: list[str]) -> int:
         print(f"video  {options.video}")
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
         for note in notes(env):
-            print(note)
+            print(f"note: {note}")
         returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
     print(f"{id}, {options.episodes} episodes, seed {options.seed}")
-    ends = f"min {returns.min():.1f}  max {returns.max():.1f}"
-    print(f"mean {returns.mean():.1f}  std {returns.std():.1f}  {interval(returns)}{ends}")
+    print(summary(returns))
     return 0
 
 
-def interval(returns: np.ndarray) -> str:
-    """Half the width of the 95 % interval of the mean, to be followed by more; "" for a single episode."""
-    return f"mean +- {margin(returns):.1f} (95 %)  " if len(returns) > 1 else ""
+def summary(returns: np.ndarray, width: int = 0) -> str:
+    """Mean, with half the width of its 95 % interval where there is more than one episode, standard deviation and
+    range of returns [episodes], each in `width` characters."""
+    half = f" +- {margin(returns):.1f} (95 %)" if len(returns) > 1 else ""
+    std, low, high = (f"{x:{width}.1f}" for x in (returns.std(), returns.min(), returns.max()))
+    return f"mean {returns.mean():{width}.1f}{half}  std {std}  min {low}  max {high}"
 
 
 def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:

@@ -20,6 +20,10 @@ class List:
 
 
 def list_command(args: list[str]) -> int:
+    """`contraflow list agents|envs|presets [PATTERN]`: a line for each; the exit code.
+
+    Raises UserError where no name matches.
+    """
     options = read_flags(List, args, prog="contraflow list")
     rows = {"agents": _agents, "envs": _envs, "presets": _presets}[options.kind]()
     rows = [row for row in rows if options.pattern.lower() in row[0].lower()]

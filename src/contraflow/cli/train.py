@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from contraflow.agents import presets
-from contraflow.cli.evaluate import RANDOM, STILL, final_returns, interval
+from contraflow.cli.evaluate import RANDOM, STILL, final_returns, summary
 from contraflow.cli.flags import Switch, read_flags
 from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
@@ -138,7 +137,7 @@ def _report(folder: Path, require: float | None, trust: bool) -> int:
         return 0
     table = final_returns(folder, trust)
     for name, returns in table.items():
-        print(f"  {name:<42} {_summary(returns)}")
+        print(f"  {name:<42} {summary(returns, 8)}")
     print(f"best policy  {folder / 'best'}, from step {best['step']:,}\nlast policy  {folder / 'policy'}")
     print(f"curve        {folder / 'curve.png'}")
     print(f"next         contraflow eval {shlex.quote(str(folder))} --video policy.mp4")
@@ -152,8 +151,3 @@ def _report(folder: Path, require: float | None, trust: bool) -> int:
     if not reached:
         print("it learned less than it should have: another --seed or more --steps may do better")
     return 0 if reached else 1
-
-
-def _summary(returns: np.ndarray) -> str:
-    ends = f"min {returns.min():8.1f}  max {returns.max():8.1f}"
-    return f"mean {returns.mean():8.1f}  std {returns.std():6.1f}  {interval(returns)}{ends}"

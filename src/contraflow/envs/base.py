@@ -158,28 +158,16 @@ def check_num_envs(name: str, num_envs: int) -> None:
 
 def check_obs(name: str, spec: EnvSpec, obs: Any) -> None:
     """Raise UserError unless first observations of a host environment are as the spec says, and finite."""
-    if spec.obs_parts:
-        _check_parts(name, "obs", spec, obs)
-    else:
-        _check_shape(name, "obs", obs, (spec.num_envs, spec.obs_dim))
+    _check_obs(name, "obs", spec, obs)
     _check_finite(name, "observation", obs)
-
-
-ROWS = ("obs", "next_obs", "reward", "terminated", "truncated", "valid")
 
 
 def check_shapes(name: str, spec: EnvSpec, step: Step) -> None:
     """Raise UserError unless observations are [N, o], or as the parts of the spec say, and all else is [N]."""
-    if spec.obs_parts:
-        for part in ROWS[:2]:
-            _check_parts(name, part, spec, getattr(step, part))
-        flat = np.broadcast_to(np.float32(0), (spec.num_envs, spec.obs_dim))
-        step = replace(step, obs=flat, next_obs=flat)  # the rest is the same
-    n, both = (spec.num_envs,), (spec.num_envs, spec.obs_dim)
-    a, b, c, d, e, f = step.obs, step.next_obs, step.reward, step.terminated, step.truncated, step.valid
-    if not (a.shape == b.shape == both and c.shape == d.shape == e.shape == f.shape == n):
-        for part, x in zip(ROWS, (a, b, c, d, e, f), strict=True):
-            _check_shape(name, part, x, both if "obs" in part else n)
+    for part in ("obs", "next_obs"):
+        _check_obs(name, part, spec, getattr(step, part))
+    for part in ("reward", "terminated", "truncated", "valid"):
+        _check_shape(name, part, getattr(step, part), (spec.num_envs,))
 
 
 def checked(name: str, spec: EnvSpec, step: Step) -> Step:
@@ -192,8 +180,10 @@ def checked(name: str, spec: EnvSpec, step: Step) -> Step:
     return step
 
 
-def _check_parts(name: str, part: str, spec: EnvSpec, obs: Any) -> None:
-    if problem := misfit(spec.obs_parts, obs, spec.num_envs):
+def _check_obs(name: str, part: str, spec: EnvSpec, obs: Any) -> None:
+    if not spec.obs_parts:
+        _check_shape(name, part, obs, (spec.num_envs, spec.obs_dim))
+    elif problem := misfit(spec.obs_parts, obs, spec.num_envs):
         raise UserError(f"environment {name} returned {part} that {problem} by its spec; fix one of the two")
 
 

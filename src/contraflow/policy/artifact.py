@@ -21,7 +21,6 @@ from contraflow.core.settings import SCHEMA, check_schema, from_json, import_pat
 from contraflow.core.types import EnvSpec, UserError
 
 ROOT = "contraflow."
-ADDED = {"encoder"}  # fields that files of older releases lack: they have their default
 
 
 def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
@@ -111,13 +110,11 @@ def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
         return jnp.asarray(arrays.pop(name))
     cls = _class(data.get("kind"), trust)
     known = {field.name: field for field in fields(cls)}
-    if different := sorted((set(known) ^ (set(data) - {"kind"})) - (ADDED - set(data))):
+    if different := sorted(set(known) ^ (set(data) - {"kind"})):
         raise _Unfit(f"describes {cls.__name__} with other fields than this version has ({different[0]})")
     built = object.__new__(cls)  # __init__ would draw fresh weights
     for name, field in known.items():
-        if name not in data:
-            part = field.default
-        elif field.metadata.get("static"):
+        if field.metadata.get("static"):
             if not (isinstance(data[name], dict) and "settings" in data[name]):
                 raise _Unfit(f"describes {cls.__name__}.{name} by {data[name]!r}, which are no settings")
             part = from_json(data[name]["settings"], _hints(cls)[name], trust, name)

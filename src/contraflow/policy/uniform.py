@@ -50,7 +50,7 @@ def uniform_policy(action_dim: int) -> BetaActions:
 
 
 class NoAction(eqx.Module):
-    """a = 0: what an environment pays to a policy that does nothing."""
+    """a = 0, the middle of the range of each action; greedy or not."""
 
     like: Float[Array, " a"]
 
@@ -59,5 +59,5 @@ class NoAction(eqx.Module):
 
 
 def still_policy(action_dim: int) -> NoAction:
-    """Zero actions."""
+    """Zero actions [action_dim], whatever is observed."""
     return NoAction(jax.device_put(jnp.zeros(action_dim)))

@@ -202,6 +202,7 @@ class RFM:
         slow = state.slow
 
         def actor_loss(actor):
+            """Mean over observations and coordinates."""
             cond = jax.vmap(lambda obs: condition(actor, obs, self._told(state)))(batch.obs)
             loss = jnp.mean(jax.vmap(lambda *row: square(posterior_error(actor, *row)))(cond, post.mean, x_t, t))
             if slow is None:
