@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from tests.agents.agent_helpers import bandit
+from tests.compiled import optimised
 
 from contraflow.agents.online.pmd import PMD, Candidates, Selection
 from contraflow.core.optim import Optim
@@ -54,7 +55,7 @@ def train(agent, kind, updates):
     return first, eqx.tree_at(lambda s: s.actor, last, average), metrics
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(optimised, static_argnums=0)
 def run(agent, first, keys, weights):
     def step(carry, inputs):
         state, average = carry

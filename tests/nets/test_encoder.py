@@ -1,6 +1,5 @@
 """Observations with parts, by closed forms: sizes, order, bytes, and that every network encodes once."""
 
-import json
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -237,17 +236,3 @@ def test_agents_learn_and_act_on_parts(name, tmp_path):
     again, spec, _ = load_policy(tmp_path / "policy")
     assert spec == SPEC and jax.tree.structure(again) == jax.tree.structure(init_policy)
     np.testing.assert_array_equal(act(again, obs), actions)
-
-
-def test_a_policy_from_before_encoders_is_read(tmp_path):
-    """Its file has no such field: the network has none."""
-    agent = TABLE["sac"]
-    policy = agent.policy(agent.init(jr.key(0), EnvSpec(3, 2, 1, 10, True)))
-    save_policy(tmp_path, policy, EnvSpec(3, 2, 1, 10, True), "toy:env")
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["policy"]["net"]["encoder"], config["spec"]["obs_parts"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    again, spec, _ = load_policy(tmp_path)
-    assert again.net.encoder is None and spec.observation == 3
-    obs = jnp.ones(3)
-    np.testing.assert_array_equal(again(obs, jr.key(1)), policy(obs, jr.key(1)))

@@ -6,6 +6,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from tests.compiled import optimised
 
 from contraflow.nets.heads import Categorical, Point, Quantile
 
@@ -29,7 +30,7 @@ def fit(head, goals, steps=3000, rate=3e-2):
         return (optax.apply_updates(out, updates), opt), None
 
     out = jnp.zeros(head.outputs)
-    return jax.jit(lambda: jax.lax.scan(step, (out, tx.init(out)), None, steps)[0][0])()
+    return optimised(lambda: jax.lax.scan(step, (out, tx.init(out)), None, steps)[0][0])()
 
 
 def ends(head, rewards):

@@ -17,9 +17,10 @@ TESTS = Path(__file__).parents[1]
 def run(paths: list[str], cache: str, *more: str) -> tuple[int, str]:
     """Exit code and output of pytest."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more, *(f"tests/{p}" for p in paths)]
-    # As workers of pytest-xdist run them (tests/conftest.py): most of the time goes into compiling.
-    flags = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-    env = os.environ | {"NPROC": "1", "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": cache}
+    env = os.environ | {
+        "NPROC": "1", "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }  # fmt: skip
     done = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

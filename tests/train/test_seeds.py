@@ -302,14 +302,21 @@ class Noisy(Constant):
         return super().__call__(obs, key, False)
 
 
-def test_evaluation_of_many_is_that_of_each():
-    """Episodes of 200 steps, two of each copy: longer than a chunk; one policy per seed."""
+class Brief(Pendulum):
+    @property
+    def spec(self):
+        return replace(super().spec, episode_length=25)
+
+
+def test_evaluation_of_many_is_that_of_each(monkeypatch: pytest.MonkeyPatch):
+    """Episodes of 25 steps, two of each copy: longer than a chunk; one policy per seed."""
+    monkeypatch.setattr("contraflow.training.evaluate.CHUNK", 10)
     policies = [Noisy(jr.normal(jr.key(seed), (1,))) for seed in range(3)]
     keys = jr.split(jr.key(9), 3)
-    many = evaluate_seeds(policies, Pendulum(2), keys, 3)
+    many = evaluate_seeds(policies, Brief(2), keys, 3)
     for s, policy in enumerate(policies):
-        np.testing.assert_allclose(many[s], evaluate(policy, OnHost(Pendulum(2)), keys[s], 3), rtol=1e-4)
-    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Pendulum(2)), keys, 3), many, rtol=1e-4)
+        np.testing.assert_allclose(many[s], evaluate(policy, OnHost(Brief(2)), keys[s], 3), rtol=1e-4)
+    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Brief(2)), keys, 3), many, rtol=1e-4)
     assert many.shape == (3, 3) and len(np.unique(many.round(2))) == 9
 
 
