@@ -251,6 +251,7 @@ def test_agrees_with_dm_control(id, shimmy_id, place, control, earns):
     the state are compared. BallInCupCatch agrees in physics but EnvPool pays for the catch a few millimetres too early.
     """
     pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
     from contraflow.envs.gymnasium import Gymnasium
 
     pool, suite = EnvPool(id, 1), Gymnasium(f"dm_control/{shimmy_id}-v0", 1)

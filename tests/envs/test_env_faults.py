@@ -198,7 +198,9 @@ def test_simulators_are_silent(registered, capfd):
         refused("Faulty-firstobs-v0|observation of 3 numbers", lambda: make("gym:Faulty-firstobs-v0"))
         refused("did you mean envpool:CheetahRun-v1", lambda: check("envpool:CheetaRun-v1"))
         make("HalfCheetah-v4").reset(KEY)
-    assert not said and capfd.readouterr() == ("", "")
+    printed = [line for text in capfd.readouterr() for line in text.splitlines()]
+    # What MuJoCo thinks of Gymnasium's own model; nothing is printed where dm_control is there, which takes it over.
+    assert not said and not [line for line in printed if line and "settotalmass" not in line]
 
 
 def test_a_broken_renderer_hides_no_other_environment(monkeypatch):

@@ -199,6 +199,7 @@ def test_the_range_of_actions_is_told():
 
 def test_dm_control_episode_is_truncated():
     pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
     env = Gymnasium("dm_control/cartpole-swingup-v0", 1)
     assert (env.spec.obs_dim, env.spec.action_dim, env.spec.episode_length) == (5, 1, 1000)
     state, _ = env.reset(KEY)

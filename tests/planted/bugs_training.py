@@ -9,6 +9,7 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.data.replay import Buffer
+from contraflow.data.samplers import Uniform
 from contraflow.experiments.report import statistics
 from contraflow.rl import diagnostics
 from contraflow.sampling import distances, fab
@@ -17,7 +18,6 @@ from contraflow.training import checkpoint, evaluate
 from contraflow.training import run as driver
 from contraflow.training.run_writer import RunWriter
 from contraflow.training.sources import replay, rollouts
-from contraflow.training.sources.replay import Replay
 
 ONLINE = "train/test_online.py::"
 SEEDS = "train/test_seeds.py::"
@@ -47,11 +47,11 @@ def every_step_acts_with_one_key(patch: pytest.MonkeyPatch) -> None:
         return right(policy, spec, obs, 0 * iteration, key)
 
 
-@bug("train/test_sources.py::test_chunks_of_replay_are_discounted_step_by_step")
+@bug("data/test_samplers.py::test_chunks_of_replay_are_discounted_by_the_steps_taken")
 def a_decision_of_several_steps_is_discounted_once(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Replay, "sampler")
-    def sampler(right, self, agent):
-        return right(replace(self, execute=1), agent)
+    @wrong(patch, Uniform, "__call__")
+    def call(right, self, rows, key, n):
+        return right(self, replace(rows, steps=None), key, n)
 
 
 @bug("train/test_onpolicy.py::test_the_update_sees_what_happened")
