@@ -28,6 +28,30 @@ def solve(solver, drift, x, t0, t1):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_steps_that_shrink_are_steps_of_another_clock(name):
+    """dx/dt over t(s) = t0 + (t1 - t0) (1 - (1 - s)^2): the ends are those, and the order is the same."""
+    times: list[float] = []
+    solve(
+        SOLVERS[name](4, 2.0),
+        lambda x, t: jax.debug.callback(times.append, t) or jnp.ones_like(x),
+        jnp.zeros(1),
+        1.0,
+        3.0,
+    )
+    jax.effects_barrier()
+    starts = [1.0 + 2.0 * (1 - (1 - i / 4) ** 2) for i in range(4)]
+    assert all(np.isclose(times, t).any() for t in starts) and max(times) <= 3.0
+    with jax.enable_x64(True):
+        x = jnp.array([0.3, -0.8])
+        n = 32 if name == "rk4" else 64
+        ends = [solve(SOLVERS[name](k, 2.0), nonlinear, x, 0.1, 1.7) for k in (n, 2 * n, 64 * n)]
+        errors = [np.abs(np.asarray(end - ends[-1])).max() for end in ends[:-1]]
+        assert_close(np.log2(errors[0] / errors[1]), SOLVERS[name].order, 0.2, scale=1.0)
+    with pytest.raises(ValueError, match="power"):
+        SOLVERS[name](4, 0.0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.usefixtures("allow_rank_promotion")
 def test_order_and_oracle(name):
     with jax.enable_x64(True):

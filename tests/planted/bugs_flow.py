@@ -13,7 +13,7 @@ from contraflow.flow.coupling import ConditionalOT
 from contraflow.flow.likelihood import Exact
 from contraflow.flow.model import Flow
 from contraflow.flow.path import VE, AbstractPath, Linear
-from contraflow.flow.posterior import starts, strata
+from contraflow.flow.posterior import jump, starts, strata
 from contraflow.flow.posterior.control import Fixed, MinVariance
 from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.local import Local
@@ -221,3 +221,24 @@ def pairs_are_permuted_the_other_way(patch: pytest.MonkeyPatch) -> None:
         new, weight = right(self, x0, x1, cond)
         order = jnp.argmin(jnp.sum((new[:, None] - x0[None]) ** 2, -1), 1)
         return x0[jnp.argsort(order)], weight
+
+
+@bug("flow/test_flow_jump.py::test_it_leaves_the_target_as_it_is")
+def jumps_are_weighed_as_if_their_modes_had_one_width(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, jump, "log_normal")
+    def log_normal(right, x, mean, std):
+        return right(x, mean, 0.1)
+
+
+@bug("flow/test_flow_jump.py::test_it_leaves_a_target_in_a_box_as_it_is")
+def jumps_in_a_box_start_from_squashed_actions(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, jump.ModeJump, "__call__")
+    def call(right, self, key, log_pi, u, box=False):
+        return right(self, key, log_pi, u, False)
+
+
+@bug("agents/test_rfm_modes.py::test_both_modes_are_kept_in_their_shares")
+def jumps_end_where_they_started(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, jump.ModeJump, "__call__")
+    def call(right, self, key, log_pi, u, box=False):
+        return u, right(self, key, log_pi, u, box)[1]

@@ -6,6 +6,7 @@ sampling with a Stein control variate is `Reverse`, its settings the preset `rfm
 as control it is a noise- or gradient-expectation method, of which many have a file of their own beside this one.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +28,7 @@ from contraflow.flow.posterior.control import MinVariance
 from contraflow.flow.posterior.estimator import Estimator
 from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.importance import Reverse
+from contraflow.flow.posterior.jump import ModeJump
 from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Noise
@@ -64,6 +66,8 @@ class PosteriorTarget:
     """Which x1 is noised to the query point x_t."""
     query: Selector = First()
     """The policy's endpoint that is noised; its particles are the estimator's `support`, that one first."""
+    jump: ModeJump | None = None
+    """What takes a share of the policy's endpoints from mode to mode before they are noised."""
     jacobian_power: float = 1.0
     """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
 
@@ -73,6 +77,8 @@ class PosteriorTarget:
             raise ValueError(
                 f"{name} starts its chains at the policy's own endpoint: use endpoint='policy' and query=First()"
             )
+        if self.jump is not None and self.endpoint == "buffer":
+            raise ValueError("a jump starts at the policy's own endpoint: use endpoint='policy', or jump=None")
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ class RFM:
     def update(self, state: RFMState, batch: Batch, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density, k_tie = jr.split(key, 8)
+        k_jump = jr.fold_in(k_now, 1)
         n, lam, path = batch.reward.shape[0], state.temperature, self.flow.path
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
@@ -189,6 +196,13 @@ class RFM:
             support = self.endpoints(state, batch.obs, k_now)
         else:
             support = self.flow.support.latent(batch.action)[:, None]
+        if (jump := self.target.jump) is not None:
+            few = math.ceil(jump.share * n)
+            move = lambda key, obs, u: jump(key, self.log_pi(critic, obs, lam), u, self.flow.support.name == "box")
+            keys, some = jr.split(k_jump, few), jax.tree.map(lambda x: x[:few], batch.obs)
+            moved, jumped = jax.vmap(move)(keys, some, support[:few, 0])
+            support = support.at[:few, 0].set(moved)
+            metrics["jumps"] = jumped.mean()
         x1 = support[:, 0]
         x_t = jax.vmap(path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 

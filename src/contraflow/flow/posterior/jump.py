@@ -1,0 +1,87 @@
+"""A Markov step that crosses between modes, however little probability lies between them."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool
+
+from contraflow.core.checks import check_count
+from contraflow.core.types import PRNGKey
+from contraflow.flow.path import Vector
+from contraflow.flow.targets import LogDensity, log_normal, log_sech2
+
+LONGEST, SHORTEST = 0.6, 0.05  # steps of a climb, per coordinate
+WIDTHS = (0.03, 0.1, 0.3)  # of the kernels, in units of u: those of the modes are not known
+UNIFORM = 0.1  # share of uniform actions among the candidates, so that every start has a density
+
+
+@dataclass(frozen=True)
+class ModeJump:
+    """Iterated sampling importance resampling with a proposal around the modes that climbs from random actions find.
+
+    `centres` uniform actions climb log pi by `climbs` steps along its gradient, of lengths that shrink from .6 to .05
+    per coordinate. They are the centres of a proposal q: .9 of a kernel density with three widths, .1 of uniform
+    actions. The start competes with `samples` candidates of q, and one is picked with probability ~ pi(u) / q(u).
+
+    The centres know nothing of the start, so that the step leaves pi invariant, wherever the climbs end: a start that
+    is a draw of pi stays one. Otherwise it is moved towards pi, and in a share that depends on no barrier.
+
+    It is applied to endpoints of a policy before they are noised to x_t: then a mode that the policy lacks has query
+    points on its whole path, as one step of the posterior at a given x_t would not give it. Gradients of the critic
+    for each endpoint: centres climbs, and samples + 1 values. `share` is the part of a batch that takes the step.
+
+    Raises ValueError for share outside (0, 1], centres, climbs or samples < 1.
+    """
+
+    share: float = 0.25
+    centres: int = 4
+    climbs: int = 8
+    samples: int = 16
+
+    def __post_init__(self):
+        if not 0 < self.share <= 1:
+            raise ValueError(f"ModeJump: share is a part of the batch in (0, 1], got {self.share}")
+        check_count(self, 1, "centres", "climbs", "samples")
+
+    def __call__(
+        self, key: PRNGKey, log_pi: LogDensity, u: Vector, box: bool = False
+    ) -> tuple[Vector, Bool[Array, ""]]:
+        """The next state from u [d], and whether it is another one.
+
+        With `box` u is the action itself and log pi holds within [-1, 1]^d only; otherwise the action is tanh u.
+        """
+        k_climb, k_of, k_width, k_noise, k_either, k_uniform, k_pick = jr.split(key, 7)
+        d, n, widths = u.shape[0], self.samples, jnp.asarray(WIDTHS)
+
+        def uniform(key, n):
+            return jr.uniform(key, (n, d), minval=-1.0) if box else 0.5 * jr.logistic(key, (n, d))
+
+        def climb(places, length):
+            slopes = jax.vmap(jax.grad(log_pi))(places)
+            norms = jnp.sqrt(jnp.sum(slopes**2, axis=1, keepdims=True) / d)
+            places = places + length * slopes / jnp.maximum(norms, jnp.finfo(slopes.dtype).tiny)
+            return (jnp.clip(places, -1.0, 1.0) if box else places), None
+
+        lengths = jnp.geomspace(LONGEST, SHORTEST, self.climbs)
+        centres, _ = jax.lax.scan(climb, uniform(k_climb, self.centres), lengths)
+
+        of, width = jr.randint(k_of, (n,), 0, self.centres), widths[jr.randint(k_width, (n, 1), 0, len(WIDTHS))]
+        near = centres[of] + width * jr.normal(k_noise, (n, d))
+        candidates = jnp.where(jr.bernoulli(k_either, UNIFORM, (n, 1)), uniform(k_uniform, n), near)
+
+        def log_q(u):
+            kernels = jax.vmap(lambda c: jax.vmap(lambda s: log_normal(u, c, s))(widths))(centres)
+            everywhere = -d * jnp.log(2.0) + (0.0 if box else jnp.sum(log_sech2(u)))
+            around = jax.nn.logsumexp(kernels) - jnp.log(kernels.size)
+            return jnp.logaddexp(jnp.log1p(-UNIFORM) + around, jnp.log(UNIFORM) + everywhere)
+
+        def log_weight(u):
+            inside = jnp.all(jnp.abs(u) <= 1.0) if box else True
+            return jnp.where(inside, log_pi(u) - log_q(u), -jnp.inf)
+
+        start = jnp.clip(u, -1.0, 1.0) if box else u  # of a policy that is not right yet
+        states = jnp.concatenate([start[None], candidates])
+        picked = jr.categorical(k_pick, jax.vmap(log_weight)(states))
+        return states[picked], picked > 0
