@@ -1,5 +1,7 @@
 """`ModeJump`: it leaves exp(Q / lambda) as it is, and reaches modes that the policy lacks, in shares that are right."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.agents.online.rfm import PosteriorTarget
+from contraflow.agents.online.rfm import RFM, SMALL, PosteriorTarget
 from contraflow.flow.posterior.importance import Reverse
 from contraflow.flow.posterior.jump import ModeJump
+from contraflow.flow.support import Box, Real, Tanh
 from contraflow.flow.targets import GaussianMixture
 
 
@@ -19,8 +22,8 @@ def two_modes(d, far=0.6):
 
 
 @eqx.filter_jit
-def moved(jump, target, starts, key, box=False):
-    return jax.vmap(lambda k, u: jump(k, target, u, box))(jr.split(key, len(starts)), starts)
+def moved(jump, target, starts, key, support=Tanh()):
+    return jax.vmap(lambda k, u: jump(k, target, u, support))(jr.split(key, len(starts)), starts)
 
 
 def second(u):
@@ -44,7 +47,7 @@ def test_it_leaves_a_target_in_a_box_as_it_is():
     """exp(3 a) on [-1, 1]^2 rises up to a corner, where climbs end; nothing leaves the box."""
     place = jr.uniform(jr.key(0), (20_000, 2))
     start = jnp.log(jnp.exp(-3.0) + place * (jnp.exp(3.0) - jnp.exp(-3.0))) / 3.0
-    end, went = moved(ModeJump(), lambda u: 3.0 * jnp.sum(u), start, jr.key(1), True)
+    end, went = moved(ModeJump(), lambda u: 3.0 * jnp.sum(u), start, jr.key(1), Box())
     assert went.mean() > 0.3 and jnp.abs(end).max() <= 1.0
     for power in (1, 2):
         change = np.asarray(end**power - start**power).mean(1)
@@ -70,6 +73,8 @@ def test_starts_far_away_and_flat_values_are_survived():
     for target, start in ((two_modes(2), far), (flat, far), (flat, 0.0 * far)):
         end, _ = moved(ModeJump(), target, start, jr.key(0))
         assert jnp.isfinite(end).all()
+    outside, _ = moved(ModeJump(samples=1), flat, far, jr.key(0), Box())
+    assert jnp.abs(outside).max() <= 1.0
 
 
 def test_what_cannot_be_is_refused():
@@ -78,3 +83,5 @@ def test_what_cannot_be_is_refused():
             ModeJump(**bad)
     with pytest.raises(ValueError, match="jump"):
         PosteriorTarget(Reverse(), "buffer", jump=ModeJump())
+    with pytest.raises(ValueError, match="uniform actions"):
+        RFM(flow=replace(SMALL, support=Real()), target=PosteriorTarget(jump=ModeJump()))

@@ -233,12 +233,12 @@ def jumps_are_weighed_as_if_their_modes_had_one_width(patch: pytest.MonkeyPatch)
 @bug("flow/test_flow_jump.py::test_it_leaves_a_target_in_a_box_as_it_is")
 def jumps_in_a_box_start_from_squashed_actions(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, jump.ModeJump, "__call__")
-    def call(right, self, key, log_pi, u, box=False):
-        return right(self, key, log_pi, u, False)
+    def call(right, self, key, log_pi, u, support):
+        return right(self, key, log_pi, u)
 
 
 @bug("agents/test_rfm_modes.py::test_both_modes_are_kept_in_their_shares")
 def jumps_end_where_they_started(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, jump.ModeJump, "__call__")
-    def call(right, self, key, log_pi, u, box=False):
-        return u, right(self, key, log_pi, u, box)[1]
+    def call(right, self, key, log_pi, u, support):
+        return u, right(self, key, log_pi, u, support)[1]

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import jax.random as jr
+from jaxtyping import Array, Bool, Float
 
+from contraflow.core.types import PRNGKey
 from contraflow.flow.targets import log_sech2
 
 Vectors = Float[Array, "*n a"]
@@ -24,6 +26,14 @@ class Tanh:
         """atanh a; what lies at the edge of the box is moved 1e-4 inside."""
         return jnp.arctanh(jnp.clip(action, -1 + 1e-4, 1 - 1e-4))
 
+    def uniform(self, key: PRNGKey, *shape: int) -> Vectors:
+        """Latents [*shape] of uniform actions: logistic of scale 1/2; drawn so, an action cannot round to +-1."""
+        return 0.5 * jr.logistic(key, shape)
+
+    def holds(self, u: Float[Array, " a"]) -> Bool[Array, ""]:
+        """Whether u stands for an action: everywhere."""
+        return jnp.array(True)
+
     def log_det(self, u: Float[Array, " a"]) -> Float[Array, ""]:
         """log |da/du|: an action has the log-density of u less this."""
         return jnp.sum(log_sech2(u))
@@ -40,6 +50,14 @@ class Box:
 
     def latent(self, action: Vectors) -> Vectors:
         return action
+
+    def uniform(self, key: PRNGKey, *shape: int) -> Vectors:
+        """Uniform actions [*shape]."""
+        return jr.uniform(key, shape, minval=-1.0)
+
+    def holds(self, u: Float[Array, " a"]) -> Bool[Array, ""]:
+        """Whether u lies in the box."""
+        return jnp.all(jnp.abs(u) <= 1.0)
 
     def log_det(self, u: Float[Array, " a"]) -> Float[Array, ""]:
         return jnp.zeros(())

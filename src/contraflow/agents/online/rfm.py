@@ -33,7 +33,7 @@ from contraflow.flow.posterior.local import Local
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Noise
 from contraflow.flow.solver import Euler, EulerMaruyama, Midpoint
-from contraflow.flow.support import Box, Tanh
+from contraflow.flow.support import Box, Real, Tanh
 from contraflow.flow.targets import LogDensity
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.heads import Categorical
@@ -105,8 +105,8 @@ class RFMState(eqx.Module):
 @dataclass(frozen=True)
 class RFM:
     """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for each
-    of these two that has a choice (n > 1, not `First`), and those of the estimator. Per action: n F actor calls; with
-    a choice, n critic calls."""
+    of these two that has a choice (n > 1, not `First`), and those of the estimator and the jump. Per action: n F actor
+    calls; with a choice, n critic calls."""
 
     flow: FlowSpec = SMALL
     target: PosteriorTarget = PosteriorTarget()
@@ -135,6 +135,8 @@ class RFM:
         support = self.flow.support.name
         if not self.target.estimator.suits(support):
             raise ValueError(f"the estimator {self.target.estimator} does not suit actions bounded by {support}")
+        if self.target.jump is not None and isinstance(self.flow.support, Real):
+            raise ValueError("a jump starts from uniform actions: use flow.support Tanh() or Box(), or jump=None")
         estimator, backup = self.target.estimator, self.choose.backup
         if self.temperature.of == "weights" and isinstance(estimator, Local):
             raise ValueError("Local has no weights: tune the temperature to the entropy of actions")
@@ -197,8 +199,9 @@ class RFM:
         else:
             support = self.flow.support.latent(batch.action)[:, None]
         if (jump := self.target.jump) is not None:
-            few = math.ceil(jump.share * n)
-            move = lambda key, obs, u: jump(key, self.log_pi(critic, obs, lam), u, self.flow.support.name == "box")
+            few, bounds = math.ceil(jump.share * n), self.flow.support
+            assert not isinstance(bounds, Real)
+            move = lambda key, obs, u: jump(key, self.log_pi(critic, obs, lam), u, bounds)
             keys, some = jr.split(k_jump, few), jax.tree.map(lambda x: x[:few], batch.obs)
             moved, jumped = jax.vmap(move)(keys, some, support[:few, 0])
             support = support.at[:few, 0].set(moved)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool
 from contraflow.core.checks import check_count
 from contraflow.core.types import PRNGKey
 from contraflow.flow.path import Vector
-from contraflow.flow.targets import LogDensity, log_normal, log_sech2
+from contraflow.flow.support import Box, Tanh
+from contraflow.flow.targets import LogDensity, log_normal
 
 LONGEST, SHORTEST = 0.6, 0.05  # steps of a climb, per coordinate
 WIDTHS = (0.03, 0.1, 0.3)  # of the kernels, in units of u: those of the modes are not known
@@ -32,6 +33,8 @@ class ModeJump:
     points on its whole path, as one step of the posterior at a given x_t would not give it. Gradients of the critic
     for each endpoint: centres climbs, and samples + 1 values. `share` is the part of a batch that takes the step.
 
+    Resampling: Samsonov et al., 2111.02702; the proposal is ours.
+
     Raises ValueError for share outside (0, 1], centres, climbs or samples < 1.
     """
 
@@ -46,42 +49,34 @@ class ModeJump:
         check_count(self, 1, "centres", "climbs", "samples")
 
     def __call__(
-        self, key: PRNGKey, log_pi: LogDensity, u: Vector, box: bool = False
+        self, key: PRNGKey, log_pi: LogDensity, u: Vector, support: Tanh | Box = Tanh()
     ) -> tuple[Vector, Bool[Array, ""]]:
-        """The next state from u [d], and whether it is another one.
-
-        With `box` u is the action itself and log pi holds within [-1, 1]^d only; otherwise the action is tanh u.
-        """
+        """The next latent from u [d], and whether it is another one; log pi is asked where `support` holds only."""
         k_climb, k_of, k_width, k_noise, k_either, k_uniform, k_pick = jr.split(key, 7)
         d, n, widths = u.shape[0], self.samples, jnp.asarray(WIDTHS)
-
-        def uniform(key, n):
-            return jr.uniform(key, (n, d), minval=-1.0) if box else 0.5 * jr.logistic(key, (n, d))
+        within = support.action if isinstance(support, Box) else lambda u: u
 
         def climb(places, length):
             slopes = jax.vmap(jax.grad(log_pi))(places)
             norms = jnp.sqrt(jnp.sum(slopes**2, axis=1, keepdims=True) / d)
-            places = places + length * slopes / jnp.maximum(norms, jnp.finfo(slopes.dtype).tiny)
-            return (jnp.clip(places, -1.0, 1.0) if box else places), None
+            return within(places + length * slopes / jnp.maximum(norms, jnp.finfo(slopes.dtype).tiny)), None
 
         lengths = jnp.geomspace(LONGEST, SHORTEST, self.climbs)
-        centres, _ = jax.lax.scan(climb, uniform(k_climb, self.centres), lengths)
+        centres, _ = jax.lax.scan(climb, support.uniform(k_climb, self.centres, d), lengths)
 
         of, width = jr.randint(k_of, (n,), 0, self.centres), widths[jr.randint(k_width, (n, 1), 0, len(WIDTHS))]
         near = centres[of] + width * jr.normal(k_noise, (n, d))
-        candidates = jnp.where(jr.bernoulli(k_either, UNIFORM, (n, 1)), uniform(k_uniform, n), near)
+        candidates = jnp.where(jr.bernoulli(k_either, UNIFORM, (n, 1)), support.uniform(k_uniform, n, d), near)
 
         def log_q(u):
             kernels = jax.vmap(lambda c: jax.vmap(lambda s: log_normal(u, c, s))(widths))(centres)
-            everywhere = -d * jnp.log(2.0) + (0.0 if box else jnp.sum(log_sech2(u)))
+            everywhere = support.log_det(u) - d * jnp.log(2.0)
             around = jax.nn.logsumexp(kernels) - jnp.log(kernels.size)
             return jnp.logaddexp(jnp.log1p(-UNIFORM) + around, jnp.log(UNIFORM) + everywhere)
 
         def log_weight(u):
-            inside = jnp.all(jnp.abs(u) <= 1.0) if box else True
-            return jnp.where(inside, log_pi(u) - log_q(u), -jnp.inf)
+            return jnp.where(support.holds(u), log_pi(u) - log_q(u), -jnp.inf)
 
-        start = jnp.clip(u, -1.0, 1.0) if box else u  # of a policy that is not right yet
-        states = jnp.concatenate([start[None], candidates])
+        states = jnp.concatenate([within(u)[None], candidates])  # a policy that is not right yet may leave the box
         picked = jr.categorical(k_pick, jax.vmap(log_weight)(states))
         return states[picked], picked > 0

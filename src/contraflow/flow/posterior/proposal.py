@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from contraflow.core.types import PRNGKey
 from contraflow.flow.path import AbstractPath, Scalar, Vector
-from contraflow.flow.targets import log_normal, log_sech2
+from contraflow.flow.support import Tanh
+from contraflow.flow.targets import log_normal
 
 Samples = Float[Array, "n d"]
 Support = Float[Array, "p d"] | None
@@ -126,11 +127,10 @@ class UniformAction:
     boundary: ClassVar[bool] = False
 
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
-        # atanh of a uniform variable on (-1, 1) is logistic with scale 1/2; drawn so, it cannot round to +-1.
-        return 0.5 * jr.logistic(key, (n, *x_t.shape))
+        return Tanh().uniform(key, n, *x_t.shape)
 
     def log_prob(self, x1: Vector, path: AbstractPath, x_t: Vector, t: Scalar, support: Support) -> Scalar:
-        return jnp.sum(log_sech2(x1) - jnp.log(2.0))
+        return Tanh().log_det(x1) - x1.shape[0] * jnp.log(2.0)
 
 
 @dataclass(frozen=True)
