@@ -1,7 +1,8 @@
 """An agent of one's own: a frozen dataclass of settings with `init`, `policy` and `update`, and nothing to register.
 
 The cross-entropy method without a critic: move a Gaussian towards the best tenth of the actions in each batch.
-From the command line, in this folder: contraflow train custom_agent:CrossEntropy --trust --env bandit:two-peak
+From the command line, in this folder:
+contraflow train custom_agent:CrossEntropy --trust custom_agent --env bandit:two-peak
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Environments of one's own: a Gymnasium class, and a pure-JAX one that trains inside a compiled loop.
 
-From the command line, in this folder: contraflow train rfm --trust --env custom_environment:Chase (or :reach)
+From the command line, in this folder:
+contraflow train rfm --trust custom_environment --env custom_environment:Chase (or :reach)
 """
 
 from dataclasses import dataclass
@@ -67,5 +68,5 @@ if __name__ == "__main__":
     env = "custom_environment:Chase"
     source = Replay(env, num_envs=8, collect=400, updates=4, batch_size=64)
     run = Run(agent, source, steps=2_400, eval_every=1_200)
-    result = train(run, "runs/example-chase", trust=True)
+    result = train(run, "runs/example-chase", trust="all")
     print(f"mean return {result.returns.mean():.2f}; doing nothing gives about -10")

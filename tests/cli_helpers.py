@@ -63,7 +63,7 @@ FLAGS = [
     "--quiet",
 ]
 
-GUESS = ["train", "tests.cli_helpers:Guess", "--trust", *FLAGS[:-5], "--quiet"]
+GUESS = ["train", "tests.cli_helpers:Guess", "--trust", "all", *FLAGS[:-5], "--quiet"]
 MAIN = "import sys; from contraflow.cli import main; sys.exit(main(sys.argv[1:]))"
 
 

@@ -25,7 +25,7 @@ from contraflow.training.run import read_config
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad") / "run"
-    driver.train(replace(TINY, agent=Guess()), folder, trust=True, quiet=True)
+    driver.train(replace(TINY, agent=Guess()), folder, trust="all", quiet=True)
     return folder
 
 
@@ -34,11 +34,11 @@ def finished(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
-RESUME = ["--trust", "--quiet", "--steps", "60"]
+RESUME = ["--trust", "all", "--quiet", "--steps", "60"]
 
 
 def test_resume_to_less_than_there_is(finished: Path):
-    assert_refused(["resume", str(finished), "--trust", "--steps", "30"], "--steps 30", "40")
+    assert_refused(["resume", str(finished), "--trust", "all", "--steps", "30"], "--steps 30", "40")
 
 
 @pytest.mark.parametrize("how", ["cut", "emptied", "removed", "altered"])
@@ -62,13 +62,13 @@ def test_a_foreign_folder_among_the_checkpoints(finished: Path):
     other = finished / "checkpoints/model_final"
     other.mkdir()
     (other / "weights.bin").write_bytes(b"abc")
-    code, out, _ = cli("resume", finished, "--trust", "--quiet")
+    code, out, _ = cli("resume", finished, "--trust", "all", "--quiet")
     assert code == 0 and "trained to step 40" in out and (other / "weights.bin").exists()
 
 
 @pytest.mark.parametrize("change", [{"buffer_size": 32}, {"num_envs": 4}])
 def test_a_checkpoint_of_another_configuration(change: dict, finished: Path):
-    driver.write_config(with_source(read_config(finished, True), **change), finished)
+    driver.write_config(with_source(read_config(finished, "all"), **change), finished)
     name = next(iter(change))
     words = ("checkpoint 40", "does not fit", "where this run needs", f"source.{name} was", "start a new run")
     assert_refused(["resume", str(finished), *RESUME], *words)
@@ -98,13 +98,13 @@ def test_a_checkpoint_of_another_agent(finished: Path):
 def test_a_foreign_config(command: str, edit, words: list[str], finished: Path):
     file = finished / "config.json"
     file.write_text(json.dumps(edit(json.loads(file.read_text()))))
-    assert_refused([command, str(finished), "--trust"], *words)
+    assert_refused([command, str(finished), "--trust", "all"], *words)
 
 
 def test_a_config_cut_short(finished: Path):
     file = finished / "config.json"
     file.write_text(file.read_text()[:100])
-    assert_refused(["resume", str(finished), "--trust"], "not valid JSON")
+    assert_refused(["resume", str(finished), "--trust", "all"], "not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,16 @@ def test_a_config_cut_short(finished: Path):
 )
 def test_damaged_records(name: str, text: str, finished: Path):
     (finished / name).write_text(text)
-    assert_refused(["resume", str(finished), "--trust", "--quiet", "--steps", "60"], name, "is damaged", "delete")
+    assert_refused(
+        ["resume", str(finished), "--trust", "all", "--quiet", "--steps", "60"], name, "is damaged", "delete"
+    )
 
 
 def test_a_policy_of_the_wrong_shape(finished: Path):
     file = finished / "policy/model.safetensors"
     arrays = load_file(file)
     save_file({name: np.zeros((3, *x.shape), x.dtype) for name, x in arrays.items()}, file)
-    assert_refused(["eval", str(finished), "--trust"], "bias of shape (3, 1)", "need (1,)")
+    assert_refused(["eval", str(finished), "--trust", "all"], "bias of shape (3, 1)", "need (1,)")
 
 
 @pytest.mark.parametrize(
@@ -152,19 +154,19 @@ def test_a_policy_of_the_wrong_shape(finished: Path):
 def test_a_damaged_policy(edit, finished: Path):
     file = finished / "policy/config.json"
     file.write_text(json.dumps(edit(json.loads(file.read_text()))))
-    assert_refused(["eval", str(finished), "--trust"])
+    assert_refused(["eval", str(finished), "--trust", "all"])
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"null"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_policy_that_is_no_such_file(name: str, data: bytes, finished: Path):
     (finished / "policy" / name).write_bytes(data)
-    assert_refused(["eval", str(finished), "--trust"], str(finished / "policy"))
+    assert_refused(["eval", str(finished), "--trust", "all"], str(finished / "policy"))
 
 
 def test_a_policy_for_another_environment(finished: Path):
     assert_refused(
-        ["eval", str(finished), "--trust", "--env", "bandit:linear/3"],
+        ["eval", str(finished), "--trust", "all", "--env", "bandit:linear/3"],
         "3 actions",
         "trained for 1 and 1",
         "probe:obs-action",
@@ -173,11 +175,11 @@ def test_a_policy_for_another_environment(finished: Path):
 
 def test_a_film_without_imageio(finished: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "imageio.v2", None)
-    assert_refused(["eval", str(finished), "--trust", "--video", "a.mp4"], 'pip install "contraflow[mujoco]"')
+    assert_refused(["eval", str(finished), "--trust", "all", "--video", "a.mp4"], 'pip install "contraflow[mujoco]"')
 
 
 def test_a_film_of_what_cannot_be_shown(finished: Path):
-    assert_refused(["eval", str(finished), "--trust", "--video", "a.mp4"], "cannot be rendered")
+    assert_refused(["eval", str(finished), "--trust", "all", "--video", "a.mp4"], "cannot be rendered")
 
 
 # a full disk
@@ -233,5 +235,5 @@ def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path):
     assert done.stderr.count("\n") == 1
     last = checkpoint.latest(folder)
     assert last is not None
-    code, out, _ = cli("resume", folder, "--trust", "--quiet")  # there is room again
+    code, out, _ = cli("resume", folder, "--trust", "all", "--quiet")  # there is room again
     assert code == 0 and "trained to step 12,000" in out

@@ -57,20 +57,20 @@ from contraflow.training.run import read_config
         ("train rfm --steps 100 --collect 200", ["--collect must lie between 0 and --steps 100, got 200"]),
         ("train rfm --num-envs 8 --buffer-size 4", ["--buffer-size 4 is smaller than --num-envs 8"]),
         ("train rfm --n-step 0", ["--n-step must be at least 1, got 0"]),
-        ("train tests.cli_helpers:Guess --trust --n-step 3", ["--n-step 3 needs an agent with a discount"]),
+        ("train tests.cli_helpers:Guess --trust all --n-step 3", ["--n-step 3 needs an agent with a discount"]),
         ("train rfm --seed -1", ["must not be negative"]),
         ("eval runs/none --episodes 0", ["must be at least 1"]),
         # code without trust, or not an agent
-        ("train mine:Agent", ["mine:Agent", "--trust"]),
-        ("train rfm --env mine:World", ["mine:World", "--trust"]),
-        ("train no_such_module:Agent --trust", ["cannot import no_such_module:Agent"]),
-        ("train tests.cli_helpers:Nothing --trust", ["cannot import tests.cli_helpers:Nothing"]),
-        ("train tests.cli_helpers:cli --trust", ["is not an agent", "@dataclass(frozen=True)"]),
-        ("train contraflow.core.types:EnvSpec --trust", ["is not an agent", "init, policy, update"]),
-        ("train tests.cli_helpers:Guess --trust --agent.rate -1", ["rate must be positive, got -1.0"]),
+        ("train mine:Agent", ["mine:Agent", "--trust mine"]),
+        ("train rfm --env mine:World", ["mine:World", "--trust mine"]),
+        ("train no_such_module:Agent --trust all", ["cannot import no_such_module:Agent"]),
+        ("train tests.cli_helpers:Nothing --trust all", ["cannot import tests.cli_helpers:Nothing"]),
+        ("train tests.cli_helpers:cli --trust all", ["is not an agent", "@dataclass(frozen=True)"]),
+        ("train contraflow.core.types:EnvSpec --trust all", ["is not an agent", "init, policy, update"]),
+        ("train tests.cli_helpers:Guess --trust all --agent.rate -1", ["rate must be positive, got -1.0"]),
         # actions that are not continuous and bounded
-        ("train rfm --trust --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),
-        ("train rfm --trust --env tests.cli_helpers:unbounded", ["unbounded actions", "finite bounds"]),
+        ("train rfm --trust all --env tests.cli_helpers:discrete", ["Discrete(3)", "continuous (Box) actions"]),
+        ("train rfm --trust all --env tests.cli_helpers:unbounded", ["unbounded actions", "finite bounds"]),
         # more parts than rows
         ("train ppo --num-envs 2 --unroll 8", ["16 rows", "too few for --agent.ppo.minibatches 32"]),
         ("train bc", ["a dataset is missing", "--data"]),
@@ -87,7 +87,9 @@ def test_mistakes_on_the_command_line(args: str, words: list[str], tmp_path: Pat
 
 def test_an_agent_without_defaults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Guess, "__init__", lambda self, rate: None)
-    assert_refused(["train", "tests.cli_helpers:Guess", "--trust"], "cannot be built without arguments", "default")
+    assert_refused(
+        ["train", "tests.cli_helpers:Guess", "--trust", "all"], "cannot be built without arguments", "default"
+    )
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path):
@@ -139,16 +141,16 @@ def test_a_non_finite_environment_stops_and_saves(env: str, culprit: str, tmp_pa
     flags = [*GUESS, "--env", f"tests.cli_helpers:{env}", "--out", out]
     assert_refused(flags, f"non-finite {culprit}", "what was learned is saved", f"contraflow resume {out}")
     assert checkpoint.latest(tmp_path / "run") == 24
-    assert load(tmp_path / "run", trust=True)(np.zeros(1)).shape == (1,)
+    assert load(tmp_path / "run", trust="all")(np.zeros(1)).shape == (1,)
     assert (
         rows(tmp_path / "run")[-1]["step"] == 24
         and np.isfinite([r.get("guess_loss", 0) for r in rows(tmp_path / "run")]).all()
     )
-    run = with_source(read_config(tmp_path / "run", True), env="tests.cli_helpers:pointer")
+    run = with_source(read_config(tmp_path / "run", "all"), env="tests.cli_helpers:pointer")
     driver.write_config(run, tmp_path / "run")
     best = tmp_path / "run/best/config.json"  # policies name their environment: it is evaluated there in the end
     best.write_text(best.read_text().replace(env, "pointer"))
-    code, out, err = cli("resume", tmp_path / "run", "--trust", "--quiet")
+    code, out, err = cli("resume", tmp_path / "run", "--trust", "all", "--quiet")
     assert code == 0 and "trained to step 40" in out, err
 
 
@@ -156,7 +158,7 @@ def test_a_failure_in_an_evaluation_saves_too(tmp_path: Path, monkeypatch: pytes
     """Evaluation environments are others than those of training: here only they go wrong."""
     real = Replay.open
 
-    def half(source: Replay, run: Run, trust: bool):
+    def half(source: Replay, run: Run, trust: str):
         good, bad = real(replace(source, env="tests.cli_helpers:pointer"), run, trust), real(source, run, trust)
         return replace(good, evaluation=bad.evaluation)
 
@@ -171,7 +173,7 @@ def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path: Path):
     args = [*GUESS, "--agent.explode-at", "12", "--out", out]
     assert_refused(args, "guess_loss became inf between steps 30 and 40", "last good checkpoint", out, "learning rate")
     assert checkpoint.latest(tmp_path / "run") == 20
-    assert load(tmp_path / "run", trust=True)(np.zeros(1)).shape == (1,)
+    assert load(tmp_path / "run", trust="all")(np.zeros(1)).shape == (1,)
     assert [r["step"] for r in rows(tmp_path / "run") if "episodes" in r] == [10, 20, 30]
 
 
@@ -214,7 +216,7 @@ def test_other_places_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file/new")
     assert_refused(["report", str(tmp_path), "--out", f"{place}/page.html"], "cannot be made", "choose another --out")
-    film = ["eval", str(tmp_path / "run"), "--trust", "--video", f"{place}/film.mp4"]
+    film = ["eval", str(tmp_path / "run"), "--trust", "all", "--video", f"{place}/film.mp4"]
     assert_refused(film, "cannot be made", "choose another --video")
     assert_refused(
         ["compare", "--agents", "sir", "--envs", "probe:action", "--steps", "9", "--out", place], "cannot be"
@@ -244,4 +246,4 @@ def test_two_processes_in_one_folder(tmp_path: Path):
     folder = tmp_path / "run"
     cli(*GUESS, "--out", folder)
     with locked(folder):
-        assert_refused(["resume", str(folder), "--trust", "--steps", "60"], f"(pid {os.getpid()})", "at work in")
+        assert_refused(["resume", str(folder), "--trust", "all", "--steps", "60"], f"(pid {os.getpid()})", "at work in")

@@ -134,7 +134,7 @@ def test_a_preset_may_be_a_run_folder_or_a_file(tmp_path: Path):
 
 
 def test_a_preset_may_be_an_agent_of_the_users():
-    assert parsed("--trust", "--agent.rate", "2", preset="tests.cli_helpers:Guess") == Run(Guess(rate=2.0))
+    assert parsed("--trust", "all", "--agent.rate", "2", preset="tests.cli_helpers:Guess") == Run(Guess(rate=2.0))
 
 
 def test_default_folder(tmp_path: Path):
@@ -146,7 +146,7 @@ def test_default_folder(tmp_path: Path):
         folder("sac", "--env", "gym:dm_control/cheetah-run-v0", "--seed", "4")
         == "runs/sac-dm_control-cheetah-run-v0-seed4"
     )
-    assert folder("tests.cli_helpers:Guess", "--trust") == "runs/Guess-CartpoleSwingup-v1-seed0"
+    assert folder("tests.cli_helpers:Guess", "--trust", "all") == "runs/Guess-CartpoleSwingup-v1-seed0"
     write_config(TINY, tmp_path)
     assert folder(str(tmp_path)) == folder(str(tmp_path / "config.json")) == f"runs/{tmp_path.name}-obs-action-seed0"
 

@@ -76,7 +76,7 @@ def test_eval(trained: Path):
     assert cli("eval", trained / "policy", "--episodes", "3", "--seed", "5")[1] == out
     assert cli("eval", trained, "--episodes", "3", "--seed", "6")[1] != out
     assert cli("eval", trained, "--env", "probe:obs", "--episodes", "2")[1].startswith("probe:obs, 2 episodes")
-    noted = cli("eval", trained, "--env", "tests.cli_helpers:far", "--trust", "--episodes", "2")[1]
+    noted = cli("eval", trained, "--env", "tests.cli_helpers:far", "--trust", "all", "--episodes", "2")[1]
     assert noted.startswith("note: observations of Far reach 1e+09"), noted
 
 
@@ -89,21 +89,21 @@ def test_resume_on_a_finished_run_says_so(trained: Path):
 
 @pytest.mark.slow
 def test_resume_extends(tmp_path: Path):
-    assert cli("train", "tests.cli_helpers:Guess", "--trust", *FLAGS[:-5], "--quiet", "--out", tmp_path)[0] == 0
-    code, out, _ = cli("resume", tmp_path, "--steps", "60", "--trust", "--quiet")
+    assert cli("train", "tests.cli_helpers:Guess", "--trust", "all", *FLAGS[:-5], "--quiet", "--out", tmp_path)[0] == 0
+    code, out, _ = cli("resume", tmp_path, "--steps", "60", "--trust", "all", "--quiet")
     assert code == 0 and "trained to step 60" in out
-    assert len(returns(tmp_path)) == 3 and read_config(tmp_path, True).steps == 60
+    assert len(returns(tmp_path)) == 3 and read_config(tmp_path, "all").steps == 60
 
 
 def test_resume_starts_again_without_a_checkpoint(tmp_path: Path):
     write_config(replace(TINY, agent=Guess()), tmp_path)
-    code, out, _ = cli("resume", tmp_path, "--trust", "--quiet")
+    code, out, _ = cli("resume", tmp_path, "--trust", "all", "--quiet")
     assert code == 0 and "trained to step 40" in out
 
 
 def test_require(tmp_path: Path):
     """Every action of the probe `constant` is worth 1: met at 1, missed at 1.5; one line says so."""
-    flags = ["--trust", *FLAGS[2:-5], "--quiet", "--env", "probe:constant"]
+    flags = ["--trust", "all", *FLAGS[2:-5], "--quiet", "--env", "probe:constant"]
     start = ["train", "tests.cli_helpers:Guess", *flags]
     assert cli(*start, "--require", "1", "--out", tmp_path / "a")[0] == 0
     code, out, err = cli(*start, "--require", "1.5", "--out", tmp_path / "b")
@@ -125,7 +125,7 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
         return np.zeros(episodes)
 
     monkeypatch.setattr(command, "evaluate", evaluated)
-    table = command.final_returns(tmp_path, False)
+    table = command.final_returns(tmp_path, "")
     assert len(table) == 6 and next(iter(table)) == "best policy, greedy, 10 episodes"
     assert list(table)[-3:] == ["last policy, greedy", "random actions", "no action (zeros)"]
     assert all(r.shape == (10,) for r in table.values())
@@ -196,7 +196,7 @@ def test_a_film_of_one_episode(trained: Path, tmp_path: Path, monkeypatch: pytes
     screen = Screen()
     made = []
 
-    def fake(id, num_envs, seed, trust=False, render=False):
+    def fake(id, num_envs, seed, trust="", render=False):
         made.append((id, num_envs, seed, render))
         return screen if render else make("probe:obs-action", num_envs, seed)
 
@@ -218,7 +218,7 @@ def test_a_film_through_egl(tmp_path: Path):
     env = make("envpool:CartpoleSwingup-v1")
     save_policy(tmp_path / "policy", Constant(jnp.zeros(1)), env.spec, "envpool:CartpoleSwingup-v1")
     code = "import sys; from contraflow.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = in_subprocess(code, "eval", tmp_path, "--episodes", 1, "--video", tmp_path / "film.mp4", "--trust")
+    done = in_subprocess(code, "eval", tmp_path, "--episodes", 1, "--video", tmp_path / "film.mp4", "--trust", "all")
     assert done.returncode == 0, done.stderr
     with imageio.get_reader(tmp_path / "film.mp4") as reader:
         count = reader.count_frames()  # pyright: ignore
@@ -235,6 +235,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path):
         "train",
         "tests.cli_helpers:Guess",
         "--trust",
+        "tests.cli_helpers",
         *FLAGS[2:-5],
         "--steps",
         "1000000",
@@ -258,10 +259,10 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path):
     (step,) = re.findall(r"interrupted at step ([\d,]+); the run is saved: contraflow resume 'a run'\n", out)
     step = int(step.replace(",", ""))
     assert checkpoint.latest(folder) == step >= 20
-    code, out, _ = cli("resume", folder, "--trust", "--quiet", "--steps", "1000000", "--help")
+    code, out, _ = cli("resume", folder, "--trust", "all", "--quiet", "--steps", "1000000", "--help")
     assert code == 0
-    write_config(replace(read_config(folder, True), steps=step + 20), folder)
-    code, out, _ = cli("resume", folder, "--trust", "--quiet")
+    write_config(replace(read_config(folder, "all"), steps=step + 20), folder)
+    code, out, _ = cli("resume", folder, "--trust", "all", "--quiet")
     assert code == 0 and re.search(r"trained to step", out)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seen = [(row["step"], "episodes" in row) for row in rows]
@@ -319,9 +320,9 @@ def test_modules_in_the_current_folder_are_found(tmp_path: Path):
     script.write_text("import sys\nfrom contraflow.__main__ import main\nsys.exit(main())\n")
     args = ["train", "mine:Mine", "--help"]
     done = subprocess.run([sys.executable, script, *args], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True)
-    assert done.returncode == 2 and "--trust" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "--trust mine" in done.stderr and len(done.stderr.splitlines()) == 1
     done = subprocess.run(
-        [sys.executable, script, *args, "--trust"], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True
+        [sys.executable, script, *args, "--trust", "mine"], cwd=tmp_path, env=ENVIRON, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--agent.rate" in done.stdout
 

@@ -22,7 +22,7 @@ from contraflow.presets import PRESETS
 from contraflow.training.run import read_config, write_config
 
 
-def through_json(run: Run, trust: bool = False) -> Run:
+def through_json(run: Run, trust: str = "") -> Run:
     return from_json(json.loads(json.dumps(to_json(run))), Run, trust, classes=classes())
 
 
@@ -103,7 +103,7 @@ KIND = f"{Everything.__module__}:Everything"
     ],
 )
 def test_a_value_of_its_type_is_read(field: str, value: Any, wanted: Any):
-    read = getattr(from_json({"kind": KIND, field: value}, Any, True), field)
+    read = getattr(from_json({"kind": KIND, field: value}, Any, "all"), field)
     assert read == wanted and type(read) is type(wanted)
 
 
@@ -133,7 +133,7 @@ def test_a_value_of_its_type_is_read(field: str, value: Any, wanted: Any):
 )
 def test_a_value_of_another_type_is_refused(field: str, value: Any, message: str):
     with pytest.raises(UserError, match=message):
-        from_json({"kind": KIND, field: value}, Any, True)
+        from_json({"kind": KIND, field: value}, Any, "all")
 
 
 # code of the user's
@@ -145,12 +145,12 @@ def shares(t):
 
 def test_code_outside_the_library_takes_trust():
     run = with_estimator(Reverse(8, Mixture(shares=shares), Fixed(0.0)))
-    assert through_json(run, trust=True) == run
+    assert through_json(run, trust="all") == run
     with pytest.raises(UserError, match="--trust"):
         through_json(run)
     guess = Run(Guess(rate=2.0))
     assert to_json(guess)["agent"]["kind"] == "tests.cli_helpers:Guess"
-    assert through_json(guess, trust=True) == guess
+    assert through_json(guess, trust="all") == guess
     with pytest.raises(UserError, match="--trust"):
         through_json(guess)
 
@@ -203,7 +203,7 @@ def test_what_a_script_defines_is_named_after_its_file(monkeypatch: pytest.Monke
     monkeypatch.setattr(main, "Local", local, raising=False)
     data = to_json(local())
     assert data["kind"] == "mine:Local"
-    assert type(from_json(data, Any, True)) is local, "the class of the script, not a second one"
+    assert type(from_json(data, Any, "all")) is local, "the class of the script, not a second one"
 
 
 # mistakes are named
@@ -238,7 +238,7 @@ def nested(path: str, value: Any) -> dict:
 )
 def test_what_is_wrong_is_named(path: str, value: Any, message: str):
     with pytest.raises(UserError, match=message):
-        from_json(nested(path, value), Run, trust=True, classes=classes())
+        from_json(nested(path, value), Run, trust="all", classes=classes())
 
 
 def test_an_agent_gets_the_source_that_it_needs():

@@ -35,10 +35,10 @@ def test_custom_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert number(output("custom_agent", tmp_path)) > 0.99
     monkeypatch.syspath_prepend(str(EXAMPLES))
     folder = tmp_path / "runs/example-cross-entropy"
-    assert type(read_config(folder, trust=True).agent).__name__ == "CrossEntropy", "named after the file, not __main__"
-    assert abs(contraflow.load(folder, trust=True)(np.zeros(1))[0] - 0.5) < 0.1
+    assert type(read_config(folder, trust="all").agent).__name__ == "CrossEntropy", "named after the file, not __main__"
+    assert abs(contraflow.load(folder, trust="all")(np.zeros(1))[0] - 0.5) < 0.1
     assert "CrossEntropy" not in cli("list", "agents")[1]
-    assert cli("train", "custom_agent:CrossEntropy", "--trust", "--agent.elite", "2")[0] == 2
+    assert cli("train", "custom_agent:CrossEntropy", "--trust", "all", "--agent.elite", "2")[0] == 2
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_custom_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     policy = contraflow.load(tmp_path / "runs/example-chase")
     for name in ("reach", "Chase"):
-        env = make(f"custom_environment:{name}", 4, trust=True)
+        env = make(f"custom_environment:{name}", 4, trust="all")
         assert evaluate(policy.agent, policy.state, env, jax.random.key(0), 8).mean() > -2
 
 

@@ -351,21 +351,21 @@ def own(monkeypatch, **options) -> str:
 def test_what_the_users_class_does_wrong_is_one_line(monkeypatch, wrong: str, says: str, in_jax: bool):
     id = own(monkeypatch, wrong=wrong, jax=in_jax)
     if in_jax:
-        refused(f"{id}|{says}", lambda: make(id, 2, trust=True))
+        refused(f"{id}|{says}", lambda: make(id, 2, trust="all"))
     else:
-        refused(f"{id}|{says}", lambda: three_steps(make(id, 2, trust=True)))
+        refused(f"{id}|{says}", lambda: three_steps(make(id, 2, trust="all")))
 
 
 def test_the_users_class_as_it_should_be(monkeypatch):
     id = own(monkeypatch)
-    env: Any = make(id, 2, trust=True)
+    env: Any = make(id, 2, trust="all")
     three_steps(env)
     close(env)
     assert env.env.seen == ["closed"]
-    refused("non-finite observation", lambda: three_steps(make(own(monkeypatch, wrong="infinite"), 2, trust=True)))
-    assert not jittable(id, trust=True)
+    refused("non-finite observation", lambda: three_steps(make(own(monkeypatch, wrong="infinite"), 2, trust="all")))
+    assert not jittable(id, trust="all")
     id = own(monkeypatch, jax=True)
-    assert make(id, 2, trust=True) == Held(2, True) and jittable(id, trust=True)
+    assert make(id, 2, trust="all") == Held(2, True) and jittable(id, trust="all")
 
 
 @pytest.mark.parametrize("code", ["def f(:", "1 / 0", "import absent"])
@@ -373,7 +373,7 @@ def test_a_module_that_cannot_be_imported(tmp_path: Path, monkeypatch, code: str
     (tmp_path / "brought_along.py").write_text(textwrap.dedent(code))
     monkeypatch.syspath_prepend(tmp_path)
     for call in (check, make):
-        refused("brought_along:Mine|cannot be loaded", lambda call=call: call("brought_along:Mine", trust=True))
+        refused("brought_along:Mine|cannot be loaded", lambda call=call: call("brought_along:Mine", trust="all"))
 
 
 def test_a_run_whose_environment_breaks_is_saved(tmp_path: Path):

@@ -82,7 +82,7 @@ def test_unknown_ids(id, says):
 
 def test_users_class_needs_trust(monkeypatch):
     monkeypatch.setitem(sys.modules, "somebodys_env", sys.modules[__name__])
-    env: Any = make("somebodys_env:Mine", 3, 7, trust=True)
+    env: Any = make("somebodys_env:Mine", 3, 7, trust="all")
     assert env.env.arguments == (3, 7)
     for id in ("somebodys_env:Mine", "gym:somebodys_env:Mine-v0"):
         for named in (make, check):
@@ -90,9 +90,9 @@ def test_users_class_needs_trust(monkeypatch):
                 named(id)
     for id in ("somebodys_env:Absent", "absent_module:Mine"):
         with pytest.raises(UserError, match="cannot be loaded"):
-            make(id, 3, 7, trust=True)
+            make(id, 3, 7, trust="all")
         with pytest.raises(UserError, match="cannot be loaded"):
-            check(id, trust=True)
+            check(id, trust="all")
 
 
 def test_what_can_be_made_passes_the_check(monkeypatch):
@@ -103,9 +103,9 @@ def test_what_can_be_made_passes_the_check(monkeypatch):
         monkeypatch.setattr(module, name, None)
     for id in ("envpool:CartpoleSwingup-v1", "gym:Pendulum-v1", "Pendulum-v1", "probe:two-step", "bandit:linear/8"):
         check(id)
-    check("somebodys_env:Mine", trust=True)
+    check("somebodys_env:Mine", trust="all")
     with pytest.raises(UserError, match="failed in init"):  # building would have been noticed
-        make("somebodys_env:Mine", trust=True)
+        make("somebodys_env:Mine", trust="all")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def loose(seed: int = 0, **change: Any) -> Any:
     return replace(TINY, seed=seed, source=source, **change)
 
 
-def sir_cells(out: Path, seeds: int = 3, env: str = "probe:action", trust: bool = False) -> list[Cell]:
+def sir_cells(out: Path, seeds: int = 3, env: str = "probe:action", trust: str = "") -> list[Cell]:
     out.mkdir(exist_ok=True)
     return Matrix(out, {"sir": default_run(SMALL)}, [env], Settings(steps=40, collect=10), seeds, trust=trust).cells()
 

@@ -31,7 +31,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
     ("change", "words"),
     [
         ({"agents": "sir,rmf"}, ["there is no preset rmf", "did you mean 'rfm'?"]),
-        ({"agents": "sir,mine:Agent"}, ["mine:Agent is code outside the library", "--trust"]),
+        ({"agents": "sir,mine:Agent"}, ["mine:Agent is code outside the library", "--trust mine"]),
         ({"agents": "sir,sir"}, ["--agents names sir twice"]),
         ({"agents": "sir,sir=sac"}, ["two agents are called sir"]),
         ({"agents": "sir,,sac"}, ["names nothing between two commas"]),
@@ -40,7 +40,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch):
         ({"agents": "../up=sir"}, ["needs a name"]),
         ({"envs": "probe:action,probe:twostep"}, ["unknown environment probe:twostep", "did you mean probe:two-step"]),
         ({"envs": "probe:action,bandit:x"}, ["unknown environment bandit:x"]),
-        ({"envs": "probe:action,some.module:Env"}, ["--trust"]),
+        ({"envs": "probe:action,some.module:Env"}, ["--trust some.module"]),
         ({"envs": "probe:action,probe:action"}, ["--envs names probe:action twice"]),
         ({"own": "rfm"}, ["--own rfm is not one of the agents"]),
         ({"agents": "bc"}, ["agent bc: it learns from a dataset: give --data, one for probe:action"]),
@@ -87,9 +87,9 @@ def test_where_and_how_the_cells_are_trained(tmp_path: Path, monkeypatch: pytest
         return Outcome(0, 1, {})
 
     monkeypatch.setattr("contraflow.cli.compare.run_cells", run_cells)
-    for more in (["--jobs", "3"], ["--together", "--quiet"], ["--ray", "auto", "--trust"]):
+    for more in (["--jobs", "3"], ["--together", "--quiet"], ["--ray", "auto", "--trust", "all"]):
         assert cli(*flags(tmp_path / "m"), *more)[0] == 0
-    rest = [(10, False, False, False), (10, False, True, True), (10, True, False, False)]
+    rest = [(10, "", False, False), (10, "", True, True), (10, "all", False, False)]
     assert [given[1:] for given in asked] == rest, "episodes, trust, quiet, together"
     assert asked[0][0] == Local(3) and isinstance(asked[2][0], OnRay)
 
@@ -103,10 +103,10 @@ def test_help_shows_the_selection_before_the_settings():
 
 
 def test_names_and_sources_of_agents():
-    agents = named_agents("rfm,paper=rfm-paper,tests.cli_helpers:Guess", True)
+    agents = named_agents("rfm,paper=rfm-paper,tests.cli_helpers:Guess", "all")
     assert list(agents) == ["rfm", "paper", "Guess"] and agents["paper"] == PRESETS["rfm-paper"]
     with pytest.raises(UserError, match="cannot import"):
-        named_agents("x=tests.cli_helpers:NoAgent", True)
+        named_agents("x=tests.cli_helpers:NoAgent", "all")
 
 
 def test_a_note_without_the_actor_free_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

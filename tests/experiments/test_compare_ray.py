@@ -86,7 +86,7 @@ def test_what_a_task_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def attempt(body: str) -> str | None:
         code = f"import os, pathlib, sys; folder = pathlib.Path(sys.argv[1]); {body}"
         monkeypatch.setattr(runner, "WORKER", (sys.executable, "-S", "-c", code))
-        return runner.attempt(folder, tmp_path, 1, False)
+        return runner.attempt(folder, tmp_path, 1, "")
 
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setenv("JAX_PLATFORMS", "")
@@ -118,7 +118,7 @@ def test_a_cancelled_task_lets_its_worker_save(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(runner, "time", SimpleNamespace(sleep=cancel))
     with pytest.raises(KeyboardInterrupt):
-        runner.attempt(folder, tmp_path, 1, False)
+        runner.attempt(folder, tmp_path, 1, "")
     assert (folder / "saved").exists()
 
 
@@ -260,5 +260,5 @@ def test_a_cell_that_ray_trains(cluster: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     cell = Cell("guess", TINY.env, 0, GUESS, tmp_path / "cell")
-    assert run_cells([cell], tmp_path, OnRay(cluster), 1, trust=True, quiet=True).done == 1, failure(cell.folder)
+    assert run_cells([cell], tmp_path, OnRay(cluster), 1, trust="all", quiet=True).done == 1, failure(cell.folder)
     assert (cell.folder / FINAL).exists() and not at_work(cell.folder)

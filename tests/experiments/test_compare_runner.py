@@ -132,9 +132,9 @@ def test_a_group_gets_one_worker_and_each_cell_its_own_end(
     logs = [(cell.folder / "worker.log").read_text() for cell in cells]
     assert logs[0] == "hello\n" and all(str(cells[0].folder / "worker.log") in log for log in logs[1:])
     fake(monkeypatch, "done(); folder = Path(sys.argv[2]); done(); print(sys.argv[3:])")
-    again = run_cells(cells, tmp_path, Local(2), 7, trust=True, quiet=True, together=True)
+    again = run_cells(cells, tmp_path, Local(2), 7, trust="all", quiet=True, together=True)
     assert (again.before, again.done, again.failed) == (1, 2, {}), "only those that are not done"
-    assert (cells[1].folder / "worker.log").read_text().endswith("['7', '--trust']\n")
+    assert (cells[1].folder / "worker.log").read_text().endswith("['7', 'all']\n")
 
 
 def test_no_groups_unasked_or_of_environments_that_are_not_written_in_jax(
@@ -144,7 +144,7 @@ def test_no_groups_unasked_or_of_environments_that_are_not_written_in_jax(
     assert run_cells(sir_cells(tmp_path), tmp_path, Local(2), 1, quiet=True).done == 3
     assert sorted(seed for seed, *_ in calls(tmp_path)) == ["0", "1", "2"]
     cells = sir_cells(tmp_path, env="tests.cli_helpers:pointer")
-    assert run_cells(cells, tmp_path, Local(2), 1, True, True, together=True).done == 3
+    assert run_cells(cells, tmp_path, Local(2), 1, "all", True, together=True).done == 3
     rows = (cells[0].folder.parent / "calls").read_text().splitlines()
     assert sorted(row.split()[0] for row in rows) == ["0", "1", "2"]
 

@@ -61,7 +61,7 @@ def cells_in(out: Path, *envs: str, seeds: int = 3, agents: tuple[str, ...] = ("
     )
     matrix = Matrix(out, dict.fromkeys(agents, default_run(Guess())), envs or ["probe:obs-action"], settings, seeds)
     for cell in matrix.cells():
-        prepare(cell, True)
+        prepare(cell, "all")
     return matrix.cells()
 
 
@@ -94,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = replace(GUESS, source=replace(GUESS.source, env="tests.cli_helpers:pointer"))
     folder = folder_of(run, tmp_path_factory.mktemp("cells") / "cell")
     (folder / FAILED).write_text('{"reason": "the last time"}')
-    assert worker.work([folder], 100, True) == 0
+    assert worker.work([folder], 100, "all") == 0
     return folder
 
 
@@ -106,7 +106,7 @@ def test_what_a_worker_leaves(trained: Path):
     assert {"python", "jax", "contraflow"} <= set(final["versions"]) and final["machine"]["cores"]
     assert state(trained) == "done" and not (trained / FAILED).exists()
     before = [(trained / name).stat().st_mtime_ns for name in (FINAL, "metrics.jsonl")]
-    assert worker.work([trained], 100, True) == 0
+    assert worker.work([trained], 100, "all") == 0
     assert before == [(trained / name).stat().st_mtime_ns for name in (FINAL, "metrics.jsonl")]
 
 
@@ -122,7 +122,7 @@ def test_a_failure_leaves_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     folder = folder_of(replace(GUESS, agent=Guess(explode_at=3)), tmp_path / "cell")
-    assert worker.work([folder], 1, True) == 1
+    assert worker.work([folder], 1, "all") == 1
     assert failure(folder).startswith("guess_loss became inf between steps") and "\n" not in failure(folder)
     assert "Traceback" not in capsys.readouterr().err and state(folder) == "failed"
 
@@ -130,7 +130,7 @@ def test_a_failure_leaves_its_reason(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(worker, "resume_together", broken)
-    assert worker.work([folder], 1, True) == 1
+    assert worker.work([folder], 1, "all") == 1
     assert failure(folder) == "ZeroDivisionError: a bug"
     assert "Traceback" in capsys.readouterr().err, "its log says where"
 
@@ -140,9 +140,9 @@ def test_an_interrupted_cell_is_not_failed_and_goes_on(tmp_path: Path, monkeypat
     folder = folder_of(GUESS, tmp_path / "cell")
     with monkeypatch.context() as patch:
         stopped_at_once(patch)
-        assert worker.work([folder], 1, True) == 130
+        assert worker.work([folder], 1, "all") == 130
     assert state(folder) == "started" and not (folder / FINAL).exists()
-    assert worker.work([folder], 1, True) == 0
+    assert worker.work([folder], 1, "all") == 0
     assert [row["step"] for row in read_evaluations(folder)] == [20, 40]
 
 
@@ -173,7 +173,7 @@ def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: P
         return np.zeros(episodes)
 
     monkeypatch.setattr(bridge, "evaluate", evaluated)
-    rows = bridge.final_evaluations(tmp_path, 2, 0, False)
+    rows = bridge.final_evaluations(tmp_path, 2, 0, "")
     names = [("last", "own"), ("last", "one particle"), ("last", "uniform actions"), ("best", "own"), ("random", "own")]
     assert [(row["policy"], row["rule"]) for row in rows] == names
     costs = [row["cost"] and tuple(row["cost"].values()) for row in rows]
@@ -201,7 +201,7 @@ def names(groups: list[tuple[Cell, ...]]) -> list[str]:
 def test_seeds_of_one_agent_on_one_environment_make_a_group(tmp_path: Path):
     pairs = ["probe:action", "bandit:linear/3", f"{__name__}:mine"]
     cells = cells_in(tmp_path, *pairs, seeds=2, agents=("a", "b"))
-    assert names(grouped(cells, True)) == [f"{agent} {env} 0 1" for env in pairs for agent in "ab"]
+    assert names(grouped(cells, "all")) == [f"{agent} {env} 0 1" for env in pairs for agent in "ab"]
 
 
 def test_environments_that_are_not_written_in_jax_keep_one_process_each(
@@ -213,7 +213,7 @@ def test_environments_that_are_not_written_in_jax_keep_one_process_each(
     envs = ["gym:Pendulum-v1", "Pendulum-v1", "envpool:HopperHop-v1", "tests.cli_helpers:pointer", f"{__name__}:broken"]
     cells = cells_in(tmp_path, *envs, "probe:action", seeds=2)
     wanted = [f"guess {env} 0" for env in envs] + ["guess probe:action 0 1"] + [f"guess {env} 1" for env in envs]
-    assert names(grouped(cells, True)) == wanted
+    assert names(grouped(cells, "all")) == wanted
     assert built == [], "nothing is built to tell"
 
 
@@ -222,7 +222,7 @@ def test_seeds_that_have_parted_are_not_trained_together(tmp_path: Path, monkeyp
     at = dict(zip([cell.folder for cell in cells], (None, 0, 20, 40, 20, 60), strict=True))
     monkeypatch.setattr(checkpoint, "latest", at.__getitem__)
     groups = ["guess probe:obs-action 0 1", "guess probe:obs-action 2 4"]
-    assert names(grouped(cells, False)) == [*groups, "guess probe:obs-action 3", "guess probe:obs-action 5"]
+    assert names(grouped(cells, "")) == [*groups, "guess probe:obs-action 3", "guess probe:obs-action 5"]
 
 
 # several cells
@@ -241,10 +241,10 @@ def test_each_seed_ends_as_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return ends
 
     monkeypatch.setattr(worker, "resume_together", resume_together)
-    assert worker.work(folders, 2, True) == 130
+    assert worker.work(folders, 2, "all") == 130
     assert [state(folder) for folder in folders] == ["failed", "done", "started"] and failure(folders[0]) == "no luck"
     ends = {0: trained, 2: trained}
-    assert worker.work(folders, 2, True) == 0
+    assert worker.work(folders, 2, "all") == 0
     assert given == [folders, [folders[0], folders[2]]] and [state(f) for f in folders] == ["done"] * 3
     assert not (folders[0] / FAILED).exists()
 
@@ -258,7 +258,7 @@ def test_what_concerns_all_seeds_fails_each_of_them(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(worker, "resume_together", broken)
-    assert worker.work(folders, 2, True) == 1
+    assert worker.work(folders, 2, "all") == 1
     assert [failure(folder) for folder in folders] == ["ZeroDivisionError: a bug"] * 3
     assert capsys.readouterr().err.count("Traceback") == 1
 
@@ -274,7 +274,7 @@ def test_a_policy_that_cannot_be_evaluated_leaves_the_others_done(tmp_path: Path
         return []
 
     monkeypatch.setattr(worker, "final_evaluations", evaluated)
-    assert worker.work(folders, 2, True) == 1
+    assert worker.work(folders, 2, "all") == 1
     assert [state(folder) for folder in folders] == ["failed", "done", "done"] and failure(folders[0]) == "no end"
 
 
@@ -294,7 +294,7 @@ def assert_same_cell(one: Path, other: Path) -> None:
 def test_each_seed_is_the_cell_that_it_would_be_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also where one of them fails, which is tried again alone."""
     alone = [cell.folder for cell in cells_in(tmp_path / "alone", seeds=2)]
-    assert [worker.work([folder], 2, True) for folder in alone] == [0] * 2
+    assert [worker.work([folder], 2, "all") for folder in alone] == [0] * 2
     folders = [cell.folder for cell in cells_in(tmp_path / "together", seeds=2)]
     real = driver.check_finite
 
@@ -305,11 +305,11 @@ def test_each_seed_is_the_cell_that_it_would_be_alone(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(driver, "check_finite", fail)
-        assert worker.work(folders, 2, True) == 1
+        assert worker.work(folders, 2, "all") == 1
     assert [state(folder) for folder in folders] == ["done", "failed"] and failure(folders[1]) == "no luck"
     assert_same_cell(folders[0], alone[0])
     before = (folders[0] / FINAL).stat().st_mtime_ns
-    assert worker.work(folders, 2, True) == 0
+    assert worker.work(folders, 2, "all") == 0
     assert_same_cell(folders[1], alone[1])
     assert (folders[0] / FINAL).stat().st_mtime_ns == before, "what is done is left as it is"
 
@@ -322,7 +322,7 @@ def test_a_killed_group_goes_on(tmp_path: Path):
     folders = [cell.folder for cell in cells]
     for cell in cells:
         write_config(replace(cell.run, steps=4_000, eval_every=1_000, log_every=100), cell.folder)
-    command = [*WORKER, *map(str, folders), "2", "--trust"]
+    command = [*WORKER, *map(str, folders), "2", "--trust", "all"]
     process = subprocess.Popen(command, env=ENVIRON, stdin=subprocess.PIPE)
     deadline = time.monotonic() + 240
     while not all(any(row["step"] >= 1_000 for row in read_evaluations(folder)) for folder in folders):
@@ -332,9 +332,9 @@ def test_a_killed_group_goes_on(tmp_path: Path):
     assert process.returncode == 130
     assert [state(folder) for folder in folders] == ["started"] * 2
     before, rows = [metrics(folder) for folder in folders], [read_evaluations(folder) for folder in folders]
-    assert grouped(cells, True) == [tuple(cells)], "they stand at the same checkpoint"
+    assert grouped(cells, "all") == [tuple(cells)], "they stand at the same checkpoint"
     assert (checkpoint.latest(folders[0]) or 0) >= 1_000
-    assert worker.work(folders, 2, True) == 0
+    assert worker.work(folders, 2, "all") == 0
     for folder, first, row in zip(folders, before, rows, strict=True):
         assert metrics(folder)[: len(first)] == first, "what was before the interruption, the seconds included"
         assert [r["step"] for r in read_evaluations(folder)] == [1_000, 2_000, 3_000, 4_000], "every evaluation once"

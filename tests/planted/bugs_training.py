@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.planted import bug, wrong
 
+from contraflow.core import settings
 from contraflow.data.replay import Buffer
 from contraflow.data.samplers import Uniform
 from contraflow.experiments.report import statistics
@@ -190,3 +191,12 @@ def points_are_compared_with_themselves(patch: pytest.MonkeyPatch) -> None:
     def mmd2(right, x, y):
         # right(u, u) = 2 (the mean without the diagonal less the mean with it).
         return right(x, y) - (right(x, x) + right(y, y)) / 2
+
+
+@bug("test_trust.py::test_a_file_cannot_bring_in_more_than_was_named")
+def one_trusted_module_opens_the_door_to_all(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, settings, "admit")
+    def admit(right, path, trust):
+        right(path, "all" if trust else "")
+
+    patch.setattr("contraflow.envs.admit", settings.admit)

@@ -74,7 +74,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[Logged]:
     """The copies of the environment called `logged`."""
     copies: list[Logged] = []
 
-    def build(id, num_envs, seed, *, trust=False):
+    def build(id, num_envs, seed, *, trust=""):
         copies[:] = (Logged(i) for i in range(num_envs))
         mode = AutoresetMode.NEXT_STEP if id == "next-step" else AutoresetMode.DISABLED
         return Gymnasium(SyncVectorEnv([lambda c=c: c for c in list(copies)], autoreset_mode=mode), num_envs)

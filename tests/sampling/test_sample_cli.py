@@ -76,7 +76,7 @@ def test_many_dimensions_and_annealing(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.slow
 def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str):
-    main([f"{user_module}:ring", *TINY, "--methods", "qne", "--trust", "--out", str(tmp_path / "ring")])
+    main([f"{user_module}:ring", *TINY, "--methods", "qne", "--trust", "all", "--out", str(tmp_path / "ring")])
     assert (tmp_path / "ring" / "samples.png").exists()
 
 
@@ -88,13 +88,13 @@ def test_a_user_function_has_exact_samples_too(tmp_path: Path, user_module: str)
         (["two-moons", "--methods", "rmf"], "did you mean 'rfm'"),
         (["two-moons", "--methods", "fob"], "did you mean 'fab'"),
         (["many-well"], "did you mean 'many-well-32'"),
-        (["my_densities:ring"], "--trust"),
-        (["my_densities:rong", "--trust"], "my_densities:rong"),
-        (["my_densities:wide", "--trust"], "pass a larger --box"),
-        (["my_densities:vector", "--trust"], "must return one number"),
-        (["my_densities:broken", "--trust"], "NaN or infinite"),
-        (["my_densities:numeric", "--trust"], "failed on a JAX array"),
-        (["my_densities:number", "--trust"], "is not a function"),
+        (["my_densities:ring"], "--trust my_densities"),
+        (["my_densities:rong", "--trust", "all"], "my_densities:rong"),
+        (["my_densities:wide", "--trust", "all"], "pass a larger --box"),
+        (["my_densities:vector", "--trust", "all"], "must return one number"),
+        (["my_densities:broken", "--trust", "all"], "NaN or infinite"),
+        (["my_densities:numeric", "--trust", "all"], "failed on a JAX array"),
+        (["my_densities:number", "--trust", "all"], "is not a function"),
     ],
 )
 def test_mistakes_are_named(args: list[str], message: str, user_module: str, tmp_path: Path):

@@ -41,7 +41,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Client]:
 
 def test_a_resumed_run_continues_that_of_the_tracker(clients: dict[str, Client], tmp_path: Path):
     train(RUN, tmp_path / "run", quiet=True)
-    resume(tmp_path / "run", steps=60, quiet=True, trust=True)
+    resume(tmp_path / "run", steps=60, quiet=True, trust="all")
     ids = json.loads((tmp_path / "run" / TRACKERS).read_text())
     for name, client in clients.items():
         first, second = client.runs

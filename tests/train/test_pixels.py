@@ -50,7 +50,7 @@ def recorded(tmp_path_factory) -> Path:
     """Thirty uniform actions."""
     spec = Spot(1).spec
     policy = Policy(uniform_policy(1), spec, ID)
-    return write(record(policy, 30, trust=True), tmp_path_factory.mktemp("data") / "spots.npz")
+    return write(record(policy, 30, trust="all"), tmp_path_factory.mktemp("data") / "spots.npz")
 
 
 def run_of(name: str, data: Path) -> Run:
@@ -70,16 +70,16 @@ SLOW = ("rfm", "fql", "bc")
 def test_a_run_from_start_to_use(name, recorded, tmp_path):
     """Resumed after half of its steps it ends as the uninterrupted one, bit by bit; its policy acts on dicts."""
     run = run_of(name, recorded)
-    whole = train(run, tmp_path / "whole", trust=True, quiet=True)
-    train(replace(run, steps=40), tmp_path / "half", trust=True, quiet=True)
-    again = resume(tmp_path / "half", steps=80, trust=True, quiet=True)
+    whole = train(run, tmp_path / "whole", trust="all", quiet=True)
+    train(replace(run, steps=40), tmp_path / "half", trust="all", quiet=True)
+    again = resume(tmp_path / "half", steps=80, trust="all", quiet=True)
     assert whole.steps == again.steps == 80 and np.isfinite(whole.returns).all()
     np.testing.assert_array_equal(whole.returns, again.returns)
     contents = [checkpoint._contents(tmp_path / place, 80)["arrays"] for place in ("whole", "half")]
     assert contents[0] == contents[1] and any(shape.startswith("float32[9, 7]") for shape in contents[0].values())
     if run.source is REPLAY:
         assert contents[0]["learner/buffer/rows/obs/image"] == "uint8[64, 16, 16, 1]"
-    policies = [load(tmp_path / place, trust=True) for place in ("whole", "half")]
+    policies = [load(tmp_path / place, trust="all") for place in ("whole", "half")]
     rng = np.random.default_rng(0)
     obs = {"image": rng.integers(0, 256, (3, 16, 16, 1), np.uint8), "state": rng.standard_normal((3, 2))}
     one, other = (policy(obs) for policy in policies)
@@ -89,7 +89,7 @@ def test_a_run_from_start_to_use(name, recorded, tmp_path):
     assert all(np.isfinite(v) for line in lines for v in json.loads(line).values() if isinstance(v, float))
     assert evaluate(policies[0].network, Spot(4), jr.key(0), 8).shape == (8,)
     if name == "sac":
-        code, out, err = cli("eval", tmp_path / "whole", "--episodes", "4", "--trust")
+        code, out, err = cli("eval", tmp_path / "whole", "--episodes", "4", "--trust", "all")
         assert code == 0 and "4 episodes" in out, err
 
 
@@ -158,9 +158,9 @@ def test_what_a_recording_holds_is_what_was_seen(recorded):
 
 def test_refusals_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"Wrong returned obs that has image of shape \(2, 8, 16, 1\)"):
-        make("tests.train.pixel_helpers:Wrong", 2, 0, trust=True)
+        make("tests.train.pixel_helpers:Wrong", 2, 0, trust="all")
     assert Wrong(1).spec == Spot(1).spec
-    flags = ["--env", ID, "--trust", "--steps", "40", "--out", tmp_path / "run"]
+    flags = ["--env", ID, "--trust", "all", "--steps", "40", "--out", tmp_path / "run"]
     assert_refused(["train", "ppo", *flags], "cannot be normalised", "normalise_obs")
 
 
@@ -239,7 +239,7 @@ def test_an_image_alone_is_the_observation():
 def test_a_host_environment_with_images_is_learned_in(tmp_path):
     source = Replay("tests.train.test_pixels:camera", num_envs=2, collect=10, batch_size=8, buffer_size=64)
     run = Run(with_pixels(TABLE["sac"]), source, steps=24, **SHORT | {"eval_every": 24})
-    assert train(run, tmp_path / "run", trust=True, quiet=True).returns.mean() == 3
+    assert train(run, tmp_path / "run", trust="all", quiet=True).returns.mean() == 3
 
 
 def camera(num_envs: int, seed: int) -> Gymnasium:
@@ -263,5 +263,5 @@ def test_what_only_the_image_tells_is_learned(env, tmp_path):
     """1 is the best, .622 the best of what does not see it: .70 leaves four standard errors of 1024 episodes."""
     source = Replay(f"tests.train.pixel_helpers:{env.__name__}", 16, 800, 2, 64, buffer_size=8000)
     run = Run(LEARNER, source, steps=12_000, **SHORT | {"eval_every": 12_000, "eval_episodes": 1024})
-    mean = train(run, tmp_path / "run", trust=True, quiet=True).returns.mean()
+    mean = train(run, tmp_path / "run", trust="all", quiet=True).returns.mean()
     assert mean < 0.7 if env is Dark else mean > 0.85

@@ -45,7 +45,7 @@ def final_carry(folder: Path, run: Run):
 
 
 def carry_at(folder: Path, run: Run, step: int):
-    with closing(run.source.open(run, True)) as opened:
+    with closing(run.source.open(run, "all")) as opened:
         return driver.first_carry(run, folder, opened, driver.root_keys(run)[0], step)
 
 
@@ -162,7 +162,7 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     folder, steps = tmp_path / "run", 0
     whole = Replay.open
 
-    def interrupting(source: Replay, run: Run, trust: bool):
+    def interrupting(source: Replay, run: Run, trust: str):
         opened = whole(source, run, trust)
         env = opened.world.env
         step = type(env).step
@@ -179,14 +179,14 @@ def test_an_interrupted_host_run_resumes(tmp_path: Path, monkeypatch: pytest.Mon
         return opened
 
     monkeypatch.setattr(Replay, "open", interrupting)
-    result = train(HOST, folder, trust=True, quiet=True)
+    result = train(HOST, folder, trust="all", quiet=True)
     assert result.interrupted and result.steps == 26 and checkpoint.latest(folder) == 26
     monkeypatch.setattr(Replay, "open", whole)
     policy = (folder / "policy/model.safetensors").read_bytes()
 
     half = carry_at(folder, HOST, 26).learner
     assert int(half.buffer.size) == 26 and int(half.iteration) == 13 and not half.returns.any()
-    result = resume(folder, trust=True, quiet=True)
+    result = resume(folder, trust="all", quiet=True)
     assert not result.interrupted and result.steps == 40
     whole_learner = carry_at(folder, HOST, 40).learner
     assert int(whole_learner.buffer.size) == 40

@@ -55,8 +55,8 @@ def evaluations(folder: Path) -> list[dict[str, float]]:
 
 
 def final_carry(folder: Path):
-    run = read_config(folder, True)
-    with closing(run.source.open(run, True)) as opened:
+    run = read_config(folder, "all")
+    with closing(run.source.open(run, "all")) as opened:
         return driver.first_carry(run, folder, opened, driver.root_keys(run)[0], checkpoint.latest(folder))
 
 
@@ -132,15 +132,15 @@ HOST = with_source(GUESS, env="tests.cli_helpers:pointer")
 
 def test_host_environments_take_the_seeds_in_turn(tmp_path: Path):
     """Bitwise the runs that they would be alone; one after the other, in environments of their own."""
-    results = train_seeds(HOST, (0, 7), tmp_path / "together", trust=True, quiet=True)
+    results = train_seeds(HOST, (0, 7), tmp_path / "together", trust="all", quiet=True)
     assert [result.steps for result in results] == [40, 40]
-    train(replace(HOST, seed=7), tmp_path / "alone", trust=True, quiet=True)
+    train(replace(HOST, seed=7), tmp_path / "alone", trust="all", quiet=True)
     assert evaluations(tmp_path / "together/seed7") == evaluations(tmp_path / "alone")
     assert evaluations(tmp_path / "together/seed7") != evaluations(tmp_path / "together/seed0")
     policy = "policy/model.safetensors"
     assert (tmp_path / "together/seed7" / policy).read_bytes() == (tmp_path / "alone" / policy).read_bytes()
     shutil.rmtree(tmp_path / "together/seed7/checkpoints/40")
-    results = resume_seeds(tmp_path / "together", quiet=True, trust=True)
+    results = resume_seeds(tmp_path / "together", quiet=True, trust="all")
     assert [result.steps for result in results] == [40, 40]
 
 
@@ -189,10 +189,10 @@ def test_one_body_for_one_and_many(monkeypatch: pytest.MonkeyPatch):
 def test_a_seed_is_read_and_continued_alone(together: Path, tmp_path: Path):
     folder = tmp_path / "seed3"
     shutil.copytree(together / "seed3", folder)
-    code, out, err = cli("eval", folder, "--episodes", "2", "--trust")
+    code, out, err = cli("eval", folder, "--episodes", "2", "--trust", "all")
     assert code == 0 and err == "" and "mean" in out
-    assert load(folder / "best", trust=True)(np.zeros(1)).shape == (1,)
-    result = resume(folder, steps=60, quiet=True, trust=True)
+    assert load(folder / "best", trust="all")(np.zeros(1)).shape == (1,)
+    result = resume(folder, steps=60, quiet=True, trust="all")
     assert result.steps == 60 and [row["step"] for row in evaluations(folder)] == [20, 40, 60]
     train(replace(GUESS, seed=3, steps=60), tmp_path / "alone", quiet=True)
     assert_same_run(folder, tmp_path / "alone", 2e-3, 2e-4)
@@ -213,7 +213,7 @@ def test_an_interrupted_program_goes_on(together: Path, tmp_path: Path, monkeypa
     results = train_seeds(GUESS, SEEDS, tmp_path / "run", quiet=True)
     assert all(result.interrupted and result.steps == 10 == checkpoint.latest(result.folder) for result in results)
     monkeypatch.setattr(driver, "epoch", real)
-    results = resume_seeds(tmp_path / "run", quiet=True, trust=True)
+    results = resume_seeds(tmp_path / "run", quiet=True, trust="all")
     assert all(result.steps == 40 and not result.interrupted for result in results)
     for seed in SEEDS:  # an interruption leaves a checkpoint of its own behind, which is dropped later
         assert checkpoint.steps(tmp_path / f"run/seed{seed}") == [20, 40]
@@ -226,7 +226,7 @@ def test_killed_between_two_checkpoints(together: Path, tmp_path: Path):
     shutil.copytree(together, out)
     shutil.rmtree(out / "seed7/checkpoints/40")
     assert {row["step"] for row in metrics(out / "seed0")} == {10, 20, 30, 40}
-    results = resume_seeds(out, quiet=True, trust=True)
+    results = resume_seeds(out, quiet=True, trust="all")
     assert [result.steps for result in results] == [40] * 3
     assert_same_seeds(out, together)
 
@@ -234,7 +234,7 @@ def test_killed_between_two_checkpoints(together: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_extended_together(together: Path, tmp_path: Path):
     shutil.copytree(together, tmp_path / "run")
-    resume_seeds(tmp_path / "run", steps=60, quiet=True, trust=True)
+    resume_seeds(tmp_path / "run", steps=60, quiet=True, trust="all")
     train_seeds(replace(GUESS, steps=60), SEEDS, tmp_path / "long", quiet=True)
     assert_same_seeds(tmp_path / "run", tmp_path / "long")
 
@@ -242,17 +242,17 @@ def test_extended_together(together: Path, tmp_path: Path):
 def test_seeds_that_parted_are_not_continued_together(together: Path, tmp_path: Path):
     out = tmp_path / "run"
     shutil.copytree(together, out)
-    resume(out / "seed7", steps=80, quiet=True, trust=True)
+    resume(out / "seed7", steps=80, quiet=True, trust="all")
     with pytest.raises(UserError, match=r"no longer have the same settings.*contraflow resume .*seed0"):
-        resume_seeds(out, quiet=True, trust=True)
+        resume_seeds(out, quiet=True, trust="all")
     (out / "seed7/config.json").write_bytes((out / "seed0/config.json").read_bytes())
     with pytest.raises(UserError, match=r"no checkpoint in common.*contraflow resume .*seed0"):
-        resume_seeds(out, quiet=True, trust=True)
+        resume_seeds(out, quiet=True, trust="all")
     with pytest.raises(UserError, match="give the total"):
-        resume_seeds(together, steps=20, quiet=True, trust=True)
+        resume_seeds(together, steps=20, quiet=True, trust="all")
     (out / "seeds.json").write_text("{}")
     with pytest.raises(UserError, match=r"seeds\.json is damaged"):
-        resume_seeds(out, quiet=True, trust=True)
+        resume_seeds(out, quiet=True, trust="all")
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def test_evaluation_of_many_is_that_of_each(monkeypatch: pytest.MonkeyPatch):
 
 # the command line
 
-COMMAND = ["train", "tests.cli_helpers:Guess", "--trust", *FLAGS[:-5], "--quiet"]
+COMMAND = ["train", "tests.cli_helpers:Guess", "--trust", "all", *FLAGS[:-5], "--quiet"]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -333,10 +333,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = Path("runs/Guess-obs-action-seeds4-2-9")
     assert re.findall(r"^seed\d$", out, re.MULTILINE) == ["seed4", "seed2", "seed9"]
     assert out.count("best policy, greedy") == 3
-    assert read_config(folder / "seed4", True) == replace(GUESS, seed=4)
-    code, out, err = cli("resume", folder, "--trust", "--quiet")
+    assert read_config(folder / "seed4", "all") == replace(GUESS, seed=4)
+    code, out, err = cli("resume", folder, "--trust", "all", "--quiet")
     assert code == 0 and f"{folder} is finished: 40 steps" in out, err
-    code, out, _ = cli("resume", folder, "--trust", "--quiet", "--steps", "60", "--require", "9")
+    code, out, _ = cli("resume", folder, "--trust", "all", "--quiet", "--steps", "60", "--require", "9")
     assert code == 1 and "trained 3 seeds to step 60" in out and out.count("below the bar of 9") == 3
 
 

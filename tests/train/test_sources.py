@@ -85,7 +85,7 @@ def test_resume_is_exact_in_both_parts(both: Run, stop: int, tmp_path: Path, mon
     monkeypatch.setattr(driver, "epoch", interrupted)
     assert train(both, tmp_path / "parts", quiet=True).steps == stop
     monkeypatch.setattr(driver, "epoch", real)
-    resume(tmp_path / "parts", quiet=True, trust=True)
+    resume(tmp_path / "parts", quiet=True, trust="all")
     whole, parts = (load_file(tmp_path / name / "policy/model.safetensors")["bias"] for name in ("whole", "parts"))
     np.testing.assert_array_equal(whole, parts)
     assert rows_of(tmp_path / "whole").keys() == rows_of(tmp_path / "parts").keys()
@@ -107,7 +107,7 @@ def test_the_data_may_fill_the_replay(both: Run, tmp_path: Path):
 
 
 def test_a_filled_replay_goes_on_behind_the_data(both: Run):
-    with closing(both.source.open(both, False)) as opened:
+    with closing(both.source.open(both, "")) as opened:
         rows = opened.world.data
         learner = both.source.learner(both.agent, opened, jr.key(0))
     buffer = filled(learner.buffer, rows)
@@ -143,7 +143,7 @@ def test_no_discount_within_a_chunk_is_not_one_either():
     run = replace(TINY, agent=Watcher(gamma=0.0), source=replace(TINY.source, horizon=2, execute=2))
     ppo = with_source(PRESETS["ppo"], env="probe:obs-action", num_envs=2, horizon=2, execute=2)
     for one, gamma in ((run, 0.0), (ppo, 1.0)):
-        with closing(one.source.open(one, False)) as opened:
+        with closing(one.source.open(one, "")) as opened:
             assert opened.world.env.gamma == gamma
 
 
@@ -152,9 +152,9 @@ def test_no_discount_within_a_chunk_is_not_one_either():
 
 def test_the_warm_up_depends_on_the_budget():
     run = replace(PRESETS["rfm"], steps=3000)
-    assert run.resolve(False).source.collect == 150
-    assert PRESETS["rfm"].resolve(False).source.collect == 5000
-    assert replace(TINY, source=replace(TINY.source, collect=None), steps=5).resolve(False).source.collect == 1
+    assert run.resolve("").source.collect == 150
+    assert PRESETS["rfm"].resolve("").source.collect == 5000
+    assert replace(TINY, source=replace(TINY.source, collect=None), steps=5).resolve("").source.collect == 1
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def double(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_range_of_the_environment_counts_where_the_data_state_none(double: Path):
     pytest.importorskip("gymnasium")
     run = replace(PRESETS["bc"], source=Dataset(str(double), "gym:Pendulum-v1"), trackers=(), eval_episodes=1)
-    with closing(run.source.open(run, False)) as opened:
+    with closing(run.source.open(run, "")) as opened:
         assert (opened.world.spec.low, opened.world.spec.high) == ((-2.0,), (2.0,))
         np.testing.assert_allclose(np.unique(opened.world.data.action), [-0.525, 0.525], rtol=1e-6)
         assert any("no stated bounds" in note for note in opened.data.notes)
@@ -224,7 +224,7 @@ def test_changed_data_are_not_trained_on(data: Path, tmp_path: Path):
     arrays["reward"][3] += 1
     np.savez(file, **arrays)
     with pytest.raises(UserError, match=r"the dataset of .* is not the one that checkpoint 40 was trained on"):
-        resume(tmp_path / "run", steps=60, quiet=True, trust=True)
+        resume(tmp_path / "run", steps=60, quiet=True, trust="all")
 
 
 # per-episode state
@@ -237,8 +237,8 @@ def test_what_belongs_to_ended_episodes_is_forgotten(tmp_path: Path):
     source = replace(ppo.source, env="tests.cli_helpers:pointer", num_envs=2, unroll=3)
     run = replace(ppo, agent=replace(ppo.agent, ppo=settings), source=source, steps=6, eval_every=6, log_every=6)
     run = replace(run, eval_episodes=1, trackers=())
-    train(run, tmp_path / "run", trust=True, quiet=True)
-    with closing(run.source.open(run, True)) as opened:
+    train(run, tmp_path / "run", trust="all", quiet=True)
+    with closing(run.source.open(run, "all")) as opened:
         key = driver.root_keys(run)[0]
         shapes = jax.eval_shape(lambda: run.source.learner(run.agent, opened, key))
         saved = checkpoint.load(
@@ -263,7 +263,7 @@ def test_environments_are_closed_where_the_data_do_not_fit(double: Path, monkeyp
     for source, count in ((Dataset(*place), 1), (OfflineToOnline(*place, offline_steps=20), 3)):
         run = replace(TINY, agent=Watcher(), source=source)
         with pytest.raises(UserError, match="has 3 observations"):
-            run.source.open(run, True)
+            run.source.open(run, "all")
         assert len({id(env) for env in closed}) == count
 
 
@@ -274,8 +274,8 @@ def test_environments_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     real = Gymnasium.close
     monkeypatch.setattr(Gymnasium, "close", lambda self: (closed.append(self), real(self)))
     run = with_source(replace(TINY, agent=Guess()), env="tests.cli_helpers:pointer")
-    train(run, tmp_path / "run", trust=True, quiet=True)
+    train(run, tmp_path / "run", trust="all", quiet=True)
     assert len({id(env) for env in closed}) == 2
     with pytest.raises(UserError):
-        train(replace(run, agent=Guess(explode_at=3)), tmp_path / "bad", trust=True, quiet=True)
+        train(replace(run, agent=Guess(explode_at=3)), tmp_path / "bad", trust="all", quiet=True)
     assert len({id(env) for env in closed}) == 4

@@ -40,7 +40,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path):
-    result = train(GUESS, tmp_path / "run", quiet=True, trust=True)
+    result = train(GUESS, tmp_path / "run", quiet=True, trust="all")
     folder = result.folder
     assert result.steps == 40 and result.returns.shape == (2,) and not result.interrupted
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -90,14 +90,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
 
 
 def bias_of(folder: Path) -> np.ndarray:
-    return np.asarray(load_policy(folder, trust=True)[0].bias)
+    return np.asarray(load_policy(folder, trust="all")[0].bias)
 
 
 def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path: Path, scripted):
     """Also across an interruption: what came before counts."""
     seen = scripted(1.0, 5.0, 2.0, 4.0)
-    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust=True)
-    resume(tmp_path / "run", steps=80, quiet=True, trust=True)
+    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust="all")
+    resume(tmp_path / "run", steps=80, quiet=True, trust="all")
     assert len(seen) == 4
     np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
     np.testing.assert_array_equal(bias_of(tmp_path / "run/policy"), seen[3])
@@ -107,10 +107,10 @@ def test_the_best_policy_is_that_of_the_best_evaluation(tmp_path: Path, scripted
 def test_the_best_policy_is_forgotten_with_its_evaluation(tmp_path: Path, scripted):
     """The last checkpoint is gone, and with it the row of the best evaluation: the policy of another is kept."""
     seen = scripted(1.0, 2.0, 9.0, 1.5)
-    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust=True)
+    train(replace(GUESS, steps=60), tmp_path / "run", quiet=True, trust="all")
     assert best_evaluation(tmp_path / "run") == {"step": 60, "return_mean": 9.0}
     shutil.rmtree(tmp_path / "run/checkpoints/60")
-    resume(tmp_path / "run", quiet=True, trust=True)
+    resume(tmp_path / "run", quiet=True, trust="all")
     assert [row["return_mean"] for row in read_evaluations(tmp_path / "run")] == [1.0, 2.0, 1.5]
     assert best_evaluation(tmp_path / "run") == {"step": 40, "return_mean": 2.0}
     np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
@@ -119,9 +119,9 @@ def test_the_best_policy_is_forgotten_with_its_evaluation(tmp_path: Path, script
 def test_a_best_policy_that_was_not_written_is(tmp_path: Path, scripted):
     """A process that died between a checkpoint and the policy of the same evaluation."""
     seen = scripted(1.0, 2.0, 0.5)
-    train(GUESS, tmp_path / "run", quiet=True, trust=True)
+    train(GUESS, tmp_path / "run", quiet=True, trust="all")
     shutil.rmtree(tmp_path / "run/best")
-    resume(tmp_path / "run", steps=60, quiet=True, trust=True)
+    resume(tmp_path / "run", steps=60, quiet=True, trust="all")
     np.testing.assert_array_equal(bias_of(tmp_path / "run/best"), seen[1])
 
 
@@ -322,7 +322,7 @@ def test_targets_that_are_clipped_are_said_once(tmp_path: Path, capsys: pytest.C
 def test_what_an_environment_has_to_say_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Observations near 1e9 in double precision: training environment and evaluation say it, the user reads it once."""
     run = replace(GUESS, source=replace(GUESS.source, env="tests.cli_helpers:far"))
-    train(run, tmp_path, trust=True)
+    train(run, tmp_path, trust="all")
     assert capsys.readouterr().out.count("note: observations of Far reach 1e+09, where float32 tells apart only") == 1
 
 

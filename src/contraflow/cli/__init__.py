@@ -4,7 +4,6 @@ Nothing heavy is imported before a command is chosen.
 """
 
 import importlib
-import os
 import sys
 
 from contraflow.core import interrupt
@@ -69,8 +68,6 @@ def main(args: list[str] | None = None) -> int:
 
 def _dispatch(args: list[str], guard: interrupt.Guard | None) -> int:
     command, *rest = args or ["--help"]
-    if "--trust" in rest and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it and an installed script has not
     if command in ("-h", "--help"):
         print(USAGE)
         return 0

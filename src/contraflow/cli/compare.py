@@ -9,9 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.flags import Modules, Switch, read_flags
 from contraflow.cli.settings import find_preset
 from contraflow.core.settings import suggest
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.envs import check
 from contraflow.experiments import bridge
@@ -31,7 +32,7 @@ class Selection:
     """What `contraflow compare` takes beside the settings that all cells share."""
 
     agents: Annotated[str, tyro.conf.arg(metavar="A,B,...")]
-    """Presets, module:Class (with --trust), or NAME=run folder, config.json or preset; separated by commas."""
+    """Presets, module:Class (with --trust module), or NAME=run folder, config.json or preset; separated by commas."""
     envs: Annotated[str, tyro.conf.arg(metavar="A,B,...")]
     """Environments, separated by commas; `contraflow list envs` shows them."""
     out: Path
@@ -50,8 +51,8 @@ class Selection:
     """Run the cells as tasks of a Ray cluster: host:port, `auto` (the one on this machine) or `local` (a new one)."""
     quiet: Annotated[bool, Switch] = False
     """Only the closing lines."""
-    trust: Annotated[bool, Switch] = False
-    """Import code named `module:Class` (agents, environments)."""
+    trust: Modules = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def compare_command(args: list[str]) -> int:
     return _finish(run_cells(cells, options.out, runner, *rest), len(cells), options.out, args)
 
 
-def named_agents(text: str, trust: bool) -> dict[str, Run]:
+def named_agents(text: str, trust: Trust) -> dict[str, Run]:
     """Agents by name, each in the run of its preset, from `rfm,mine=runs/a/config.json,...`.
 
     Raises UserError for one that does not exist.

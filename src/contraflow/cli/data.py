@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.flags import Modules, Switch, read_flags
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import load as load_dataset
@@ -36,8 +36,8 @@ class Record:
     seed: int = 0
     format: Literal["hdf5", "arrow", "parquet"] = "hdf5"
     """How Minari keeps the data."""
-    trust: Annotated[bool, Switch] = False
-    """Import code named `module:Class` (agents, environments)."""
+    trust: Modules = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
 
     def __post_init__(self):
         if self.episodes < 1 or self.seed < 0:

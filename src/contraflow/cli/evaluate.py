@@ -10,8 +10,9 @@ import jax.random as jr
 import numpy as np
 import tyro
 
-from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.files import make_folder
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.envs.base import notes
 from contraflow.envs.chunk import singly
@@ -42,8 +43,8 @@ class Eval:
     """Frames per second of the video; one frame per environment step."""
     frames: int | None = None
     """Stop filming after so many; the whole episode unless given."""
-    trust: Annotated[bool, Switch] = False
-    """Import code named `module:Class` in the policy's config.json."""
+    trust: Modules = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
 
     def __post_init__(self):
         if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:
@@ -75,7 +76,7 @@ def summary(returns: np.ndarray, width: int = 0) -> str:
     return f"mean {returns.mean():{width}.1f}{half}  std {std}  min {low}  max {high}"
 
 
-def final_returns(folder: Path, trust: bool, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
+def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
     """Returns [episodes] of the policies of a run and, for RFM, what is left without its choice or its actor.
 
     On episodes that training did not see, the same for all. The policy of the best evaluation comes first; then, with

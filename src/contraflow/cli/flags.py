@@ -9,7 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -17,8 +17,10 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from contraflow.cli.moved import moved
 from contraflow.core.errors import UserError
 from contraflow.core.settings import import_path
+from contraflow.core.trust import Trust
 
 Switch = tyro.conf.FlagCreatePairsOff
+Modules = Annotated[Trust, tyro.conf.arg(metavar="MODULE,...")]
 
 
 def read_flags(cls: Any, args: list[str], **options: Any) -> Any:
@@ -26,7 +28,7 @@ def read_flags(cls: Any, args: list[str], **options: Any) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            options = {"registry": registry(trust=False)} | options
+            options = {"registry": registry(trust="")} | options
             found, unknown = tyro.cli(cls, args=args, return_unknown_args=True, **options)
     except SystemExit as stop:
         if not stop.code:
@@ -74,7 +76,7 @@ def flag_names(settings: Any, prefix: str = "--") -> Iterator[str]:
             yield from flag_names(value, f"{name}.")
 
 
-def registry(trust: bool) -> ConstructorRegistry:
+def registry(trust: Trust) -> ConstructorRegistry:
     """How flags are read that are functions, or whole numbers."""
     rules = ConstructorRegistry()
 

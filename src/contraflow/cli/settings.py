@@ -1,5 +1,6 @@
 """From `PRESET --flag value ...` to a `Run`: tyro on the settings dataclasses, defaults from the preset."""
 
+import argparse
 import dataclasses
 import functools
 import inspect
@@ -12,9 +13,10 @@ from typing import Annotated, Any
 import tyro
 
 from contraflow.agents import needs, presets
-from contraflow.cli.flags import Switch, flag_names, read_flags, registry
+from contraflow.cli.flags import Modules, Switch, flag_names, read_flags, registry
 from contraflow.cli.moved import moved
 from contraflow.core.settings import import_path, members, suggest
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.presets import default_run, preset_run
 from contraflow.training.run import Run, read_config
@@ -34,8 +36,8 @@ class Train:
     """Exit with code 1 when the final mean return, with --seeds of any of them, is below this."""
     quiet: Annotated[bool, Switch] = False
     """No progress bar."""
-    trust: Annotated[bool, Switch] = False
-    """Import code named `module:Class` (agents, environments, functions)."""
+    trust: Modules = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
 
 
 DESCRIPTION = """Train {preset}.
@@ -67,7 +69,7 @@ def parse_train(preset: str, args: list[str]) -> Any:
 
     Raises UserError, or SystemExit after a help text.
     """
-    trust = "--trust" in args
+    trust = _trusted(args)
     run, args = _with_source(find_preset(preset, trust), args)
     options = _options(run)
     values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
@@ -86,6 +88,13 @@ def parse_train(preset: str, args: list[str]) -> Any:
         config=(tyro.conf.CascadeSubcommandArgs,),
         registry=registry(trust),
     )
+
+
+def _trusted(args: list[str]) -> Trust:
+    """What follows --trust: the preset, which decides about the flags, is found before they are read."""
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    flags.add_argument("--trust", default="", nargs="?", const="")
+    return flags.parse_known_args(args)[0].trust
 
 
 def _options(run: Run) -> Any:
@@ -130,7 +139,7 @@ def _with_source(run: Run, args: list[str]) -> tuple[Run, list[str]]:
     return run, [arg for arg in args if arg not in words]
 
 
-def find_preset(name: str, trust: bool) -> Run:
+def find_preset(name: str, trust: Trust) -> Run:
     """A preset by name, a `module:Class` agent, or the run of a run folder or config.json."""
     if name in presets():
         return preset_run(name)
@@ -145,7 +154,7 @@ def find_preset(name: str, trust: bool) -> Run:
     raise UserError(f"there is no preset {name}; {suggest(name, presets())}; `contraflow list presets` describes them")
 
 
-def _user_agent(name: str, trust: bool) -> Any:
+def _user_agent(name: str, trust: Trust) -> Any:
     cls = import_path(name, trust)
     missing = [part for part in ("init", "policy", "update") if not hasattr(cls, part)]
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,9 +10,10 @@ import tyro
 
 from contraflow.agents import presets
 from contraflow.cli.evaluate import RANDOM, STILL, final_returns, summary
-from contraflow.cli.flags import Switch, read_flags
+from contraflow.cli.flags import Modules, Switch, read_flags
 from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.training import run as runs
 from contraflow.training.run_writer import best_evaluation
@@ -23,7 +24,7 @@ usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--
        contraflow train PRESET source:offline-to-online --data SET --env ID --offline-steps N ...
 
 PRESET is one of these, a run folder or its config.json (trains it again), or your own agent as module:Class (with
---trust):
+--trust MODULE):
 
 {presets}
 
@@ -43,8 +44,8 @@ class Resume:
     """Exit with code 1 when the final mean return is below this."""
     quiet: Annotated[bool, Switch] = False
     """No progress bar."""
-    trust: Annotated[bool, Switch] = False
-    """Import code named `module:Class` in the run's config.json."""
+    trust: Modules = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
 
 
 def train_command(args: list[str]) -> int:
@@ -108,7 +109,7 @@ def _trained(steps: int, seconds: float, seeds: int = 1) -> None:
     print(f"{what} to step {steps:,} in {minutes} min {rest} s; evaluating ...", flush=True)
 
 
-def _finish(result: runs.Result, seconds: float, require: float | None, trust: bool) -> int:
+def _finish(result: runs.Result, seconds: float, require: float | None, trust: Trust) -> int:
     """The closing report; the exit code."""
     if result.interrupted:
         return _interrupted(result.folder, result.steps, "the run is")
@@ -116,7 +117,7 @@ def _finish(result: runs.Result, seconds: float, require: float | None, trust: b
     return _report(result.folder, require, trust)
 
 
-def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, require: float | None, trust: bool) -> int:
+def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, require: float | None, trust: Trust) -> int:
     """The closing report of each seed in turn; the exit code is 1 if one of them misses `require`."""
     if results[0].interrupted:
         return _interrupted(folder, results[0].steps, "the runs are")
@@ -128,7 +129,7 @@ def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, requ
     return max(codes)
 
 
-def _report(folder: Path, require: float | None, trust: bool) -> int:
+def _report(folder: Path, require: float | None, trust: Trust) -> int:
     """Returns of the policies of a run on fresh episodes, and where they are; 1 below `require`."""
     best = best_evaluation(folder)
     if best is None:

@@ -15,6 +15,7 @@ from types import MappingProxyType, UnionType
 from typing import Any
 
 from contraflow.core.errors import UserError
+from contraflow.core.trust import Trust, admit
 
 SCHEMA = 2
 Classes = Mapping[str, type]
@@ -40,7 +41,7 @@ def to_json(value: Any, where: str = "settings") -> Any:
     own: dict[str, type] = {}
     data = _written(value, where, own)
     if dataclasses.is_dataclass(value):
-        again = from_json(json.loads(json.dumps(data)), type(value), True, where, own)
+        again = from_json(json.loads(json.dumps(data)), type(value), "all", where, own)
         if again != value:
             raise UserError(f"{where}: {value} becomes {again} when it is written and read: give plain values")
     return data
@@ -83,12 +84,12 @@ def main_name() -> str:
 
 
 def from_json(
-    data: Any, annotation: Any, trust: bool = False, where: str = "settings", classes: Classes = MappingProxyType({})
+    data: Any, annotation: Any, trust: Trust = "", where: str = "settings", classes: Classes = MappingProxyType({})
 ) -> Any:
     """The value of type `annotation` that `to_json` wrote; an int may stand for a float.
 
     `classes` by name are those that may stand where the annotation is a protocol. Raises UserError for an unknown kind
-    or field, a value of another type or out of range, or code outside the library without `trust`.
+    or field, a value of another type or out of range, or code outside the library that `trust` does not name.
     """
     options = members(annotation)
     if isinstance(data, dict):
@@ -114,7 +115,7 @@ def from_json(
     raise UserError(f"{where} must be {' or '.join(_words(o) for o in options)}, got {json.dumps(data)[:80]}")
 
 
-def _object(data: dict[str, Any], options: list[Any], trust: bool, where: str, classes: Classes) -> Any:
+def _object(data: dict[str, Any], options: list[Any], trust: Trust, where: str, classes: Classes) -> Any:
     kind = data.get("kind")
     if not isinstance(kind, str):
         raise UserError(f"{where}: an object without a kind: {json.dumps(data)[:80]}")
@@ -133,7 +134,7 @@ def _object(data: dict[str, Any], options: list[Any], trust: bool, where: str, c
         raise UserError(f"{where}: {error}") from None
 
 
-def _find(kind: str, options: list[Any], trust: bool, where: str, classes: Classes) -> type:
+def _find(kind: str, options: list[Any], trust: Trust, where: str, classes: Classes) -> type:
     if ":" in kind:
         cls = import_path(kind, trust)
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
@@ -157,17 +158,16 @@ def check_schema(data: Any, file: Path) -> None:
         raise UserError(f"{file} uses schema {schema}, this release reads {SCHEMA}: {remedy}")
 
 
-def import_path(path: str, trust: bool) -> Any:
-    """The object named `module:name`. Raises UserError without `trust`, or if it does not exist."""
-    if not trust:
-        raise UserError(f"{path} is code outside the library; pass --trust to import it")
+def import_path(path: str, trust: Trust) -> Any:
+    """The object named `module:name`. Raises UserError for a module that is not trusted, or if it does not exist."""
+    admit(path, trust)
     module, _, name = path.partition(":")
     try:
         # What the running script defines is not imported a second time: classes would be others than its own.
         found = sys.modules["__main__"] if module == main_name() else importlib.import_module(module)
         return getattr(found, name)
     except Exception as error:  # importing runs code of the user's
-        raise UserError(f"cannot import {path}: {error}; is the module on PYTHONPATH?") from None
+        raise UserError(f"cannot import {path}: {error}; is the module installed or in this folder?") from None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ The simulators are optional packages; each is imported when an environment of it
 
 from typing import NamedTuple
 
+from contraflow.core.trust import Trust, admit
 from contraflow.core.types import UserError
 from contraflow.envs import bandit, control, envpool, gymnasium, own, playground, probe
 from contraflow.envs.base import Env, Kind, check_num_envs, close, notes, unknown_id
@@ -27,25 +28,25 @@ class Id(NamedTuple):
     name: str
 
 
-def parse(id: str, trust: bool = False) -> Id:
-    """Raises UserError where code of a module that the id names would run without `trust`, and for an empty name."""
+def parse(id: str, trust: Trust = "") -> Id:
+    """Raises UserError for an empty name, and for a module outside the library that `trust` does not name."""
     prefix, colon, name = id.partition(":")
     if not colon:
         prefix, name = "gym", id
     foreign = prefix not in KINDS
-    if (foreign or (prefix == "gym" and ":" in name)) and not trust:
-        raise UserError(f"environment {id} would run code of the module before the colon; pass --trust if you trust it")
+    if foreign or (prefix == "gym" and ":" in name):
+        admit(id if foreign else name, trust)
     if not name:
         raise unknown_id(id)
     return Id(own.KIND, id) if foreign else Id(KINDS[prefix], name)
 
 
-def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, render: bool = False) -> Env:
+def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
     - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:pendulum`,
       `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
-    - `package.module:Class` imports the user's own class and calls it with num_envs and seed, when `trust` is True.
+    - `package.module:Class` imports the user's own class and calls it with num_envs and seed, if `trust` names it.
     - `render` makes `frame()` return pictures of copy 0, for `envpool:` and `gym:`.
 
     Raises UserError, naming the remedy, for an unknown id, a missing package, an untrusted module, or an environment
@@ -58,7 +59,7 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: bool = False, rend
     return kind.make(name, num_envs, seed, render)
 
 
-def check(id: str, *, trust: bool = False) -> None:
+def check(id: str, *, trust: Trust = "") -> None:
     """Refuse an id that `make` would not know, and a missing package, without building a simulator.
 
     Code of the user's own is imported, not called. Raises UserError as `make` does, but for what only building shows.
@@ -67,7 +68,7 @@ def check(id: str, *, trust: bool = False) -> None:
     kind.check(name)
 
 
-def jittable(id: str, *, trust: bool = False) -> bool:
+def jittable(id: str, *, trust: Trust = "") -> bool:
     """Whether the environment is written in JAX. No simulator (`envpool:`, `gym:`, `playground:`) is built to tell.
 
     Code of the user's own is built: nothing else says it. Raises as `make` does.

@@ -13,6 +13,7 @@ from contraflow.agents import classes
 from contraflow.agents.base import Agent
 from contraflow.core.optim import Optim
 from contraflow.core.settings import from_json, to_json
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.envs import jittable
 from contraflow.flow.model import FlowSpec
@@ -34,7 +35,7 @@ BRINGS = ("agent", "pretrained", "source")
 """What a preset brings into a comparison, but for what is shared of its source."""
 
 
-def cell_run(run: Run, env: str, seed: int, data: str, shared: Mapping[str, Any], own: bool, trust: bool) -> Run:
+def cell_run(run: Run, env: str, seed: int, data: str, shared: Mapping[str, Any], own: bool, trust: Trust) -> Run:
     """`run` on `env` with those of the `shared` settings that it, its source and, unless it keeps its `own`, its agent
     have; from `data` where it learns from a dataset. Raises UserError, or ValueError for what does not fit."""
     given = {"env": env, "data": data or getattr(run.source, "data", ""), "seed": seed, "trackers": (), **shared}
@@ -71,7 +72,7 @@ def brings(run: Run, shared: Iterable[str]) -> dict[str, Any]:
     return out
 
 
-def brought(old: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+def brought(old: Mapping[str, Any], trust: Trust) -> dict[str, Any]:
     """What `brings` gave once, as it gives it now: settings of the agent that it did not know have their defaults."""
     return {**old, "agent": to_json(from_json(old["agent"], Agent, trust, "matrix.json", classes()))}
 
@@ -85,7 +86,7 @@ def cost(agent: Any) -> dict[str, int] | None:
 
 
 @cache
-def in_jax(env: str, trust: bool) -> bool:
+def in_jax(env: str, trust: Trust) -> bool:
     """Whether an environment is written in JAX; not, if asking fails, whatever the user's own code raises: its cells
     will fail, each with the reason."""
     try:
@@ -119,7 +120,7 @@ def gradient_steps(run: Mapping[str, Any], step: float) -> float | None:
         return None
 
 
-def final_evaluations(folder: Path, episodes: int, seed: int, trust: bool) -> list[dict[str, Any]]:
+def final_evaluations(folder: Path, episodes: int, seed: int, trust: Trust) -> list[dict[str, Any]]:
     """Returns of the last policy by each of its rules, of the best policy, and of uniformly random actions."""
     last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
     rows: list[tuple[str, str, Any]] = [("last", rule, policy) for rule, policy in variants(last).items()]

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from contraflow.core.files import read_json, replacing, write_json
 from contraflow.core.settings import SCHEMA, check_schema, from_json, import_path, main_name, to_json
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
 
 ROOT = "contraflow."
@@ -33,10 +34,10 @@ def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
     write_json(folder / "config.json", config)
 
 
-def load_policy(folder: Path, trust: bool = False) -> tuple[Any, EnvSpec, str]:
+def load_policy(folder: Path, trust: Trust = "") -> tuple[Any, EnvSpec, str]:
     """(policy, spec, env id) of a saved policy.
 
-    Raises UserError naming what is missing or does not fit; `trust` imports classes from outside the library.
+    Raises UserError naming what is missing or does not fit; `trust` names modules outside the library.
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -90,7 +91,7 @@ def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     return {"array": path, "shape": list(np.shape(value))}
 
 
-def _build(data: Any, arrays: dict[str, np.ndarray], trust: bool) -> Any:
+def _build(data: Any, arrays: dict[str, np.ndarray], trust: Trust) -> Any:
     """What `_describe` wrote; the arrays that are used are taken out of `arrays`."""
     if data is None:
         return None
@@ -135,7 +136,7 @@ def _kind(cls: type) -> str:
     return f"{module.removeprefix(ROOT)}:{cls.__qualname__}"
 
 
-def _class(kind: Any, trust: bool) -> type:
+def _class(kind: Any, trust: Trust) -> type:
     module, colon, name = kind.partition(":") if isinstance(kind, str) else ("", "", "")
     if not colon:
         raise _Unfit(f"names no class for a part ({kind!r})")

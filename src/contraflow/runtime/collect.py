@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.core.bounds import action_range, check_fit
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.envs import make
@@ -42,7 +43,7 @@ def record(
     *,
     behaviour: Behaviour = Behaviour(),
     seed: int = 0,
-    trust: bool = False,
+    trust: Trust = "",
     max_steps: int = 100_000,
 ) -> Dataset:
     """Whole episodes in the policy's environment or `env`, with the actions that the environment got.

@@ -9,6 +9,7 @@ import numpy as np
 
 from contraflow.core.flatten import ordered_leaves
 from contraflow.core.observation import misfit, shown
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy import base
 from contraflow.policy.artifact import load_policy, policy_folder
@@ -75,9 +76,9 @@ def _array(x: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind in "biuf" and array.dtype != np.uint8 else array
 
 
-def load(path: str | Path, seed: int = 0, trust: bool = False) -> Policy:
+def load(path: str | Path, seed: int = 0, trust: Trust = "") -> Policy:
     """The policy in a run folder or a policy folder. Raises UserError if there is none or it is damaged.
 
-    `trust` allows parts of the policy that are code outside the library to be imported.
+    `trust` names modules outside the library that may be imported for parts of the policy, separated by commas.
     """
     return Policy(*load_policy(policy_folder(Path(path)), trust), seed=seed)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from contraflow.core.bounds import check_fit
+from contraflow.core.trust import Trust
 from contraflow.envs import make
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
@@ -20,7 +21,7 @@ def variants(policy: Policy) -> dict[str, base.Policy]:
 
 @contextmanager
 def environment(
-    policy: Policy, id: str, num_envs: int, seed: int, trust: bool = False, render: bool = False
+    policy: Policy, id: str, num_envs: int, seed: int, trust: Trust = "", render: bool = False
 ) -> Iterator[Env]:
     """The environment `id` for the policy, closed afterwards. Raises UserError where they do not fit."""
     env = chunked(make(id, num_envs, seed, trust=trust, render=render), policy.spec.horizon, policy.spec.execute)

@@ -15,6 +15,7 @@ import tyro
 
 from contraflow.core.files import make_folder
 from contraflow.core.settings import suggest
+from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.flow.path import VE
 from contraflow.flow.solver import Drift, Euler
@@ -30,7 +31,7 @@ class Settings:
     """Train one flow per method and seed, all with the same number of density calls, and compare their samples."""
 
     target: tyro.conf.Positional[str]
-    """two-moons, eight-gaussians, forty, many-well-32; or your module:function (x [2] -> log density) with --trust."""
+    """two-moons, eight-gaussians, forty, many-well-32; or your own module:function (x [2] -> log density)."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(METHODS)}}} ...")] = ("rfm", "qne", "idem")
     samples: int = 128
     """K: density calls per query point."""
@@ -53,8 +54,8 @@ class Settings:
     """Half the side of a square around 0 that holds the target; also the noise that idem-ve starts from."""
     out: Path | None = None
     """Folder for samples.png and results.json; default runs/sample-TARGET."""
-    trust: bool = False
-    """Import the target's module."""
+    trust: Trust = ""
+    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
     progress: bool = True
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from contraflow.core.settings import import_path, suggest
+from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.flow.path import AbstractPath, Scalar, Vector
 from contraflow.flow.targets import GaussianMixture, LogDensity, eight_gaussians, forty_gaussians, two_moons
@@ -89,8 +90,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def find_target(name: str, box: float, trust: bool = False) -> Target:
-    """A named target, or the user's function `module:function` (x [2] -> log density []), which needs `trust`.
+def find_target(name: str, box: float, trust: Trust = "") -> Target:
+    """A named target, or the user's `module:function` (x [2] -> log density []), if `trust` names the module.
 
     Raises UserError for an unknown name and for a function that is no log density on the box [-box, box]^2.
     """
@@ -100,7 +101,9 @@ def find_target(name: str, box: float, trust: bool = False) -> Target:
             raise UserError(f"{name} is not a function x [2] -> log density")
         return from_function(name, cast(LogDensity, log_density), box)
     if name not in TARGETS:
-        raise UserError(f"unknown target {name!r}; {suggest(name, TARGETS)} Your own: module:function with --trust")
+        raise UserError(
+            f"unknown target {name!r}; {suggest(name, TARGETS)} Your own: module:function with --trust module"
+        )
     return TARGETS[name]()
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from contraflow.core import bounds
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy.artifact import load_policy, policy_folder
 from contraflow.policy.base import Policy
 
 
-def load(run: Any, trust: bool) -> tuple[Policy, EnvSpec] | None:
+def load(run: Any, trust: Trust) -> tuple[Policy, EnvSpec] | None:
     """The policy that `run` starts from, and its sizes; None where it starts from scratch."""
     if not run.pretrained:
         return None
@@ -18,7 +19,7 @@ def load(run: Any, trust: bool) -> tuple[Policy, EnvSpec] | None:
     return policy, spec
 
 
-def settle(run: Any, trust: bool) -> Any:
+def settle(run: Any, trust: Trust) -> Any:
     """The run with the flow and the chunks of its pretrained policy in place of its own; itself without one.
 
     Raises UserError for a policy that has no flow, and for an agent that starts from none.
@@ -38,7 +39,7 @@ def settle(run: Any, trust: bool) -> Any:
         raise UserError(f"{run.pretrained} does not suit {type(run.agent).__name__}: {error}") from None
 
 
-def check_fit(run: Any, spec: EnvSpec, trust: bool) -> None:
+def check_fit(run: Any, spec: EnvSpec, trust: Trust) -> None:
     """Raise UserError if the policy was made for other sizes, or another range of actions, than `spec`."""
     found = load(run, trust)
     if found is None:

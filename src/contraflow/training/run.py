@@ -22,6 +22,7 @@ from contraflow.agents.online.rfm import RFM
 from contraflow.core import settings
 from contraflow.core.files import full_disk_named, locked, make_folder, read_json, write_json
 from contraflow.core.interrupt import noted
+from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.training import checkpoint, pretrained
 from contraflow.training.console import Progress
@@ -79,7 +80,7 @@ class Run:
         """Steps that will be taken: whole iterations."""
         return self.source.total(self.steps)
 
-    def resolve(self, trust: bool) -> "Run":
+    def resolve(self, trust: Trust) -> "Run":
         """The run as it will be written down: with what comes from the data and the pretrained policy, and with numbers
         for what depends on the budget."""
         run = pretrained.settle(self, trust)
@@ -102,13 +103,13 @@ class Result:
 Outcomes = dict[int, Result | UserError]
 
 
-def train(run: Run, out: str | Path, *, trust: bool = False, quiet: bool = False) -> Result:
+def train(run: Run, out: str | Path, *, trust: Trust = "", quiet: bool = False) -> Result:
     """Train from the start in the new folder `out`. Raises UserError if `out` already holds something."""
     return _one(_start([run.resolve(trust)], Path(out), [Path(out)], trust, quiet))
 
 
 def train_seeds(
-    run: Run, seeds: Sequence[int], out: str | Path, *, trust: bool = False, quiet: bool = False
+    run: Run, seeds: Sequence[int], out: str | Path, *, trust: Trust = "", quiet: bool = False
 ) -> list[Result]:
     """Train `run` with each of `seeds` (its own is not used), in `out`/seedN of the new folder `out`; results in order.
 
@@ -123,7 +124,7 @@ def train_seeds(
     return _sound(_start(runs, folder, [folder / f"seed{seed}" for seed in seeds], trust, quiet))
 
 
-def resume(out: str | Path, *, steps: int | None = None, trust: bool = False, quiet: bool = False) -> Result:
+def resume(out: str | Path, *, steps: int | None = None, trust: Trust = "", quiet: bool = False) -> Result:
     """Continue the run in `out` from its newest checkpoint, or from the start if it has none; `steps` extends it.
 
     Bitwise the uninterrupted run for jittable environments; host simulators start new episodes.
@@ -131,9 +132,7 @@ def resume(out: str | Path, *, steps: int | None = None, trust: bool = False, qu
     return _one(_continue([Path(out)], Path(out), steps, trust, quiet))
 
 
-def resume_seeds(
-    out: str | Path, *, steps: int | None = None, trust: bool = False, quiet: bool = False
-) -> list[Result]:
+def resume_seeds(out: str | Path, *, steps: int | None = None, trust: Trust = "", quiet: bool = False) -> list[Result]:
     """Continue the seeds in `out`; those of one program from the newest checkpoint that all have. `steps` extends them.
 
     Raises UserError if they no longer agree, for one that went on alone: then each can be continued alone.
@@ -141,7 +140,7 @@ def resume_seeds(
     return _sound(_continue(seed_folders(Path(out)), Path(out), steps, trust, quiet))
 
 
-def resume_together(folders: Sequence[Path], *, trust: bool = False) -> Outcomes:
+def resume_together(folders: Sequence[Path], *, trust: Trust = "") -> Outcomes:
     """Continue the runs in `folders`, wherever they lie, as `resume_seeds` does; by seed, results or why one failed."""
     return _continue(folders, folders[0], None, trust, quiet=True)
 
@@ -184,7 +183,7 @@ def check_run(path: Path) -> Path:
     return file
 
 
-def read_config(path: Path, trust: bool = False) -> Run:
+def read_config(path: Path, trust: Trust = "") -> Run:
     """The Run of a run folder or of a config.json file. Raises UserError if it is not one of ours."""
     file = check_run(path)
     data = read_json(file)
@@ -208,7 +207,7 @@ def check_new(folder: Path) -> None:
 # driving
 
 
-def _start(runs: list[Run], out: Path, folders: list[Path], trust: bool, quiet: bool) -> Outcomes:
+def _start(runs: list[Run], out: Path, folders: list[Path], trust: Trust, quiet: bool) -> Outcomes:
     check_new(out)
     check_trackers(runs[0].trackers)
     for run in runs:
@@ -234,7 +233,7 @@ class _Untrained(UserError):
     """It ended before anything was learned: the folder is of no use."""
 
 
-def _continue(folders: Sequence[Path], out: Path, steps: int | None, trust: bool, quiet: bool) -> Outcomes:
+def _continue(folders: Sequence[Path], out: Path, steps: int | None, trust: Trust, quiet: bool) -> Outcomes:
     """`out` is what messages tell the user to continue."""
     runs = [read_config(folder, trust) for folder in folders]
     if any(replace(one, seed=0) != replace(runs[0], seed=0) for one in runs):
@@ -271,7 +270,7 @@ def _alone(folders: Sequence[Path]) -> str:
     return f"continue each alone: `contraflow resume {folders[0]}`"
 
 
-def _opened(run: Run, trust: bool) -> Opened:
+def _opened(run: Run, trust: Trust) -> Opened:
     opened = run.source.open(run, trust)
     try:
         pretrained.check_fit(run, opened.world.spec, trust)
@@ -292,7 +291,7 @@ def _train(
     out: Path,
     opened: Opened,
     restored: Sequence[int | None],
-    trust: bool,
+    trust: Trust,
     quiet: bool,
 ) -> Outcomes:
     """All seeds in one program, or one after the other, each in environments of its own."""
@@ -343,7 +342,7 @@ def about(run: Run, opened: Opened) -> dict[str, Any]:
     return {"settings": whole, "data": opened.digest}
 
 
-def first_carry(run: Run, folder: Path, opened: Opened, key: PRNGKey, step: int | None, trust: bool = False) -> Carry:
+def first_carry(run: Run, folder: Path, opened: Opened, key: PRNGKey, step: int | None, trust: Trust = "") -> Carry:
     """The first carry, or the one of checkpoint `step`."""
     k_init, k_env = jr.split(key)
     env, spec = opened.world.env, opened.world.spec
@@ -372,7 +371,7 @@ def _drive(
     out: Path,
     opened: Opened,
     restored: int | None,
-    trust: bool,
+    trust: Trust,
     quiet: bool,
 ) -> Outcomes:
     """Train these seeds in step. One that fails is left out from there on; the others are finished."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from contraflow.core.files import make_folder, read_json, write_json
 from contraflow.core.settings import SCHEMA, check_schema, from_json, to_json, version
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.rl.critics import Critics
@@ -88,7 +89,7 @@ class Matrix:
     seeds: int = 5
     own: frozenset[str] = frozenset()
     data: Mapping[str, str] = field(default_factory=dict)
-    trust: bool = False
+    trust: Trust = ""
 
     def cells(self) -> list[Cell]:
         """All of them, seed by seed, so that a matrix broken off early still compares all agents on all environments.
@@ -176,7 +177,7 @@ def state(folder: Path) -> State:
     return "started" if (folder / "config.json").exists() else "new"
 
 
-def prepare(cell: Cell, trust: bool = False) -> State:
+def prepare(cell: Cell, trust: Trust = "") -> State:
     """Make the folder of a cell ready for a worker; its state. Raises UserError when it is not this cell's."""
     folder, now = cell.folder, state(cell.folder)
     if (folder / "config.json").exists():

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from contraflow.core.files import locked, write_json
 from contraflow.core.settings import SCHEMA
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.experiments.compare import matrix
@@ -26,7 +27,7 @@ from contraflow.experiments.compare.matrix import FAILED, LOG, Cell, failure, st
 from contraflow.training import checkpoint
 
 WAIT = 0.2  # seconds between two looks at the workers
-WORKER = (sys.executable, "-m", "contraflow.experiments.compare.worker")
+WORKER = (sys.executable, "-P", "-m", "contraflow.experiments.compare.worker")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 RETRIES = 3  # by Ray, of a cell whose worker was killed, whose node died; one that failed would fail again
 LOOK = 1.0  # seconds between two looks at the tasks and their folders, which may be far away
@@ -58,7 +59,7 @@ class Runner(Protocol):
 
     def __exit__(self, *error: Any) -> None: ...
 
-    def start(self, group: Group, episodes: int, trust: bool) -> Any:
+    def start(self, group: Group, episodes: int, trust: Trust) -> Any:
         """A handle on a worker for the cells."""
 
     def ended(self, running: Running) -> list[Any]:
@@ -74,7 +75,7 @@ class Runner(Protocol):
 
 
 def run_cells(
-    cells: Sequence[Cell], out: Path, runner: Runner, episodes: int, trust: bool = False, quiet: bool = False,
+    cells: Sequence[Cell], out: Path, runner: Runner, episodes: int, trust: Trust = "", quiet: bool = False,
     together: bool = False,
 ) -> Outcome:  # fmt: skip
     """Train and evaluate all cells that are not done, in order; cells that failed before are tried again.
@@ -126,7 +127,7 @@ def _stop(runner: Runner, running: Running) -> None:
             continue
 
 
-def grouped(cells: Sequence[Cell], trust: bool) -> list[Group]:
+def grouped(cells: Sequence[Cell], trust: Trust) -> list[Group]:
     """The cells in groups that one program can train: one agent on one environment written in JAX, at the same step.
 
     Seeds that have parted, and cells of other environments, are groups of their own.
@@ -150,7 +151,7 @@ class Local:
 
     def __exit__(self, *error: Any) -> None: ...
 
-    def start(self, group: Group, episodes: int, trust: bool) -> subprocess.Popen[bytes]:
+    def start(self, group: Group, episodes: int, trust: Trust) -> subprocess.Popen[bytes]:
         return start([cell.folder for cell in group], episodes, trust, self.limit > 1)
 
     def ended(self, running: Running) -> list[subprocess.Popen[bytes]]:
@@ -169,11 +170,11 @@ class Local:
 
 
 def start(
-    folders: Sequence[Path], episodes: int, trust: bool, one_thread: bool, cwd: Path | None = None
+    folders: Sequence[Path], episodes: int, trust: Trust, one_thread: bool, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
     """A worker for the cells in `folders`. Its standard input ends with this process, and a session of its own keeps
     Ctrl-C from it: both are ours to pass on."""
-    command = [*WORKER, *(str(folder.absolute()) for folder in folders), str(episodes), *["--trust"] * trust]
+    command = [*WORKER, *(str(folder.absolute()) for folder in folders), str(episodes), trust]
     environ = dict(os.environ)
     if one_thread:
         # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.
@@ -241,7 +242,7 @@ class OnRay:
     def __exit__(self, *error: Any) -> None:
         self._ray.shutdown()
 
-    def start(self, group: Group, episodes: int, trust: bool) -> Any:
+    def start(self, group: Group, episodes: int, trust: Trust) -> Any:
         (cell,) = group
         return self._task.options(name=str(cell)).remote(cell.folder.absolute(), Path.cwd(), episodes, trust)
 
@@ -262,7 +263,7 @@ class OnRay:
             self._ray.cancel(task, force=force)
 
 
-def attempt(folder: Path, cwd: Path, episodes: int, trust: bool) -> str | None:
+def attempt(folder: Path, cwd: Path, episodes: int, trust: Trust) -> str | None:
     """A task of Ray: a worker in `folder`, started in `cwd`. Why the cell failed; None when it is done.
 
     The lock of the cell lets one worker in at a time: when Ray gives a node up and tries the cell elsewhere while the

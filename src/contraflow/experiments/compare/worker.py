@@ -1,4 +1,4 @@
-"""One cell, or several at once, in a process: `python -m ...compare.worker FOLDER... EPISODES [--trust]`.
+"""One cell, or several at once, in a process: `python -m ...compare.worker FOLDER... EPISODES TRUSTED`.
 
 The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
 the reason. Runs in several folders, which differ in their seeds only, are trained by one program. The process saves and
@@ -22,6 +22,7 @@ import jax
 
 from contraflow.core.files import write_json
 from contraflow.core.settings import SCHEMA
+from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.experiments.bridge import final_evaluations
 from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK
@@ -35,7 +36,7 @@ PACKAGES = (
 DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 
-def work(folders: Sequence[Path], episodes: int, trust: bool) -> int:
+def work(folders: Sequence[Path], episodes: int, trust: Trust) -> int:
     """Train, evaluate, and say how it ended: 0 all done, 1 one failed, 130 stopped and saved."""
     with ExitStack() as stack:
         for folder in folders:
@@ -47,7 +48,7 @@ def work(folders: Sequence[Path], episodes: int, trust: bool) -> int:
         return max((_finish(folder, outcome, episodes, trust) for folder, outcome in outcomes), default=DONE)
 
 
-def _train(folders: list[Path], trust: bool) -> list[Result | Exception]:
+def _train(folders: list[Path], trust: Trust) -> list[Result | Exception]:
     """For each folder the result of its training, or why it failed."""
     try:
         return list(resume_together(folders, trust=trust).values()) if folders else []
@@ -56,7 +57,7 @@ def _train(folders: list[Path], trust: bool) -> list[Result | Exception]:
         return [error] * len(folders)
 
 
-def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: bool) -> int:
+def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: Trust) -> int:
     """Evaluate what was trained; final.json, or failed.json with the reason."""
     if isinstance(outcome, Result):
         if outcome.interrupted:
@@ -122,8 +123,8 @@ def _stop_with_parent() -> None:
 
 def main(args: list[str]) -> int:
     _stop_with_parent()
-    *folders, episodes = (arg for arg in args if arg != "--trust")
-    return work([Path(folder) for folder in folders], int(episodes), "--trust" in args)
+    *folders, episodes, trust = args
+    return work([Path(folder) for folder in folders], int(episodes), trust)
 
 
 if __name__ == "__main__":

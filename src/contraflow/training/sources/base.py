@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.replay import Buffer
@@ -44,12 +45,12 @@ class Opened:
                 close(env)
 
 
-def environment(source: Any, num_envs: int, seed: int, trust: bool, gamma: float = 1.0) -> Env:
+def environment(source: Any, num_envs: int, seed: int, trust: Trust, gamma: float = 1.0) -> Env:
     """The environment of a source, with chunks of actions where it has any; `gamma` discounts within a chunk."""
     return chunked(make(source.env, num_envs, seed, trust=trust), source.horizon, source.execute, gamma)
 
 
-def environments(source: Any, run: Any, trust: bool, gamma: float = 1.0) -> tuple[Env, Env]:
+def environments(source: Any, run: Any, trust: Trust, gamma: float = 1.0) -> tuple[Env, Env]:
     """That of training and that of evaluations."""
     env = environment(source, source.num_envs, run.seed, trust, gamma)
     with closed_on_error(env):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey
 from contraflow.data.datasets import dataset as datasets
 from contraflow.data.datasets.readers import load
@@ -89,7 +90,7 @@ class Dataset:
     def resolved(self, steps: int) -> "Dataset":
         return self
 
-    def open(self, run: Any, trust: bool) -> Opened:
+    def open(self, run: Any, trust: Trust) -> Opened:
         """The rows on the device, and the environment of evaluations if one is known."""
         data = read(self)
         evaluation = None

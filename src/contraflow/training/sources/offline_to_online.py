@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
@@ -80,7 +81,7 @@ class OfflineToOnline:
     def resolved(self, steps: int) -> "OfflineToOnline":
         return self
 
-    def open(self, run: Any, trust: bool) -> Opened:
+    def open(self, run: Any, trust: Trust) -> Opened:
         """Both parts. Raises UserError where the data do not fit the environment."""
         data = dataset.read(self)
         need(self.env, "--env, where the data name none", "the environment to go on in")

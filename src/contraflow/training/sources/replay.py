@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
 from contraflow.data.samplers import Mixed, NStep, Sampler, Uniform
 from contraflow.training.loop import Carry, Learner, World, shown, step
@@ -129,7 +130,7 @@ class Replay:
         """With numbers in place of what depends on the budget."""
         return replace(self, collect=max(1, min(5_000, steps // 20))) if self.collect is None else self
 
-    def open(self, run: Any, trust: bool) -> Opened:
+    def open(self, run: Any, trust: Trust) -> Opened:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         return Opened(World(env.spec, env), evaluation)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey, Rollout, Step
 from contraflow.training.loop import Carry, Learner, World, shown, step
 from contraflow.training.sources.base import Opened, check_chunk, check_counts, environments, first_learner, iterations
@@ -113,7 +114,7 @@ class Rollouts:
     def resolved(self, steps: int) -> "Rollouts":
         return self
 
-    def open(self, run: Any, trust: bool) -> Opened:
+    def open(self, run: Any, trust: Trust) -> Opened:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust)
         return Opened(World(env.spec, env), evaluation)
