@@ -1,23 +1,27 @@
 """What is learned of targets whose best actions have several modes, from three starts, against exact answers.
 
-    python benchmarks/modes.py run --methods rfm sac --targets two-modes/6     # docs/data/modes.csv, a row for each run
+    python benchmarks/modes.py run --methods rfm sac --targets two-modes/6     # docs/data/modes.csv, rows are added
+    python benchmarks/modes.py temperature                                      # docs/data/modes_temperature.csv
     python benchmarks/modes.py time                                             # docs/data/modes_time.csv
-    python benchmarks/modes.py table                                            # the tables of docs/modes.md
 
-The critic is fixed: Q / lambda is a log-density over actions in [-1, 1]^d whose modes, shares and widths are known. Each
-method takes 3000 of its own updates (batch 256, network 2 x 64, learning rate 1e-3, temperature 1 where it has one) from
-a fresh policy, from one cloned from samples of the first mode alone ("lacking"), and from one cloned from the right modes in
-wrong shares, of which the second is .05 ("wrong"). Then 4000 actions of the policy are drawn, without a choice among
-particles: as it is ("last"), and of its weights averaged over the last thousand updates ("mean").
+The critic is fixed: Q / lambda is a log-density over actions in [-1, 1]^d whose modes, shares and widths are known.
+Each method takes 3000 of its own updates (batch 256, network 2 x 64, learning rate 1e-3, temperature 1 where it has
+one) from a fresh policy, from one cloned from samples of the first mode alone ("lacking"), and from one cloned from
+samples of all modes in wrong shares, .95 and .05 for the rest together ("wrong"). Then 4000 actions of the policy are
+drawn, without a choice among particles: as it is ("last"), and with its weights averaged over the last 1000 updates
+("mean").
+
+`temperature` tunes lambda to an entropy of -.5 per dimension on functions of one coordinate, or their sum over six,
+and compares it with the lambda at which exp(Q / lambda) has that entropy. `time` is that of one update, beside `rfm`
+without jumps.
 """
 
 import math
 import time as clock
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -37,7 +41,6 @@ from contraflow.flow.matching import matching_error, square
 from contraflow.flow.posterior.control import Fixed
 from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.importance import Reverse
-from contraflow.flow.posterior.jump import ModeJump
 from contraflow.flow.posterior.markov import Markov
 from contraflow.flow.posterior.proposal import Mixture, Noise
 from contraflow.flow.solver import Midpoint
@@ -51,6 +54,9 @@ from contraflow.rl.temperature import Constant
 STARTS = ("fresh", "lacking", "wrong")
 UPDATES, BATCH, LAST, CLONE, DRAWS = 3000, 256, 1000, 2000, 4000
 SWITCH = 2000
+COLUMNS = (
+    "method", "target", "start", "seed", "weights", "off", "along", "across", "share0", "share1", "share2", "share3",
+)  # fmt: skip
 NETWORK = ResidualMLP(64, 2, 16)
 RATE = Optim(1e-3, max_grad_norm=10.0)
 
@@ -296,7 +302,6 @@ class Options:
 def run(options: Options) -> None:
     """Every method on every target from every start; a row is written as it is found, and found rows are kept."""
     done = {(row["method"], row["target"], row["start"], row["seed"]) for row in read(options.out)}
-    columns = ("method", "target", "start", "seed", "weights", "off", "along", "across", "share0", "share1", "share2", "share3")
     for seed in options.seeds:
         for name in options.targets:
             for method in options.methods:
@@ -313,11 +318,20 @@ def run(options: Options) -> None:
                         | TARGETS[name].measure(np.asarray(actions))
                         for weights, actions in zip(("last", "mean"), found, strict=True)
                     ]
-                    write(options.out, [{c: row.get(c, "") for c in columns} for row in rows], columns, "a")
-                    shares = " ".join(f"{rows[1][f'share{i}']:.3f}" for i in range(len(TARGETS[name].shares)))
+                    write(options.out, [{c: row.get(c, "") for c in COLUMNS} for row in rows], COLUMNS, "a")
+                    last, mean = rows
+                    shares = " ".join(f"{mean[f'share{i}']:.3f}" for i in range(len(TARGETS[name].shares)))
+                    widths = f"along {mean['along']:.2f} across {mean['across']:.2f}"
+                    seconds = f"{clock.monotonic() - began:.0f} s"
                     print(
-                        f"{method:14} {name:12} {start:8} shares {shares}  along {rows[1]['along']:.2f}"
-                        f" across {rows[1]['across']:.2f}  (last off {rows[0]['off']:.3f})  {clock.monotonic() - began:.0f} s",
+                        method,
+                        name,
+                        start,
+                        "shares",
+                        shares,
+                        widths,
+                        f"last off {last['off']:.3f}",
+                        seconds,
                         flush=True,
                     )
 

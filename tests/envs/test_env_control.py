@@ -8,8 +8,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from contraflow.envs import control, make
-from contraflow.envs.control import CONTROL, CartpoleSwingup, ControlState, Pendulum
+from contraflow.envs import TASKS, control, make
+from contraflow.envs.control import CartpoleSwingup, Pendulum
+from contraflow.envs.episodes import TaskState
 
 rng = np.random.default_rng
 
@@ -17,7 +18,7 @@ rng = np.random.default_rng
 def at(env, body, age=0):
     """A state with these bodies [N, s]."""
     body = jnp.asarray(body, jnp.float32)
-    return ControlState(body, jnp.full(len(body), age, jnp.int32), jr.key(0))
+    return TaskState(body, jnp.full(len(body), age, jnp.int32), jr.key(0))
 
 
 def episode(env, bodies, actions):
@@ -200,14 +201,14 @@ def test_cartpole_starts_as_dm_control_does(suite):
 # both
 
 
-@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("name", TASKS)
 def test_ends_are_truncations_and_the_last_observation_is_true(name):
     """Copies of different age: each is reset on its own, within the step that ends it."""
     env = make(f"jax:{name}", 4, 0)
     limit = env.spec.episode_length
     state, _ = env.reset(jr.key(0))
-    state = ControlState(state.body, jnp.array([0, limit - 1, limit - 2, limit - 1], jnp.int32), state.key)
-    action = jnp.full((4, 1), 0.7)
+    state = TaskState(state.body, jnp.array([0, limit - 1, limit - 2, limit - 1], jnp.int32), state.key)
+    action = jnp.full((4, env.spec.action_dim), 0.7)
     truth = jax.jit(lambda b: jax.vmap(env.observe)(jax.vmap(env.move)(b, action)[0]))(state.body)
     after, step = jax.jit(env.step)(state, action)
     ended = np.array([False, True, False, True])
@@ -221,7 +222,7 @@ def test_ends_are_truncations_and_the_last_observation_is_true(name):
     np.testing.assert_array_equal(jax.vmap(env.observe)(after.body), step.obs)
 
 
-@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("name", TASKS)
 def test_the_key_is_all_the_randomness(name):
     env = make(f"jax:{name}", 3, 0)
     reset = jax.jit(env.reset)
@@ -231,12 +232,13 @@ def test_the_key_is_all_the_randomness(name):
     assert hash(env) == hash(make(f"jax:{name}", 3, 7)), "equal environments share one compiled program"
 
 
-@pytest.mark.parametrize("name", CONTROL)
+@pytest.mark.parametrize("name", TASKS)
 def test_actions_outside_the_range_are_clipped(name):
     env = make(f"jax:{name}", 2, 0)
     step = jax.jit(env.step)
     body = np.array([env.start(k) for k in jr.split(jr.key(0), 2)])
-    _, beyond = step(at(env, body), jnp.array([[3.0], [-3.0]]))
-    _, limit = step(at(env, body), jnp.array([[1.0], [-1.0]]))
+    sides = jnp.outer(jnp.array([1.0, -1.0]), jnp.ones(env.spec.action_dim))
+    _, beyond = step(at(env, body), 3 * sides)
+    _, limit = step(at(env, body), sides)
     np.testing.assert_array_equal(beyond.next_obs, limit.next_obs)
     np.testing.assert_array_equal(beyond.reward, limit.reward)

@@ -99,8 +99,8 @@ def test_categorical_targets_are_laws_even_at_the_ends():
             p = head.bellman(law, jnp.asarray(reward), jnp.asarray(0.0), jnp.asarray(0.0))
             np.testing.assert_allclose(p.sum(), 1.0, rtol=1e-5)
             assert (p >= 0).all()
-            mean = float(p @ jnp.linspace(0, 1, 21))
-            assert abs(mean - np.clip(reward, 0, 1)) < (0.03 if target == "hl-gauss" else 1e-5)
+            # What a network that matches p returns. Cut off at the ends a normal law of .75 spacings would be .03 off.
+            assert abs(head.mean(jnp.log(jnp.maximum(p, 1e-30))) - np.clip(reward, 0, 1)) < 2e-4
     spread = Categorical(21, 0.0, 1.0, "hl-gauss").bellman(law, jnp.asarray(0.5), jnp.asarray(0.0), jnp.asarray(0.0))
     assert np.sum(np.asarray(spread) > 0.01) >= 3  # smooth: more than two neighbours
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
+from contraflow.agents.online import rfm
 from contraflow.data.replay import Buffer
 from contraflow.data.samplers import NStep
+from contraflow.flow.support import Real
 from contraflow.nets.critic import Mean, Min, SubsetMin
 from contraflow.nets.heads import Categorical, Point, Quantile
 from contraflow.rl import advantage, critics, temperature
@@ -53,6 +55,11 @@ def critics_are_mixed_as_outputs_and_not_as_laws(patch: pytest.MonkeyPatch) -> N
     @wrong(patch, Categorical, "mix")
     def mix(right, self, outs, weights):
         return jax.nn.softmax(weights @ outs)
+
+
+@bug(HEADS + "test_categorical_targets_are_laws_even_at_the_ends")
+def a_normal_law_is_cut_off_at_the_ends(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Categorical, "_beyond", 0.0)
 
 
 @bug(HEADS + "test_bellman_moves_the_mean")
@@ -108,6 +115,21 @@ def too_much_entropy_heats(patch: pytest.MonkeyPatch) -> None:
 @bug(TEMPERATURE + "test_entropy_told_by_neighbours")
 def entropy_as_if_actions_were_gaussian(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(temperature, "nearest_entropy", temperature.gaussian_entropy)
+
+
+@bug(TEMPERATURE + "test_the_temperature_at_which_the_estimated_entropy_is_the_one_asked_for")
+def the_entropy_is_estimated_from_four_particles(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, temperature, "nearest_entropy")
+    def nearest_entropy(right, actions):
+        return right(actions[:4])
+
+
+@bug(TEMPERATURE + "test_the_entropy_that_is_tuned_is_that_of_the_policy")
+def the_entropy_is_that_of_latents(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, rfm.RFM, "_entropy")
+    def _entropy(right, self, state, obs, key):
+        latent = replace(state, actor=replace(state.actor, spec=replace(state.actor.spec, support=Real())))
+        return right(self, latent, obs, key)
 
 
 @bug(REPLAY + "test_several_steps_join_rows_of_one_episode")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 from contraflow.agents.online.pmd import PMD
-from contraflow.agents.online.rfm import RFM, SMALL, Choice, PosteriorTarget
+from contraflow.agents.online.rfm import DRAWS, RFM, SMALL, Choice, PosteriorTarget
 from contraflow.core.optim import Optim
 from contraflow.core.types import Batch, EnvSpec
 from contraflow.flow.posterior.control import Fixed
@@ -21,8 +22,9 @@ from contraflow.flow.solver import Euler
 from contraflow.flow.support import Box
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.best_of import First
+from contraflow.policy.flow import FlowPolicy
 from contraflow.rl.critics import Critics
-from contraflow.rl.temperature import Constant, Tuned, gaussian_entropy, nearest_entropy
+from contraflow.rl.temperature import Tuned, gaussian_entropy, nearest_entropy
 
 
 @pytest.mark.parametrize("n", [4, 8, 32])
@@ -52,6 +54,46 @@ def test_entropy_told_by_neighbours(n: int):
     assert np.isfinite(nearest_entropy(jnp.ones((n, 2))))
 
 
+BUMP = lambda a: np.logaddexp(-0.5 * ((a - 0.5) / 0.08) ** 2, -0.5 * ((a + 0.5) / 0.08) ** 2)
+VALUES = {
+    "a": lambda a: a,
+    "|a|": np.abs,
+    "-a^2": lambda a: -(a**2),
+    "-(|a| - .5)^2": lambda a: -((np.abs(a) - 0.5) ** 2),
+    "cos 6a": lambda a: np.cos(6 * a),
+    "two narrow modes": BUMP,
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_temperature_at_which_the_estimated_entropy_is_the_one_asked_for(name: str):
+    """Within .85 and 1.2 of that at which exp(Q / lambda) has an entropy of -.5, by as many draws as RFM takes."""
+    a = np.linspace(-1, 1, 20_001)
+    u = np.random.default_rng(0).uniform(size=(4000, DRAWS, 1))
+
+    def entropies(log_lam):
+        """(by quadrature, estimated from draws)."""
+        q = VALUES[name](a) / np.exp(log_lam)
+        p = np.exp(q - q.max())
+        p /= p.sum()
+        drawn = np.interp(u, np.cumsum(p), a)
+        exact = -np.sum(p * np.log(np.maximum(p, 1e-300))) + np.log(a[1] - a[0])
+        return exact, float(jax.jit(jax.vmap(nearest_entropy))(drawn).mean())
+
+    exact, found = (brentq(lambda x, i=i: entropies(x)[i] + 0.5, -7, 2, xtol=0.01) for i in (0, 1))
+    assert 0.85 < np.exp(found - exact) < 1.2
+
+
+def test_the_entropy_that_is_tuned_is_that_of_the_policy():
+    """The mean over 300 calls, each of few rows, is that of many actions at as many observations."""
+    agent = RFM(flow=replace(SMALL, network=ResidualMLP(16, 1, 4)))
+    state = agent.init(jr.key(0), EnvSpec(3, 2, 1, 10, True))
+    obs = jr.normal(jr.key(1), (300, 3))
+    calls = jax.jit(jax.vmap(lambda o, key: agent._entropy(state, o[None], key)))(obs, jr.split(jr.key(2), 300))
+    actions = jax.vmap(lambda o, key: FlowPolicy(state.actor).particles(o, key, 500))(obs, jr.split(jr.key(3), 300))
+    np.testing.assert_allclose(calls.mean(), jax.vmap(nearest_entropy)(actions).mean(), atol=0.05)
+
+
 def test_too_much_entropy_cools():
     tuned = Tuned(entropy=-0.5, start=0.1, rate=0.01, low=0.05, high=0.2)
     lam, after = tuned.first(), lambda entropy: tuned.following(tuned.first(), jnp.asarray(3), jnp.asarray(entropy))
@@ -65,8 +107,6 @@ def test_too_much_entropy_cools():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="low <= start"):
         Tuned(start=20.0)
-    with pytest.raises(ValueError, match="at least 4 particles"):
-        RFM(choose=Choice(backup=First()))
     with pytest.raises(ValueError, match="entropy of weights is positive"):
         Tuned(-0.5, of="weights")
     with pytest.raises(ValueError, match="Local has no weights"):
@@ -74,7 +114,6 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="of='weights'"):
         PMD(temperature=Tuned())
     assert RFM().temperature == Tuned(entropy=-0.5)
-    assert RFM(temperature=Constant(0.02), choose=Choice(backup=First())).choose.backup.particles == 1
 
 
 @pytest.mark.parametrize("size", [3.0, 10.0])

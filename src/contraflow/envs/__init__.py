@@ -8,14 +8,21 @@ from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
 from contraflow.core.types import UserError
-from contraflow.envs import bandit, control, envpool, gymnasium, own, playground, probe
+from contraflow.envs import bandit, envpool, episodes, gymnasium, own, playground, probe
 from contraflow.envs.base import Env, Kind, check_num_envs, close, notes, unknown_id
+from contraflow.envs.control import CartpoleSwingup, Pendulum
+from contraflow.envs.ways import MultiGoal, TwoWayArm
 
+TASKS = {
+    "pendulum": (Pendulum, 1.2), "cartpole-swingup": (CartpoleSwingup, 2.0),
+    "multi-goal": (MultiGoal, 1.4), "two-way-arm": (TwoWayArm, 1.1),
+}  # fmt: skip
+"""Tasks in JAX, and half the side, in metres, of what a picture of each shows."""
 KINDS: dict[str, Kind] = {
     "envpool": envpool.KIND,
     "gym": gymnasium.KIND,
     "playground": playground.KIND,
-    "jax": control.KIND,
+    "jax": episodes.kind("jax", TASKS),
     "probe": probe.KIND,
     "bandit": bandit.KIND,
 }
@@ -44,10 +51,10 @@ def parse(id: str, trust: Trust = "") -> Id:
 def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
-    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:pendulum`,
+    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:multi-goal`,
       `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
     - `package.module:Class` imports the user's own class and calls it with num_envs and seed, if `trust` names it.
-    - `render` makes `frame()` return pictures of copy 0, for `envpool:` and `gym:`.
+    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:` and `jax:`.
 
     Raises UserError, naming the remedy, for an unknown id, a missing package, an untrusted module, or an environment
     that does not fit.
@@ -55,7 +62,7 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render
     kind, name = parse(id, trust)
     check_num_envs(id, num_envs)
     if render and not kind.renders:
-        raise UserError(f"environment {id} cannot be rendered; leave out the video, or use envpool: or gym:")
+        raise UserError(f"environment {id} cannot be rendered; leave out the video, or use envpool:, gym: or jax:")
     return kind.make(name, num_envs, seed, render)
 
 

@@ -5,24 +5,15 @@ Both end by their time limit only: every end is a truncation. All randomness com
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step
-from contraflow.envs.base import from_table
-
-
-class ControlState(eqx.Module):
-    """What a task carries between steps; the key draws the states in which coming episodes start."""
-
-    body: Float[Array, "N s"]
-    age: Int[Array, " N"]  # steps since the episode began
-    key: PRNGKey
+from contraflow.envs import episodes
+from contraflow.envs.episodes import BLACK, BLUE, GREY, Disc, Path, Shape, TaskState
 
 
 @dataclass(frozen=True)
@@ -57,11 +48,17 @@ class Pendulum:
         speed = jnp.clip(speed + 0.05 * (15.0 * jnp.sin(angle) + 3.0 * torque), -8.0, 8.0)
         return jnp.stack([_wrap(angle + 0.05 * speed), speed]), reward
 
-    def reset(self, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
-        return _reset(self, key)
+    def reset(self, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
+        return episodes.reset(self, key)
 
-    def step(self, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
-        return _step(self, state, action)
+    def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
+        return episodes.step(self, state, action)
+
+    def sketch(self, body: np.ndarray) -> list[Shape]:
+        """The rod, in metres."""
+        angle = float(body[0])
+        tip = (math.sin(angle), math.cos(angle))
+        return [Disc((0.0, 0.0), 0.06, GREY), Path(((0.0, 0.0), tip), BLUE)]
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,18 @@ class CartpoleSwingup:
         body = jnp.stack([x, _wrap(angle), dx, dangle])
         return body, cartpole_reward(body, action)
 
-    def reset(self, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
-        return _reset(self, key)
+    def reset(self, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
+        return episodes.reset(self, key)
 
-    def step(self, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
-        return _step(self, state, action)
+    def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
+        return episodes.step(self, state, action)
+
+    def sketch(self, body: np.ndarray) -> list[Shape]:
+        """Rail, cart and pole, in metres."""
+        x, angle = float(body[0]), float(body[1])
+        tip = (x + 2 * CENTRE * math.sin(angle), 2 * CENTRE * math.cos(angle))
+        cart = ((x - 0.15, 0.0), (x + 0.15, 0.0))
+        return [Path(((-RAIL, 0.0), (RAIL, 0.0)), GREY), Path(cart, BLACK), Path(((x, 0.0), tip), BLUE)]
 
 
 # dm_control's cartpole.xml, in kg, m, s.
@@ -176,28 +180,3 @@ def cartpole_reward(body: Float[Array, " s"], action: Float[Array, " a"]) -> Flo
 def _wrap(angle: Float[Array, ""]) -> Float[Array, ""]:
     """The same angle in [-pi, pi): float32 keeps its precision however often the pole turns."""
     return jnp.mod(angle + math.pi, 2 * math.pi) - math.pi
-
-
-def _reset(env: Any, key: PRNGKey) -> tuple[ControlState, Float[Array, "N o"]]:
-    """Start N episodes; the key is all the randomness there is."""
-    k_now, k_later = jr.split(key)
-    body = jax.vmap(env.start)(jr.split(k_now, env.num_envs))
-    return ControlState(body, jnp.zeros(env.num_envs, jnp.int32), k_later), jax.vmap(env.observe)(body)
-
-
-def _step(env: Any, state: ControlState, action: Float[Array, "N a"]) -> tuple[ControlState, Step]:
-    """Advance all copies by actions clipped to [-1, 1]; a truncated one starts anew within the step."""
-    moved, reward = jax.vmap(env.move)(state.body, jnp.clip(action, -1.0, 1.0))
-    age = state.age + 1
-    truncated = age >= env.spec.episode_length
-    k_now, k_later = jr.split(state.key)
-    fresh = jax.vmap(env.start)(jr.split(k_now, env.num_envs))
-    body = jnp.where(truncated[:, None], fresh, moved)
-    observe = jax.vmap(env.observe)
-    valid = jnp.ones(env.num_envs, dtype=bool)
-    step = Step(observe(body), observe(moved), reward, ~valid, truncated, valid)
-    return ControlState(body, jnp.where(truncated, 0, age), k_later), step
-
-
-CONTROL = {"pendulum": Pendulum, "cartpole-swingup": CartpoleSwingup}
-KIND = from_table("jax", CONTROL)

@@ -84,12 +84,13 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Categorical:
-    """Probabilities of `outputs` returns, evenly spaced from `low` to `high`, by cross-entropy.
+    """Probabilities of `outputs` returns, evenly spaced over [low, high], by cross-entropy.
 
     `target` says what they are to match: `c51` the projected law of r + discount Z' (1707.06887); `two-hot` and
-    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950).
+    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950), for
+    which the returns go on for three of its deviations beyond both ends: cut off there it would have another mean.
     Returns beyond the range are clipped to it. Several networks are mixed as laws.
-    Raises ValueError for fewer than two returns, an empty range or smoothing <= 0.
+    Raises ValueError for fewer than two returns within the range, an empty range or smoothing <= 0.
     """
 
     outputs: int = 101
@@ -99,7 +100,7 @@ class Categorical:
     smoothing: float = 0.75
 
     def __post_init__(self):
-        if self.outputs < 2 or not self.low < self.high or self.smoothing <= 0:
+        if self._within < 1 or not self.low < self.high or self.smoothing <= 0:
             raise ValueError(f"{self}: needs at least two returns, low < high and a positive smoothing")
 
     @property
@@ -108,12 +109,23 @@ class Categorical:
         return self.low, self.high
 
     @property
+    def _beyond(self) -> float:
+        """Spacings beyond each end."""
+        return 3 * self.smoothing if self.target == "hl-gauss" else 0.0
+
+    @property
+    def _within(self) -> float:
+        """Spacings between the ends."""
+        return self.outputs - 1 - 2 * self._beyond
+
+    @property
     def _spacing(self) -> float:
-        return (self.high - self.low) / (self.outputs - 1)
+        return (self.high - self.low) / self._within
 
     @property
     def _returns(self) -> Outputs:
-        return jnp.linspace(self.low, self.high, self.outputs)
+        beyond = self._beyond * self._spacing
+        return jnp.linspace(self.low - beyond, self.high + beyond, self.outputs)
 
     def mean(self, out: Outputs) -> Scalar:
         """E[Z] of one network's outputs [k]."""
@@ -131,7 +143,8 @@ class Categorical:
         y = jnp.clip(reward + discount * (law @ self._returns + shift), self.low, self.high)
         if self.target == "two-hot":
             return self._two_hot(y)
-        edges = jnp.linspace(self.low - 0.5 * self._spacing, self.high + 0.5 * self._spacing, self.outputs + 1)
+        returns = self._returns
+        edges = jnp.append(returns - 0.5 * self._spacing, returns[-1] + 0.5 * self._spacing)
         below = norm.cdf((edges - y) / (self.smoothing * self._spacing))
         return jnp.diff(below) / (below[-1] - below[0])
 

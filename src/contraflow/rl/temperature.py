@@ -89,9 +89,9 @@ class Tuned:
 def nearest_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
     """mean over coordinates j and draws i of log(2 |x_ij - its nearest|) + digamma(n) - digamma(1): nats, n >= 2.
 
-    The mean entropy of the coordinates (Kozachenko & Leonenko 1987, in one dimension). Four draws tell it within .02
-    for exp(c a) on [-1, 1], .1 too much for a uniform law, .05 too little for a Gaussian; two narrow modes, of which
-    `gaussian_entropy` tells far too much, within .6, by eight draws within .05.
+    The mean entropy of the coordinates (Kozachenko & Leonenko 1987, in one dimension). Where the distribution has one
+    mode, four draws are enough: .02 off for exp(c a) on [-1, 1], .05 for a Gaussian, .1 for a uniform one. With two or
+    three modes, all of whose draws must have a neighbour, four are .17 to .6 too high and sixteen within .04.
     """
     ends = jnp.full_like(actions[:1], jnp.inf)
     gaps = jnp.diff(jnp.sort(actions, axis=0), axis=0)

@@ -1,9 +1,10 @@
 """Reverse Flow Matching (arXiv 2601.08136): a flow policy for exp(Q / lambda), trained without samples of it.
 
 The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, a(u)) / lambda)
-|da/du|, which an estimator finds without samples of pi. `RFM()` is our default, with `Gibbs`. The paper's importance
-sampling with a Stein control variate is `Reverse`, its settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)`
-as control it is a noise- or gradient-expectation method, of which many have a file of their own beside this one.
+|da/du|, which an estimator finds without samples of pi. `RFM()` is our default: `Gibbs`, and `ModeJump`, by which a
+policy finds modes that it lacks. The paper's importance sampling with a Stein control variate is `Reverse`, its
+settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)` as control it is a noise- or gradient-expectation
+method, of which many have a file of their own beside this one.
 """
 
 import math
@@ -50,11 +51,13 @@ from contraflow.rl.temperature import Anneal, Constant, Temperature, Tuned, near
 
 SMALL = FlowSpec(
     support=Tanh(),
-    solver=Midpoint(steps=2),
+    solver=Midpoint(3, power=1.4),
     margin=0.01,
     clock=1.0,
     network=ResidualMLP(width=64, depth=2, embedding=128),
 )
+
+ROWS, DRAWS = 8, 16  # for the entropy: two modes need many particles at a state, its mean needs few states
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,11 @@ class RFM:
     calls; with a choice, n critic calls."""
 
     flow: FlowSpec = SMALL
-    target: PosteriorTarget = PosteriorTarget()
+    target: PosteriorTarget = PosteriorTarget(jump=ModeJump())
     choose: Choice = Choice()
     temperature: Temperature = Tuned()
     """lambda of the target distribution and of the choices; where it is tuned to the entropy of actions, that is
-    estimated from the particles of the backup, or by `density`."""
+    estimated from 16 particles at each of 8 observations, or by `density`."""
     density: FlowDensity | None = None
     """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
     tuned temperature; None leaves the backup hard."""
@@ -137,12 +140,8 @@ class RFM:
             raise ValueError(f"the estimator {self.target.estimator} does not suit actions bounded by {support}")
         if self.target.jump is not None and isinstance(self.flow.support, Real):
             raise ValueError("a jump starts from uniform actions: use flow.support Tanh() or Box(), or jump=None")
-        estimator, backup = self.target.estimator, self.choose.backup
-        if self.temperature.of == "weights" and isinstance(estimator, Local):
+        if self.temperature.of == "weights" and isinstance(self.target.estimator, Local):
             raise ValueError("Local has no weights: tune the temperature to the entropy of actions")
-        if self.temperature.of == "actions" and self.density is None and backup.particles < 4:
-            n = backup.particles
-            raise ValueError(f"a tuned temperature needs `density` or at least 4 particles in `choose.backup`, got {n}")
         if isinstance(self.density, Pushforward) and isinstance(self.flow.solver, EulerMaruyama):
             raise ValueError("the density Pushforward needs a solver without noise, not EulerMaruyama")
 
@@ -171,23 +170,23 @@ class RFM:
     def update(self, state: RFMState, batch: Batch, key: PRNGKey) -> tuple[RFMState, Metrics]:
         """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density, k_tie = jr.split(key, 8)
-        k_jump = jr.fold_in(k_now, 1)
+        k_jump, k_entropy = jr.fold_in(k_now, 1), jr.fold_in(k_density, 1)
         n, lam, path = batch.reward.shape[0], state.temperature, self.flow.path
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
         # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
         def following(obs, key, key_density):
-            """(a', entropy of the policy at s' per dimension)."""
+            """(a', -log pi(a' | s') per dimension, where it is asked for)."""
             x0, u, best = self._particles(state, obs, key, self.choose.backup)
-            actions = state.actor.action(u)
+            action = state.actor.action(u[best])
             if self.density is None:
-                return actions[best], nearest_entropy(actions) if u.shape[0] > 1 else jnp.zeros(())
+                return action, jnp.zeros(())
             cond = condition(state.actor, obs, self._told(state))
             log_pi = action_log_prob(self.density, state.actor, cond, x0[best], u[best], key_density)
-            return actions[best], -log_pi / u.shape[-1]
+            return action, -log_pi / u.shape[-1]
 
-        action, entropy = jax.vmap(following)(batch.next_obs, jr.split(k_next, n), jr.split(k_density, n))
-        bonus = 0.0 if self.density is None else lam * entropy * action.shape[-1]
+        action, surprise = jax.vmap(following)(batch.next_obs, jr.split(k_next, n), jr.split(k_density, n))
+        bonus = 0.0 if self.density is None else lam * surprise * action.shape[-1]
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, bonus
         )
@@ -244,10 +243,13 @@ class RFM:
             "eta": post.eta.mean(),
             "temperature": lam,
         }
-        has = jnp.mean(jnp.log(post.ess)) if self.temperature.of == "weights" else entropy.mean()
         if self.temperature.of is not None:
-            metrics["entropy"] = has
-        lam = self.temperature.following(lam, state.step + 1, has)
+            if self.temperature.of == "weights":
+                entropy = jnp.mean(jnp.log(post.ess))
+            else:
+                entropy = self._entropy(state, batch.obs, k_entropy) if self.density is None else surprise.mean()
+            metrics["entropy"] = entropy
+            lam = self.temperature.following(lam, state.step + 1, entropy)
         return RFMState(actor, critic, target, actor_opt, critic_opt, lam, state.step + 1, slow, stats), metrics
 
     def log_pi(self, critic: QEnsemble, obs: Obs, lam: Float[Array, ""]) -> LogDensity:
@@ -284,6 +286,8 @@ class RFM:
         target = self.target
         if isinstance(spec.support, Box) and isinstance(target.estimator, Gibbs):
             target = replace(target, estimator=replace(target.estimator, bound=1.0))
+        if isinstance(spec.support, Real):
+            target = replace(target, jump=None)  # it starts from uniform actions
         return replace(
             self,
             flow=spec,
@@ -300,6 +304,16 @@ class RFM:
 
     def _told(self, state: RFMState) -> Float[Array, ""] | None:
         return state.temperature if self.condition_on_temperature else None
+
+    def _entropy(self, state: RFMState, obs: Obs, key: PRNGKey) -> Float[Array, ""]:
+        """Of the policy, per dimension: the mean over few rows, for which many particles are drawn."""
+
+        def one(obs, key):
+            _, u = state.actor.particles(condition(state.actor, obs, self._told(state)), key, DRAWS)
+            return nearest_entropy(state.actor.action(u))
+
+        few = jax.tree.map(lambda x: x[:ROWS], obs)
+        return jnp.mean(jax.vmap(one)(few, jr.split(key, rows(few))))
 
     def _particles(
         self, state: RFMState, obs: Obs, key: PRNGKey, selector: Selector
@@ -333,7 +347,7 @@ CARTPOLE = RFM(
     optim=Optim(3e-4, decay_steps=58_000, max_grad_norm=10.0),
 )
 WALKER = RFM(
-    flow=replace(SMALL, network=ResidualMLP(64, 2, 32)),
+    flow=replace(SMALL, solver=Midpoint(2), network=ResidualMLP(64, 2, 32)),
     target=PosteriorTarget(Gibbs(3)),
     choose=Choice(explore=First()),
     temperature=Tuned(0.0),
@@ -341,7 +355,7 @@ WALKER = RFM(
 )
 TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
 PRESETS = (
-    Preset("rfm", RFM(), TITLE, PAPER, "our default: Gibbs steps from the policy's own endpoints, tuned temperature"),
+    Preset("rfm", RFM(), TITLE, PAPER, "our default: Gibbs steps, jumps between modes, tuned temperature"),
     Preset(
         "rfm-paper", OFFICIAL, TITLE, PAPER, "the official settings",
         run={

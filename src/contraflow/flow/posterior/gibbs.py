@@ -39,7 +39,7 @@ class Gibbs:
     ValueError for samples < 2, sweeps < 1, bound <= 0 or a call without `support`.
     """
 
-    samples: int = 5
+    samples: int = 4
     sweeps: int = 1
     bound: float | None = None
     """Half the side of the box that x1 lies in; None: the whole space."""

@@ -38,7 +38,7 @@ class ModeJump:
     Raises ValueError for share outside (0, 1], centres, climbs or samples < 1.
     """
 
-    share: float = 0.25
+    share: float = 0.125
     centres: int = 4
     climbs: int = 8
     samples: int = 16
