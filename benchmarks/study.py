@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -56,7 +56,13 @@ def agents() -> dict[str, Any]:
     }
 
 
-def run(out: Path, seeds: int = 5, jobs: int = 2, agents_: tuple[str, ...] = (), envs: tuple[str, ...] = TASKS) -> None:
+def run(
+    out: Path,
+    seeds: int = 5,
+    jobs: int = 2,
+    agents_: Annotated[tuple[str, ...], tyro.conf.arg(name="agents")] = (),
+    envs: tuple[str, ...] = TASKS,
+) -> None:
     """Train and evaluate, seed by seed."""
     chosen = {name: run for name, run in agents().items() if not agents_ or name in agents_}
     matrix = Matrix(out, chosen, envs, SETTINGS, seeds)

@@ -1,14 +1,20 @@
-"""What a flow policy is for: two tasks with several best ways, before and after one of them is blocked.
+"""What a flow policy is for: three tasks with several best ways, before and after one of them is blocked.
 
-    python benchmarks/ways.py train        # runs/ways/TASK-METHOD/seedN, five seeds of each in one program
+    python benchmarks/ways.py train        # runs/ways/TASK-METHOD/seedN, all seeds of each in one program
     python benchmarks/ways.py evaluate     # docs/data/ways.csv
     python benchmarks/ways.py picture      # docs/img/ways.svg
 
 Nothing is learned after training. Of each policy 200 episodes are played, by the rule of exploration ("sampled") and by
 that of evaluation ("greedy"), and the way that each takes is noted: which goal is reached, or the side to which the arm
-bends. Then the way that this policy takes most often is blocked, and 200 episodes are played again.
+bends. Then the way that this policy takes most often is blocked by an obstacle in its middle, and 200 episodes are
+played again.
+
+In the third task there is one step: the bandit `two-peak` in six dimensions, whose best soft policy has two narrow
+Gaussians on a diagonal, half and half. It is learned with a critic at its own temperature of 1; a way is a draw within
+1.5 standard deviations per dimension of a peak, and to block a peak takes its reward away.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +28,23 @@ import tyro
 from common import DATA, Row, machine, write
 
 from contraflow.core.optim import Optim
+from contraflow.envs.bandit import Bandit, TwoPeak
+from contraflow.envs.episodes import BLUE, ORANGE, Disc, draw
 from contraflow.envs.ways import GOAL, GOALS, MultiGoal, TwoWayArm
 from contraflow.policy.best_of import First
 from contraflow.presets import preset_run
-from contraflow.rl.temperature import Tuned
+from contraflow.rl.temperature import Constant, Tuned
 from contraflow.runtime.policy import load
 from contraflow.training.run import Run, train_seeds
 
-RUNS = Path("runs/ways")
-TASKS: dict[str, Any] = {"multi-goal": MultiGoal(), "two-way-arm": TwoWayArm()}
+RUNS, IMAGE = Path("runs/ways"), DATA.parent / "img" / "ways.png"
+PEAKS = TwoPeak()
+TASKS: dict[str, Any] = {"two-peak": Bandit(PEAKS, 6), "multi-goal": MultiGoal(), "two-way-arm": TwoWayArm()}
+TITLES = {
+    "two-peak": "two peaks in six dimensions\n(actions, two of them shown)",
+    "multi-goal": "four goals\n(ways of the point)",
+    "two-way-arm": "an arm of eight joints\n(as episodes end)",
+}
 METHODS = ("rfm", "sac", "td3", "sir")
 EPISODES = 200
 
@@ -39,7 +53,9 @@ def settings(task: str, method: str, steps: int) -> Run:
     """12 000 steps of 8 copies, 4 updates for each round of them; networks of two layers of 64.
 
     Entropy is tuned to 0 per dimension in `rfm` and `sac`, which then has the learning rate and the first temperature
-    of `rfm`; `rfm` explores by what it has learned, without a choice among particles, which would narrow it.
+    of `rfm`; `rfm` explores by what it has learned, without a choice among particles, which would narrow it. The arm
+    has gamma .95, targets that follow at .02 and three-step returns: else three of five seeds of `rfm` lost near the
+    end what they had learned.
     """
     run = preset_run(method)
     agent = run.agent
@@ -51,7 +67,17 @@ def settings(task: str, method: str, steps: int) -> Run:
     if method == "sac":
         rate = Optim(1e-3)
         agent = replace(agent, target_entropy=0.0, init_alpha=0.1, optim=rate, alpha_optim=rate)
-    source = replace(run.source, env=f"jax:{task}", num_envs=8, collect=1000, updates=4)
+    env = f"bandit:{task}/6" if task == "two-peak" else f"jax:{task}"
+    source = replace(run.source, env=env, num_envs=8, collect=2000 if task == "two-peak" else 1000, updates=4)
+    if task == "two-peak":
+        agent = replace(agent, critic=replace(agent.critic, tau=0.02))
+        if method in ("rfm", "sir"):
+            agent = replace(agent, temperature=Constant(PEAKS.lam))
+        if method == "sac":
+            agent = replace(agent, init_alpha=PEAKS.lam, alpha_optim=Optim(1e-30))
+    if task == "two-way-arm":
+        agent = replace(agent, critic=replace(agent.critic, gamma=0.95, tau=0.02))
+        source = replace(source, n_step=3)
     return replace(run, agent=agent, source=source, steps=steps, eval_every=steps // 4, eval_episodes=16)
 
 
@@ -91,21 +117,50 @@ def play(policy: Any, task: Any, greedy: bool, seed: int) -> tuple[np.ndarray, n
     return (rewards * going).sum(0), ways(task, bodies, going), shown
 
 
+def closed(task: Any, found: np.ndarray, bodies: np.ndarray) -> Any:
+    """The task with an obstacle on the way that most of these episodes took: on the straight way to a goal, or where
+    the joint of the arm that is farthest to the side ends on the average."""
+    favourite = int(np.bincount(found[found >= 0], minlength=1).argmax())
+    if isinstance(task, MultiGoal):
+        return replace(task, blocked=favourite)
+    places = np.asarray(jax.vmap(task.places)(jnp.asarray(bodies[-1])))  # [N, joints, 2]
+    mean = places[found == favourite if np.any(found == favourite) else found < 0].mean(0)
+    x, y = mean[np.abs(mean[:, 0]).argmax()]
+    return replace(task, blocked=(float(x), float(y)))
+
+
 def row_of(policy: Any, name: str, greedy: bool) -> Row:
     """Returns and ways with all of them open, and with the favourite one blocked."""
+    if name == "two-peak":
+        return row_of_bandit(policy, greedy)
     task = replace(TASKS[name], num_envs=EPISODES)
     n = len(GOALS) if name == "multi-goal" else 2
-    returns, found, _ = play(policy, task, greedy, 0)
+    returns, found, bodies = play(policy, task, greedy, 0)
     counts = np.bincount(found[found >= 0], minlength=n)
     shares = counts / len(found)
     p = counts[counts > 0] / max(counts.sum(), 1)
-    favourite = int(counts.argmax())
-    blocked = replace(task, blocked=favourite if name == "multi-goal" else 2 * favourite - 1)
-    returns_blocked, found_blocked, _ = play(policy, blocked, greedy, 1)
+    returns_blocked, found_blocked, _ = play(policy, closed(task, found, bodies), greedy, 1)
     return {
         "return": float(returns.mean()), "success": float(shares.sum()), "bits": float(-(p * np.log2(p)).sum()) + 0.0,
         "ways": int((shares > 0.05).sum()), "favourite": float(shares.max()),
         "blocked_return": float(returns_blocked.mean()), "blocked_success": float((found_blocked >= 0).mean()),
+    }  # fmt: skip
+
+
+def row_of_bandit(policy: Any, greedy: bool) -> Row:
+    """As `row_of`, of 2000 actions."""
+    act = jax.jit(jax.vmap(lambda key: policy(jnp.zeros(1), key, greedy)))
+    actions = np.asarray(act(jr.split(jr.key(0), 10 * EPISODES)))
+    off = np.stack([np.linalg.norm(actions - side * PEAKS.centre, axis=1) for side in (1, -1)], 1)
+    near = off.min(1) < 1.5 * PEAKS.width * math.sqrt(actions.shape[1])
+    shares = np.bincount(off.argmin(1)[near], minlength=2) / len(actions)
+    p = shares[shares > 0] / max(shares.sum(), 1e-9)
+    favourite = int(shares.argmax())
+    other = -0.5 * (off[:, 1 - favourite] / PEAKS.width) ** 2
+    return {
+        "return": float(jax.vmap(PEAKS)(jnp.asarray(actions)).mean()), "success": float(shares.sum()),
+        "bits": float(-(p * np.log2(p)).sum()) + 0.0, "ways": int((shares > 0.05).sum()),
+        "favourite": float(shares.max()), "blocked_return": float(other.mean()), "blocked_success": float(shares.min()),
     }  # fmt: skip
 
 
@@ -133,6 +188,8 @@ def evaluate(options: Options) -> None:
     for task in options.tasks:
         for method in options.methods:
             for seed in options.seeds:
+                if not (options.runs / f"{task}-{method}" / f"seed{seed}").exists():
+                    continue
                 policy = load(options.runs / f"{task}-{method}" / f"seed{seed}").network
                 for rule in ("sampled", "greedy"):
                     row = row_of(policy, task, rule == "greedy")
@@ -144,7 +201,62 @@ def evaluate(options: Options) -> None:
     write(DATA / "ways.csv", rows)
 
 
+def picture(options: Options) -> None:
+    """Draws and episodes of seed 0 of a flow and of a Gaussian policy, as they explore."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.2), layout="constrained")
+    for i, (method, label) in enumerate((("rfm", "flow (rfm)"), ("sac", "Gaussian (sac)"))):
+        axes[i, 0].set_ylabel(label)
+        for j, name in enumerate(TASKS):
+            ax, policy = axes[i, j], load(options.runs / f"{name}-{method}" / "seed0").network
+            row = row_of(policy, name, False)
+            if name == "two-peak":
+                act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
+                draws = np.asarray(act(jr.split(jr.key(2), 400)))
+                for side in (1, -1):
+                    draw(ax, [Disc((side * PEAKS.centre,) * 2, PEAKS.width, ORANGE)])
+                ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3, alpha=0.6)
+                ax.set(xlim=(-1, 1), ylim=(-1, 1))
+            else:
+                task = replace(TASKS[name], num_envs=24)
+                _, _, bodies = play(policy, task, False, 2)
+                draw(ax, backdrop(task))
+                for k in range(24):
+                    ax.plot(*trace(task, bodies[:, k]).T, color=BLUE, linewidth=1.2, alpha=0.45)
+                low, reach = (-0.25, 0.7) if name == "two-way-arm" else (-1.3, 1.3)
+                ax.set(xlim=(-reach, reach), ylim=(low, low + 2 * reach))
+            ax.set(xticks=[], yticks=[], aspect="equal")
+            open_, blocked = (f"{100 * row[k]:.0f} %" for k in ("success", "blocked_success"))
+            ax.set_xlabel(f"{open_} arrive; favourite blocked: {blocked}", fontsize=8)
+            if i == 0:
+                ax.set_title(TITLES[name], fontsize=9)
+    figure.savefig(IMAGE, dpi=200)
+    print(IMAGE.name)
+
+
+def backdrop(task: Any) -> list[Any]:
+    """Goals and obstacles."""
+    body = np.full(2, 9.0) if isinstance(task, MultiGoal) else np.zeros(task.joints)
+    return [
+        shape
+        for shape in task.sketch(body)
+        if isinstance(shape, Disc) and shape.radius >= 0.05 and shape.colour != BLUE
+    ]
+
+
+def trace(task: Any, bodies: np.ndarray) -> np.ndarray:
+    """The way of the point, or the arm as the episode ends: [n, 2]."""
+    bodies = bodies[~np.isnan(bodies[:, 0])]
+    if isinstance(task, MultiGoal):
+        return bodies
+    return np.concatenate([np.zeros((1, 2)), np.asarray(task.places(jnp.asarray(bodies[-1])))])
+
+
 if __name__ == "__main__":
     options = tyro.cli(Options)
     print(machine())
-    {"train": train, "evaluate": evaluate}[options.command](options)
+    {"train": train, "evaluate": evaluate, "picture": picture}[options.command](options)

@@ -106,7 +106,7 @@ def test_both_ways_are_best_and_their_mean_is_not():
 def test_everything_has_its_mirror_image():
     random = rng(2)
     bodies, actions = random.uniform(-2, 2, (300, 8)), random.uniform(-1.5, 1.5, (300, 8))
-    for task, mirrored in ((TwoWayArm(), TwoWayArm()), (TwoWayArm(blocked=1), TwoWayArm(blocked=-1))):
+    for task, mirrored in ((TwoWayArm(), TwoWayArm()), (TwoWayArm(blocked=(0.4, 0.3)), TwoWayArm(blocked=(-0.4, 0.3)))):
         (moved, rewards), (other, same) = (
             jax.vmap(task.move)(bodies, actions),
             jax.vmap(mirrored.move)(-bodies, -actions),
@@ -117,10 +117,10 @@ def test_everything_has_its_mirror_image():
 
 @pytest.mark.parametrize("blocked", [-1, 0, 1])
 def test_an_obstacle_closes_its_side(blocked):
-    """A straight line in the space of angles, 14 steps at the highest speed."""
+    """Both halves turn at once, in 14 steps; the elbow, at (.43, .25) in the end, is where the obstacle is."""
+    task = TwoWayArm(blocked=(blocked * 0.43, 0.25) if blocked else None)
     for side in (-1, 1):
-        actions = np.tile(bent(side) / 14 / 0.15, (14, 1))
-        _, (rewards, _) = run(TwoWayArm(blocked=blocked), np.zeros(8), actions)
+        _, (rewards, _) = run(task, np.zeros(8), np.tile(bent(side) / 14 / 0.15, (14, 1)))
         assert (rewards[-1] > 0.99) == (side != blocked)
 
 
@@ -149,7 +149,7 @@ def colours(frame):
     return {f"#{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(frame.reshape(-1, 3), axis=0)}
 
 
-@pytest.mark.parametrize("task", [MultiGoal(blocked=0), TwoWayArm(blocked=1)])
+@pytest.mark.parametrize("task", [MultiGoal(blocked=0), TwoWayArm(blocked=(0.4, 0.3))])
 def test_goals_and_obstacles_are_shown(task):
     env = Drawn(replace(task, num_envs=1), 1.4)
     env.reset(jr.key(0))

@@ -1,6 +1,7 @@
 """Two updates of presets from a fixed state give the numbers of the first edition (golden.json).
 
-But for `kl` and `clip_share` of a rollout, which counted steps that never happened.
+But for `kl` and `clip_share` of a rollout, which counted steps that never happened, and for `rfm`, `rfm-one` and
+`rfm-max`, whose settings are others since jumps between modes became the default.
 """
 
 import json

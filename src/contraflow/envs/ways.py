@@ -83,7 +83,7 @@ def _squares_to_goals(body: Float[Array, " s"]) -> Float[Array, " g"]:
     return jnp.sum((body[None] - jnp.asarray(GOALS)) ** 2, 1)
 
 
-TARGET, ELBOW = (0.0, 0.5), 0.3  # the tip's target; how far to a side and up an obstacle stands, of radius .15
+TARGET, HINDRANCE = (0.0, 0.5), 0.1  # the tip's target; the radius of what blocks a way
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class TwoWayArm:
       within 2.5 rad. Observation: the angles, and tip less target.
     - Action: a turn of at most .15 rad of each joint.
     - Reward 1 / (1 + (distance of the tip from the target / .1 m)^2) after the step; 40 steps, truncated.
-    - `blocked` -1 (left) or 1 (right) puts an obstacle there, into which no part of the arm can move.
+    - `blocked` (x, y) puts an obstacle of radius .1 there, into which no part of the arm can move.
     """
 
     num_envs: int = 1
     joints: int = 8
-    blocked: int = 0
+    blocked: tuple[float, float] | None = None
 
     @property
     def spec(self) -> EnvSpec:
@@ -122,16 +122,16 @@ class TwoWayArm:
     def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
         """(next body, reward) of one copy; `action` in [-1, 1]."""
         there = jnp.clip(body + 0.15 * action, -2.5, 2.5)
-        body = jnp.where(self.hits(there), body, there) if self.blocked else there
+        body = there if self.blocked is None else jnp.where(self.hits(there, self.blocked), body, there)
         square = jnp.sum((self.places(body)[-1] - jnp.asarray(TARGET)) ** 2)
         return body, 1.0 / (1.0 + square / 0.1**2)
 
-    def hits(self, body: Float[Array, " s"]) -> Bool[Array, ""]:
+    def hits(self, body: Float[Array, " s"], centre: tuple[float, float]) -> Bool[Array, ""]:
         """Whether the end or the middle of a link lies in the obstacle."""
         ends = self.places(body)
         middles = (ends + jnp.concatenate([jnp.zeros((1, 2)), ends[:-1]])) / 2
-        off = jnp.concatenate([ends, middles]) - jnp.asarray([[self.blocked * ELBOW, ELBOW]])
-        return jnp.any(jnp.sum(off**2, 1) < (ELBOW / 2) ** 2)
+        off = jnp.concatenate([ends, middles]) - jnp.asarray([centre])
+        return jnp.any(jnp.sum(off**2, 1) < HINDRANCE**2)
 
     def reset(self, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
         return episodes.reset(self, key)
@@ -143,5 +143,5 @@ class TwoWayArm:
         """Target, obstacle and the arm."""
         ends = np.asarray(self.places(jnp.asarray(body)))
         arm = [(0.0, 0.0), *((float(x), float(y)) for x, y in ends)]
-        block = [Disc((self.blocked * ELBOW, ELBOW), ELBOW / 2, BLACK)] if self.blocked else []
+        block = [Disc(self.blocked, HINDRANCE, BLACK)] if self.blocked else []
         return [Disc(TARGET, 0.05, ORANGE), *block, Path(arm, BLUE), *(Disc(place, 0.02, BLACK) for place in arm)]

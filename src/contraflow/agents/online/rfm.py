@@ -353,6 +353,11 @@ WALKER = RFM(
     temperature=Tuned(0.0),
     critic=Critics(tau=0.02),
 )
+ARM = RFM(
+    choose=Choice(explore=First()),  # what it has learned, modes and all: a choice by Q would sharpen it
+    temperature=Tuned(0.0),
+    critic=Critics(gamma=0.95, tau=0.02),
+)
 TITLE, PAPER = "Reverse Flow Matching", "2601.08136"
 PRESETS = (
     Preset("rfm", RFM(), TITLE, PAPER, "our default: Gibbs steps, jumps between modes, tuned temperature"),
@@ -370,6 +375,13 @@ PRESETS = (
     Preset(
         "rfm-max", RFM(critic=STRONG, normalise_obs="running"), TITLE, PAPER,
         "with residual, categorical critics and normalised observations", run={"updates": 2},
+    ),
+    Preset(
+        "rfm-arm", ARM, TITLE, PAPER, "an arm of eight joints learns both ways to its target",
+        run={
+            "env": "jax:two-way-arm", "steps": 12_000, "collect": 1_000, "num_envs": 8, "updates": 4, "n_step": 3,
+            "buffer_size": 12_000, "eval_every": 3_000, "eval_episodes": 16, "log_every": 1_000,
+        },
     ),
     Preset(
         "rfm-walker", WALKER, TITLE, PAPER, "the main job of `make train`: a walker learns to walk",
