@@ -373,7 +373,7 @@ def exact_temperature(name: str, entropy: float) -> float:
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if has(middle) > entropy else (middle, high)
-    return middle
+    return math.sqrt(low * high)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))

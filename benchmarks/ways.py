@@ -58,7 +58,7 @@ def settings(task: str, method: str, steps: int) -> Run:
     end what they had learned.
     """
     run = preset_run(method)
-    agent = run.agent
+    agent: Any = run.agent
     agent = replace(agent, critic=replace(agent.critic, width=64, depth=2))
     if method == "rfm":
         agent = replace(agent, choose=replace(agent.choose, explore=First()), temperature=Tuned(0.0))
@@ -218,7 +218,7 @@ def picture(options: Options) -> None:
                 act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
                 draws = np.asarray(act(jr.split(jr.key(2), 400)))
                 for side in (1, -1):
-                    draw(ax, [Disc((side * PEAKS.centre,) * 2, PEAKS.width, ORANGE)])
+                    draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
                 ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3, alpha=0.6)
                 ax.set(xlim=(-1, 1), ylim=(-1, 1))
             else:

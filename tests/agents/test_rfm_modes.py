@@ -12,12 +12,9 @@ import pytest
 from tests.agents.agent_helpers import bandit
 from tests.compiled import optimised
 
-from contraflow.agents.online.rfm import RFM, SMALL, Choice, PosteriorTarget
+from contraflow.agents.online.rfm import RFM, SMALL, Choice
 from contraflow.core.optim import Optim
 from contraflow.core.types import EnvSpec
-from contraflow.flow.posterior.gibbs import Gibbs
-from contraflow.flow.posterior.jump import ModeJump
-from contraflow.flow.solver import Midpoint
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.best_of import First
@@ -28,14 +25,26 @@ from contraflow.rl.temperature import Constant
 SHARE = 1 / 3  # of the mode at (-.5, ..., -.5)
 
 
+def hill(action, centre, along, across):
+    """Log-density of a Gaussian with these widths along the diagonal and across it."""
+    on = jnp.mean(action - centre) * jnp.sqrt(action.size)
+    off = jnp.sum((action - centre) ** 2) - on**2
+    return -0.5 * (on / along) ** 2 - 0.5 * off / across**2
+
+
+class Ridge(QEnsemble):
+    """Q / lambda is the log-density of a Gaussian in the middle, .25 wide along the diagonal and .05 across."""
+
+    def outputs(self, obs, action):
+        return hill(action, 0.0, 0.25, 0.05) * jnp.ones((self.num, 1))
+
+
 class TwoModes(QEnsemble):
     """Q / lambda is the log-density of two Gaussians on the diagonal, .2 wide along it and .1 across."""
 
     def outputs(self, obs, action):
         def one(centre):
-            along = jnp.mean(action - centre) * jnp.sqrt(action.size)
-            across = jnp.sum((action - centre) ** 2) - along**2
-            return -0.5 * (along / 0.2) ** 2 - 0.5 * across / 0.1**2
+            return hill(action, centre, 0.2, 0.1)
 
         q = jnp.logaddexp(jnp.log(1 - SHARE) + one(0.5), jnp.log(SHARE) + one(-0.5))
         return q * jnp.ones((self.num, 1))
@@ -43,18 +52,18 @@ class TwoModes(QEnsemble):
 
 def agent(target):
     return RFM(
-        flow=replace(SMALL, solver=Midpoint(3, 1.35), network=ResidualMLP(64, 2, 16)), target=target,
+        flow=replace(SMALL, network=ResidualMLP(64, 2, 16)), target=target,
         choose=Choice(First(), First(), First()), temperature=Constant(1.0),
         critic=Critics(width=1, depth=1, optim=Optim(1e-30)), optim=Optim(2e-3, max_grad_norm=10.0),
     )  # fmt: skip
 
 
-@partial(optimised, static_argnums=(0, 1, 2))
-def learn(agent, dim, updates, key):
+@partial(optimised, static_argnums=(0, 1, 2, 4))
+def learn(agent, dim, updates, key, critic_class=TwoModes):
     """Actions [4000, d] of the actor averaged over the last half of the updates, and the metrics."""
     k_init, k_learn, k_act = jr.split(key, 3)
     state = agent.init(k_init, EnvSpec(1, dim, 1, 1, True))
-    critic, target = (TwoModes(2, 1, dim, 1, 1, key=jr.key(i)) for i in (1, 2))
+    critic, target = (critic_class(2, 1, dim, 1, 1, key=jr.key(i)) for i in (1, 2))
     state = eqx.tree_at(lambda s: (s.critic, s.target), state, (critic, target))
 
     def step(carry, inputs):
@@ -70,7 +79,7 @@ def learn(agent, dim, updates, key):
 
 def test_both_modes_are_kept_in_their_shares():
     with jax.debug_key_reuse(False):  # jax 0.10 takes the keys that a scan splits for used ones
-        actions, metrics = learn(agent(PosteriorTarget(Gibbs(4), jump=ModeJump())), 3, 1500, jr.key(0))
+        actions, metrics = learn(agent(RFM().target), 3, 1500, jr.key(0))
     assert abs(np.mean(np.asarray(actions).mean(1) < 0) - SHARE) < 0.1
     assert metrics["jumps"][-500:].mean() > 0.3
 
@@ -79,5 +88,15 @@ def test_both_modes_are_kept_in_their_shares():
 @pytest.mark.parametrize("dim", [6, 12])
 def test_both_modes_are_kept_in_many_dimensions(dim):
     with jax.debug_key_reuse(False):
-        actions, _ = learn(agent(PosteriorTarget(Gibbs(4), jump=ModeJump())), dim, 3000, jr.key(0))
+        actions, _ = learn(agent(RFM().target), dim, 3000, jr.key(0))
     assert abs(np.mean(np.asarray(actions).mean(1) < 0) - SHARE) < 0.12
+
+
+@pytest.mark.learn
+def test_a_narrow_ridge_has_its_widths():
+    """Within 15 % of .25 along and .05 across, in six dimensions."""
+    with jax.debug_key_reuse(False):
+        actions = np.asarray(learn(agent(RFM().target), 6, 3000, jr.key(0), Ridge)[0])
+    along = actions.mean(1) * np.sqrt(6)
+    across = np.sqrt((np.sum(actions**2, 1) - along**2).mean() / 5)
+    np.testing.assert_allclose([np.sqrt(np.mean(along**2)), across], [0.25, 0.05], rtol=0.15)

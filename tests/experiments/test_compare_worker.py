@@ -151,8 +151,8 @@ def test_the_cost_of_an_action():
         found = bridge.cost(agent)
         return None if found is None else (found["particles"], found["nfe"], found["critic_calls"])
 
-    assert cost(PRESETS["rfm"].agent) == (32, 4, 32)
-    assert cost(replace(PRESETS["rfm"].agent, choose=Choice(greedy=First(3)))) == (3, 4, 0)
+    assert cost(PRESETS["rfm"].agent) == (32, 6, 32)
+    assert cost(replace(PRESETS["rfm"].agent, choose=Choice(greedy=First(3)))) == (3, 6, 0)
     wanted = {"dpmd": (10, 20, 10), "dacer": (1, 20, 0), "td3": (1, 1, 0), "rfm-paper": (32, 10, 32), "sac": (1, 1, 0)}
     wanted |= {"rfm-cartpole": (32, 6, 32), "sir": (32, 0, 32), "ppo": (1, 1, 0), "bc": (1, 10, 0)}
     assert {name: cost(PRESETS[name].agent) for name in wanted} == wanted
@@ -177,7 +177,7 @@ def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: P
     names = [("last", "own"), ("last", "one particle"), ("last", "uniform actions"), ("best", "own"), ("random", "own")]
     assert [(row["policy"], row["rule"]) for row in rows] == names
     costs = [row["cost"] and tuple(row["cost"].values()) for row in rows]
-    assert costs == [(32, 4, 32), (1, 4, 0), (32, 0, 32), (32, 4, 32), None]
+    assert costs == [(32, 6, 32), (1, 6, 0), (32, 0, 32), (32, 6, 32), None]
     arrays = [jax.tree.leaves(policy) for policy in (*policies, *seen)]
     for found, wanted in ((arrays[2], arrays[0]), (arrays[5], arrays[1])):
         assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -92,7 +92,7 @@ def test_what_the_page_says(page: Path):
         "mean over 2 fresh episodes",
         "runs 1 task 2 tasks 4 tasks 8 tasks 2 48 66 73 81 3 74 85 86 89",
         "A step is one decision of the agent",
-        "rfm, one particle", "rfm, uniform actions instead of its actor", "32 x 4 NFE, 32 Q", "1 x 1 NFE, 0 Q",
+        "rfm, one particle", "rfm, uniform actions instead of its actor", "32 x 6 NFE, 32 Q", "1 x 1 NFE, 0 Q",
         "sir 32 x 0 NFE, 32 Q 220 ± 15.81 (5) 22 ± 1.581 (5)",
         "sac 1 x 1 NFE, 0 Q 120 ± 15.81 (5) 11.5 ± 1.291 (4)",
         "DeepMind Control Suite: return / 1000",

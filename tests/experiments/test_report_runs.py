@@ -34,7 +34,7 @@ def test_all_runs_of_a_matrix(tmp_path: Path):
     assert left == {} and len(records) == 30
     keys = [(r.agent, r.env, r.seed) for r in records]
     assert keys == sorted(keys) and keys[0] == ("rfm", DMC, 0)
-    assert records[0].cost == {"particles": 32, "nfe": 4, "critic_calls": 32}
+    assert records[0].cost == {"particles": 32, "nfe": 6, "critic_calls": 32}
 
 
 def test_what_is_left_out_and_why(tmp_path: Path):
@@ -151,9 +151,9 @@ def test_runs_of_every_kind(tmp_path: Path):
 def test_returns_by_rule(tmp_path: Path):
     table = collect(read(write_matrix(tmp_path))[0], {})
     assert [(m.name, m.effort) for m in table.methods] == [
-        ("rfm", "32 x 4 NFE, 32 Q"),
-        ("rfm, one particle", "32 x 4 NFE, 32 Q"),
-        ("rfm, uniform actions instead of its actor", "32 x 4 NFE, 32 Q"),
+        ("rfm", "32 x 6 NFE, 32 Q"),
+        ("rfm, one particle", "32 x 6 NFE, 32 Q"),
+        ("rfm, uniform actions instead of its actor", "32 x 6 NFE, 32 Q"),
         ("sac", "1 x 1 NFE, 0 Q"),
         ("sir", "32 x 0 NFE, 32 Q"),
     ]

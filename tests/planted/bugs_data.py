@@ -14,7 +14,7 @@ from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed
-from contraflow.envs import chunk, control
+from contraflow.envs import chunk, episodes
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.envs.probe import Probe
@@ -125,7 +125,7 @@ def the_step_that_only_resets_counts(patch: pytest.MonkeyPatch) -> None:
 
 @bug("envs/test_env_control.py::test_ends_are_truncations_and_the_last_observation_is_true")
 def a_control_task_ends_for_good_at_its_time_limit(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, control, "_step")
+    @wrong(patch, episodes, "step")
     def step(right, env, state, action):
         state, after = right(env, state, action)
         return state, replace(after, terminated=after.truncated, truncated=after.terminated)
