@@ -263,6 +263,7 @@ def learned(agent: Any, name: str, start: str, key: jax.Array) -> tuple[jax.Arra
         state = replace(state, slow=jax.tree.map(jnp.copy, flow)) if getattr(state, "slow", None) is not None else state
 
     def phase(state, mean, key, shares, updates, first):
+        """`updates` of the agent from the `first` on, with the modes in these shares."""
         q = Known(target, shares)
         state = replace(state, critic=q, target=q)
 

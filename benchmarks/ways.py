@@ -175,6 +175,7 @@ class Options:
 
 
 def train(options: Options) -> None:
+    """Every task and method that has no folder yet."""
     for task in options.tasks:
         for method in options.methods:
             folder = options.runs / f"{task}-{method}"
@@ -184,6 +185,7 @@ def train(options: Options) -> None:
 
 
 def evaluate(options: Options) -> None:
+    """A row for each policy and rule of acting; means over seeds are printed."""
     rows: list[Row] = []
     for task in options.tasks:
         for method in options.methods:

@@ -13,8 +13,12 @@ from contraflow.core.trust import admit
 
 
 @pytest.mark.parametrize("trust", ["mine", "mine.agents", "other, mine", "mine.agents,", "all"])
-def test_named_modules_and_what_lies_below_them(trust: str):
+def test_named_modules_and_what_lies_below_them(trust: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """They are imported from the working folder too, after everything that is installed."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
     admit("mine.agents:Agent", trust)
+    assert sys.path.index(str(tmp_path)) == len(sys.path) - 1
 
 
 @pytest.mark.parametrize(
