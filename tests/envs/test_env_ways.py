@@ -76,6 +76,14 @@ def test_a_step_has_its_length_and_mirror_image():
     np.testing.assert_allclose(rewards, -distances, atol=1e-5)
 
 
+def test_who_arrives_with_the_last_step_is_not_cut_off():
+    """The next value is then 0 and not that of where the point stands; others at that age are truncated."""
+    body = jnp.array([[GOALS[0][0], GOALS[0][1] - 0.12], [0.0, -1.0]])
+    state = TaskState(body, jnp.full(2, 39, jnp.int32), jr.key(0))
+    _, step = MultiGoal(2).step(state, jnp.array([[0.0, 0.9], [0.0, 0.9]]))
+    assert step.terminated.tolist() == [True, False] and step.truncated.tolist() == [False, True]
+
+
 # the arm
 
 

@@ -18,6 +18,7 @@ from contraflow.envs import chunk, episodes
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.envs.probe import Probe
+from contraflow.envs.ways import TwoWayArm
 from contraflow.policy import base
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
@@ -129,6 +130,21 @@ def a_control_task_ends_for_good_at_its_time_limit(patch: pytest.MonkeyPatch) ->
     def step(right, env, state, action):
         state, after = right(env, state, action)
         return state, replace(after, terminated=after.truncated, truncated=after.terminated)
+
+
+@bug("envs/test_env_ways.py::test_who_arrives_with_the_last_step_is_not_cut_off")
+def who_arrives_with_the_last_step_is_cut_off(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, episodes, "step")
+    def step(right, env, state, action):
+        moved, after = right(env, state, action)
+        return moved, replace(after, truncated=state.age + 1 >= env.spec.episode_length)
+
+
+@bug("envs/test_env_ways.py::test_everything_has_its_mirror_image")
+def the_arm_is_hindered_on_one_side_only(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, TwoWayArm, "hits")
+    def hits(right, self, body, centre):
+        return right(self, body, (abs(centre[0]), centre[1]))
 
 
 @bug("envs/test_env_probe.py::test_random_starts_differ_between_copies_and_episodes")
