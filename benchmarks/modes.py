@@ -392,7 +392,7 @@ def tuned(agent: Any, name: str, dim: int, updates: int, key: jax.Array) -> jax.
     return jax.lax.scan(step, state, jr.split(k_learn, updates))[1]
 
 
-def temperature(options: Options, updates: int = 10_000) -> None:
+def temperature(options: Options, updates: int = 14_000) -> None:
     """The tuned temperature over the exact one by thousands of updates, from .1 on at the default rate; in six
     dimensions with a network of 2 x 256, as one of 64 cannot hold 64 modes even where it is matched to samples."""
     rows = []

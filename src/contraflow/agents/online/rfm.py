@@ -51,13 +51,13 @@ from contraflow.rl.temperature import Anneal, Constant, Temperature, Tuned, near
 
 SMALL = FlowSpec(
     support=Tanh(),
-    solver=Midpoint(3, power=1.4),
+    solver=Midpoint(3, power=1.5),
     margin=0.01,
     clock=1.0,
     network=ResidualMLP(width=64, depth=2, embedding=128),
 )
 
-ROWS, DRAWS = 8, 16  # for the entropy: two modes need many particles at a state, its mean needs few states
+ROWS, DRAWS = 4, 32  # for the entropy: two modes need many particles at a state, its mean needs few states
 
 
 @dataclass(frozen=True)
