@@ -270,7 +270,12 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("number", "delay"), [*((signal.SIGINT, delay) for delay in (0.3, 1.0, 3.0, 6.0)), (signal.SIGTERM, 3.0)]
+    ("number", "delay"),
+    [
+        *((signal.SIGINT, delay) for delay in (0.3, 1.0, 6.0)),
+        pytest.param(signal.SIGINT, 3.0, marks=pytest.mark.slow),
+        (signal.SIGTERM, 3.0),
+    ],
 )
 def test_an_interrupt_before_training_ends_the_command(number: signal.Signals, delay: float, tmp_path: Path):
     """During imports, set-up or compilation: one line, no crash of the interpreter, nothing to save."""

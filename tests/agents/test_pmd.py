@@ -73,7 +73,7 @@ def draws(actor, n=4000):
 
 def test_one_iterate_of_mirror_descent():
     """The slow copy stands still: the actor becomes pi_old(a) exp(Q(a) / lambda) / Z, whatever law pi_old is."""
-    first, last, _ = train(AGENT, Rising, 2500)
+    first, last, _ = train(AGENT, Rising, 1500)
     old, new = draws(first.slow), draws(last.actor)
     w = np.exp(SLOPE * old / LAM)
     w /= w.sum()
@@ -85,7 +85,7 @@ def test_one_iterate_of_mirror_descent():
 
 
 def test_equal_values_leave_the_policy_as_it_is():
-    first, last, metrics = train(AGENT, Flat, 1200)
+    first, last, metrics = train(AGENT, Flat, 1000)
     old, new = draws(first.slow), draws(last.actor)
     np.testing.assert_allclose([new.mean(), new.std()], [old.mean(), old.std()], atol=0.05)
     np.testing.assert_allclose(metrics["entropy"], np.log(16), rtol=1e-4)
@@ -94,17 +94,17 @@ def test_equal_values_leave_the_policy_as_it_is():
 def test_advantage_weights_seek_the_best_and_uniform_actions_keep_wide():
     """QVPO: the best of its own candidates draws the policy to the maximum; uniform actions alone to U(-1, 1)."""
     seek = replace(AGENT, candidates=Candidates(16, 0.0, weight="advantage"), tau=0.05)
-    _, last, _ = train(seek, Rising, 1200)
+    _, last, _ = train(seek, Rising, 800)
     assert draws(last.actor).mean() > 0.85
     wide = replace(AGENT, candidates=Candidates(16, 0.0, uniform=16, uniform_share=1e4))
-    _, last, _ = train(wide, Rising, 1500)
+    _, last, _ = train(wide, Rising, 1000)
     a = draws(last.actor)
     np.testing.assert_allclose([a.mean(), a.std()], [0.0, 3**-0.5], atol=0.08)
 
 
 def test_temperature_is_tuned_to_the_entropy_of_the_weights():
     agent = replace(AGENT, temperature=Tuned(2.4, of="weights", start=0.05, rate=0.02), optim=Optim(1e-30))
-    _, _, metrics = train(agent, Rising, 800)
+    _, _, metrics = train(agent, Rising, 600)
     assert metrics["entropy"][0] < 2.0
     np.testing.assert_allclose(metrics["entropy"][-200:].mean(), 2.4, atol=0.1)
 
