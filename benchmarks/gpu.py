@@ -1,4 +1,4 @@
-"""The list "outstanding on GPU" of docs/benchmarks.md, in its order: checks, times, then training runs.
+"""The list "outstanding on GPU" of docs/background/benchmarks.md, in its order: checks, times, then training runs.
 
     python benchmarks/gpu.py --out DIR [--minutes M] [--only NAME]
 

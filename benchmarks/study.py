@@ -1,4 +1,4 @@
-"""The comparison of docs/study.md on its test tasks, and its tables.
+"""The comparison of docs/background/study.md on its test tasks, and its tables.
 
     python benchmarks/study.py run --out DIR [--seeds N] [--jobs J] [--agents rfm sac]   # the same again continues
     python benchmarks/study.py collect DIR TABLE                    # rows of a finished comparison, and TABLE_inside

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from contraflow.core.types import UserError
+from contraflow.envs import jittable, make
 from contraflow.envs.gymnasium import Gymnasium
 
 gym = pytest.importorskip("gymnasium")
@@ -122,6 +123,17 @@ def test_vector_env_rows(mode, kind):
 @pytest.mark.parametrize("kind", ["box", "dict"])
 def test_callable_wastes_no_step(kind):
     assert check_rows(Gymnasium(lambda: Counter(3, kind), 4), (3,) * 4, wastes=False) == 100
+
+
+def test_a_class_is_an_id():
+    """`module:Class` names a class of Gymnasium's kind: as many copies of it as are wanted."""
+    env = make(f"{__name__}:Counter", 3, trust="all")
+    assert isinstance(env, Gymnasium) and env.spec.num_envs == 3 and not jittable(f"{__name__}:Counter", trust="all")
+    state, _ = env.reset(KEY)
+    _, step = env.step(state, np.zeros((3, 2)))
+    np.testing.assert_array_equal(step.reward, [1.0, 1.0, 1.0])
+    with pytest.raises(UserError, match="render_mode"):
+        make(f"{__name__}:Counter", 1, trust="all", render=True)
 
 
 def test_callable_may_build_a_vector_env():

@@ -52,7 +52,7 @@ class Selection:
     quiet: Annotated[bool, Switch] = False
     """Only the closing lines."""
     trust: Modules = ""
-    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
+    """Modules of yours that may be imported, separated by commas; `all` allows any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class Eval:
     frames: int | None = None
     """Stop filming after so many; the whole episode unless given."""
     trust: Modules = ""
-    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
+    """Modules of yours that may be imported, separated by commas; `all` allows any."""
 
     def __post_init__(self):
         if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:

@@ -28,16 +28,16 @@ class Train:
     """What `contraflow train` takes beside the run itself."""
 
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = ()
-    """In place of --seed: train these, each into a run folder OUT/seedN; at once in one program where the environment
+    """Train several seeds, each into a run folder OUT/seedN; at once in one program where the environment
     is written in JAX (`contraflow list envs jax:`), else one after the other."""
     out: Path | None = None
-    """New folder for the run; None is runs/PRESET-ENV-seedN."""
+    """Folder of the new run; None is runs/PRESET-ENV-seedN."""
     require: float | None = None
-    """Exit with code 1 when the final mean return, with --seeds of any of them, is below this."""
+    """Exit with code 1 if the final mean return (of any seed) is below this."""
     quiet: Annotated[bool, Switch] = False
-    """No progress bar."""
+    """Print no progress."""
     trust: Modules = ""
-    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
+    """Modules of yours that may be imported, separated by commas; `all` allows any."""
 
 
 DESCRIPTION = """Train {preset}.

@@ -45,7 +45,7 @@ class Resume:
     quiet: Annotated[bool, Switch] = False
     """No progress bar."""
     trust: Modules = ""
-    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
+    """Modules of yours that may be imported, separated by commas; `all` allows any."""
 
 
 def train_command(args: list[str]) -> int:

@@ -7,9 +7,8 @@ The simulators are optional packages; each is imported when an environment of it
 from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
-from contraflow.core.types import UserError
 from contraflow.envs import bandit, envpool, episodes, gymnasium, own, playground, probe
-from contraflow.envs.base import Env, Kind, check_num_envs, close, notes, unknown_id
+from contraflow.envs.base import Env, Kind, check_num_envs, close, not_rendered, notes, unknown_id
 from contraflow.envs.control import CartpoleSwingup, Pendulum
 from contraflow.envs.ways import MultiGoal, TwoWayArm
 
@@ -53,8 +52,9 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render
 
     - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:multi-goal`,
       `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
-    - `package.module:Class` imports the user's own class and calls it with num_envs and seed, if `trust` names it.
-    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:` and `jax:`.
+    - `package.module:Class` imports the user's own class, if `trust` names it: a Gymnasium environment, or a class that
+      is called with num_envs and seed.
+    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:`, `jax:` and Gymnasium classes.
 
     Raises UserError, naming the remedy, for an unknown id, a missing package, an untrusted module, or an environment
     that does not fit.
@@ -62,7 +62,7 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render
     kind, name = parse(id, trust)
     check_num_envs(id, num_envs)
     if render and not kind.renders:
-        raise UserError(f"environment {id} cannot be rendered; leave out the video, or use envpool:, gym: or jax:")
+        raise not_rendered(id)
     return kind.make(name, num_envs, seed, render)
 
 

@@ -109,6 +109,11 @@ def reports(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[An
     return call
 
 
+def not_rendered(name: str) -> UserError:
+    """What to say where a film is wanted of an environment that cannot be drawn."""
+    return UserError(f"environment {name} cannot be rendered; leave out the video, or use envpool:, gym: or jax:")
+
+
 def failed(name: str, doing: str, error: Exception) -> UserError:
     """`error`, which the code of an environment raised, in one line, with the place in the user's own code if any."""
     paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")] + [str(Path(__file__).parents[1])]

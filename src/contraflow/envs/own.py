@@ -1,8 +1,13 @@
-"""Environments of the user's own, `package.module:Class`: imported, called, and held to what `Env` promises."""
+"""Environments of the user's own, `package.module:Class`: imported, called, and held to what `Env` promises.
+
+A class of Gymnasium's kind is taken as it is; anything else is called with `num_envs` and `seed` and returns an `Env`.
+"""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -57,6 +62,10 @@ def check(id: str) -> Callable[..., Any]:
 def make(id: str, num_envs: int, seed: int, render: bool) -> Any:
     """What the class makes of `num_envs` and `seed`. One in JAX is traced once, to see that its shapes are right."""
     create = check(id)
+    if _of_gymnasium(create):
+        return Gymnasium(partial(create, render_mode="rgb_array") if render else create, num_envs, seed)
+    if render:
+        raise base.not_rendered(id)
     try:
         env = create(num_envs=num_envs, seed=seed)
         if isinstance(env, EnvPool | Gymnasium):
@@ -76,6 +85,12 @@ def make(id: str, num_envs: int, seed: int, render: bool) -> Any:
     return env
 
 
+def _of_gymnasium(create: Any) -> bool:
+    """Whether it is a class of single environments; its module has then imported Gymnasium."""
+    kind = getattr(sys.modules.get("gymnasium"), "Env", None)
+    return kind is not None and isinstance(create, type) and issubclass(create, kind)
+
+
 def _check_copies(name: str, spec: EnvSpec, num_envs: int) -> None:
     if spec.num_envs != num_envs:
         raise UserError(
@@ -83,4 +98,4 @@ def _check_copies(name: str, spec: EnvSpec, num_envs: int) -> None:
         )
 
 
-KIND = base.Kind(make, check, list, jittable=None)
+KIND = base.Kind(make, check, list, jittable=None, renders=True)

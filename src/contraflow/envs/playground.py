@@ -122,7 +122,7 @@ def _renew(env: Any, sim: Any, key: PRNGKey, done: Bool[Array, ""]) -> tuple[Any
     """A fresh episode for one copy if it is done, and the key for the next.
 
     A loop of at most one round: under `vmap`, over copies and over seeds, it runs only if any of them is done, where a
-    `cond` would become a select that pays for a reset in every step (measured: docs/benchmarks.md).
+    `cond` would become a select that pays for a reset in every step (measured: docs/background/benchmarks.md).
     """
 
     def renew(carry: tuple[Any, PRNGKey, Any]) -> tuple[Any, PRNGKey, Any]:

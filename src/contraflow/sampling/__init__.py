@@ -1,1 +1,1 @@
-"""Boltzmann sampling without reinforcement learning: flows for unnormalised densities (docs/sampling.md)."""
+"""Boltzmann sampling without reinforcement learning: flows for unnormalised densities (docs/start/sampling.md)."""

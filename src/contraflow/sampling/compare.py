@@ -55,7 +55,7 @@ class Settings:
     out: Path | None = None
     """Folder for samples.png and results.json; default runs/sample-TARGET."""
     trust: Trust = ""
-    """Modules outside the library that may be imported, with what lies below them; `all` is any of them."""
+    """Modules of yours that may be imported, separated by commas; `all` allows any."""
     progress: bool = True
 
     def __post_init__(self):

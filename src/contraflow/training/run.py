@@ -45,9 +45,9 @@ class Run:
     agent: Agent = field(default_factory=RFM)
     source: Source = field(default_factory=Replay)
     steps: int = 100_000
-    """Steps in all: those of all environments together, random ones included; on recorded data gradient steps."""
+    """Total steps, summed over parallel environments and with the random ones; on recorded data, gradient steps."""
     pretrained: str | None = None
-    """Folder of a run or policy to start from: its flow, normalisation and chunks; None starts from scratch."""
+    """Folder of a run or policy to start from: its flow, normalisation and chunk length."""
     eval_every: int = 10_000
     """Steps between two evaluations, each with a checkpoint."""
     eval_episodes: int = 10
@@ -55,9 +55,9 @@ class Run:
     log_every: int = 1_000
     """Steps between two rows of metrics."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random numbers."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl and eval.csv."""
+    """Trackers that get the metrics; metrics.jsonl and eval.csv are always written."""
 
     def __post_init__(self):
         check_counts(self, "steps", "eval_every", "eval_episodes", "log_every")

@@ -64,7 +64,7 @@ class Dataset:
     """Recorded steps; no environment is needed but for evaluations. Step counts are gradient steps."""
 
     data: str = ""
-    """A folder, a file, or the id of a Minari dataset (docs/data.md)."""
+    """A folder, a file, or the id of a Minari dataset (docs/how-to/data.md)."""
     env: str = ""
     """Environment of the evaluations; empty is the one that the data name, or none."""
     batch_size: int = 256

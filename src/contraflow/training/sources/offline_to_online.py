@@ -25,7 +25,7 @@ class OfflineToOnline:
     out whole."""
 
     data: str = ""
-    """A folder, a file, or the id of a Minari dataset (docs/data.md)."""
+    """A folder, a file, or the id of a Minari dataset (docs/how-to/data.md)."""
     env: str = ""
     """Environment to go on in; empty is the one that the data name."""
     offline_steps: int = 20_000

@@ -95,22 +95,22 @@ class Replay:
     env: str = "envpool:CartpoleSwingup-v1"
     """Environment; `contraflow list envs` shows them."""
     num_envs: int = 1
-    """Environments stepped in parallel."""
+    """Number of parallel environments."""
     collect: int | None = None
-    """Steps of uniformly random actions before learning starts; None is a twentieth of all, at most 5000."""
+    """Random steps before learning starts; None is a twentieth of all, at most 5000."""
     updates: int = 1
-    """Gradient steps after each step of all environments; updates / num_envs is the update-to-data ratio."""
+    """Gradient steps per step of all environments; updates / num_envs is the update-to-data ratio."""
     batch_size: int = 256
-    """Rows of one gradient step."""
+    """Batch size of a gradient step."""
     n_step: int = 1
-    """Rewards summed before the value is asked: y = sum_{k<n} gamma^k r_k + gamma^n V(s_n), without correction for the
+    """Rewards summed before bootstrapping: y = sum_{k<n} gamma^k r_k + gamma^n V(s_n), without correction for the
     actions in between being those of older policies."""
     buffer_size: int = 250_000
     """Decisions kept."""
     horizon: int = 1
-    """Actions per decision; those of the pretrained policy where one is given."""
+    """Chunk length: actions per decision; that of the pretrained policy if one is given."""
     execute: int = 1
-    """How many of them are carried out."""
+    """Actions of a chunk that are executed before the next decision."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""

@@ -90,13 +90,13 @@ class Rollouts:
     env: str = "envpool:CartpoleSwingup-v1"
     """Environment; `contraflow list envs` shows them."""
     num_envs: int = 8
-    """Environments stepped in parallel."""
+    """Number of parallel environments."""
     unroll: int = 128
     """Decisions of each environment between two updates."""
     horizon: int = 1
-    """Actions per decision; those of the pretrained policy where one is given."""
+    """Chunk length: actions per decision; that of the pretrained policy if one is given."""
     execute: int = 1
-    """How many of them are carried out."""
+    """Actions of a chunk that are executed before the next decision."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
