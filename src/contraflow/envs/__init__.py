@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
 from contraflow.core.types import UserError
-from contraflow.envs import bandit, envpool, episodes, gymnasium, own, playground, probe
+from contraflow.envs import bandit, envpool, episodes, gymnasium, ogbench, own, playground, probe
 from contraflow.envs.base import Env, Kind, check_num_envs, close, notes, unknown_id
 from contraflow.envs.control import CartpoleSwingup, Pendulum
 from contraflow.envs.ways import MultiGoal, TwoWayArm
@@ -22,6 +22,7 @@ KINDS: dict[str, Kind] = {
     "envpool": envpool.KIND,
     "gym": gymnasium.KIND,
     "playground": playground.KIND,
+    "ogbench": ogbench.KIND,
     "jax": episodes.kind("jax", TASKS),
     "probe": probe.KIND,
     "bandit": bandit.KIND,
@@ -51,10 +52,11 @@ def parse(id: str, trust: Trust = "") -> Id:
 def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
-    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:multi-goal`,
-      `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
+    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`,
+      `ogbench:cube-single-play-singletask-task1-v0`, `jax:multi-goal`, `probe:two-step`, `bandit:linear/8` (8
+      dimensions; 2 unless said).
     - `package.module:Class` imports the user's own class and calls it with num_envs and seed, if `trust` names it.
-    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:` and `jax:`.
+    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:`, `ogbench:` and `jax:`.
 
     Raises UserError, naming the remedy, for an unknown id, a missing package, an untrusted module, or an environment
     that does not fit.
