@@ -64,7 +64,7 @@ class Record:
     @property
     def success(self) -> float | None:
         """Share of episodes with success of the policy at the end of training; None if the environment said nothing."""
-        own = [row.get("success") for row in self.after("last") if row["rule"] == OWN]
+        own = [row["success"] for row in self.after("last") if row["rule"] == OWN and "success" in row]
         return own[0] if own else self.evaluations[-1].get("success")
 
     def after(self, policy: str) -> list[dict[str, Any]]:
