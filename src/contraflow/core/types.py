@@ -30,6 +30,7 @@ class Step:
     Rows with `valid` False are the dummy steps of a NEXT_STEP autoreset: they are not stored and not counted.
     `steps` is what a row counts for where one decision is several environment steps; their rewards are then discounted
     in `reward`, and `undiscounted` is their plain sum, of which returns are made: None where both are the same.
+    `success` says whether the task is done; None where an environment does not say.
     """
 
     obs: Any  # [N, o]
@@ -40,6 +41,7 @@ class Step:
     valid: Any  # [N]
     steps: Any = 1  # [N], or one number for all
     undiscounted: Any = None  # [N]
+    success: Any = None  # [N] bool
 
 
 class Batch(eqx.Module):
