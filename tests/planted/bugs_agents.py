@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
-from contraflow.agents.offline import fql
+from contraflow.agents.offline import fql, iql
 from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.fql import FQL
+from contraflow.agents.offline.iql import IQL, Regressed
 from contraflow.agents.online import dacer, pmd, rfm, sac
 from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
@@ -24,7 +25,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.policy import best_of
 from contraflow.policy.best_of import BestOf
 from contraflow.policy.normalise import RunningMoments
-from contraflow.rl import normalise, ppo
+from contraflow.rl import expectile, normalise, ppo
 from contraflow.rl.critics import Critics
 from contraflow.rl.normalise import ReturnScale
 
@@ -32,6 +33,7 @@ PPO = "agents/test_ppo.py::"
 PMD_TESTS = "agents/test_pmd.py::"
 RFM_TESTS = "agents/test_rfm.py::"
 FQL_TESTS = "agents/test_fql.py::"
+IQL_TESTS = "agents/test_iql.py::"
 OBS = "agents/test_normalise_obs.py::"
 
 
@@ -305,3 +307,33 @@ def policies_explore_by_the_greedy_rule(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, BestOf, "__call__")
     def act(right, self, obs, key, greedy=True):
         return right(self, obs, key, not greedy)
+
+
+@bug(IQL_TESTS + "test_values_are_expectiles_over_the_actions_of_the_data[0.9]", "rl/test_rl_expectile.py")
+def expectiles_lean_towards_the_worst(patch: pytest.MonkeyPatch) -> None:
+    for module in (iql, expectile):
+
+        @wrong(patch, module, "expectile_loss")
+        def loss(right, error, kappa):
+            return right(error, 1 - kappa)
+
+
+@bug(IQL_TESTS + "test_a_critic_learns_what_the_value_of_the_successor_says")
+def iql_takes_the_value_of_the_state_it_left(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, IQL, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, next_obs=batch.obs, discount=batch.discount**2), key)
+
+
+@bug(IQL_TESTS + "test_the_regressed_actor_is_the_weighted_normal")
+def weights_of_a_regression_have_no_cap(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Regressed, "loss")
+    def loss(right, self, actor, batch, advantage, key):
+        return right(replace(self, cap=1e9), actor, batch, advantage, key)
+
+
+@bug(IQL_TESTS + "test_the_best_of_n_of_a_normal_base[32]")
+def the_worst_of_n_is_taken(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, best_of, "pick")
+    def pick(right, selector, key, critic, obs, actions, lam):
+        return jnp.argmin(jax.vmap(lambda a: critic.value(obs, a))(actions))

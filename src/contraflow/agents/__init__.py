@@ -29,6 +29,9 @@ MODULES = (
     "onpolicy.fpo",
     "offline.bc",
     "offline.fql",
+    "offline.iql",
+    "offline.ifql",
+    "offline.idql",
 )
 
 
