@@ -32,6 +32,7 @@ MODULES = (
     "offline.iql",
     "offline.ifql",
     "offline.idql",
+    "offline.qc",
 )
 
 
