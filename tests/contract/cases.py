@@ -122,7 +122,7 @@ def batch(key: jax.Array, n: int = B, reward: Any = None) -> Batch:
     discount = jnp.asarray(np.where(rng.random(n) < 0.3, 0.0, 0.99), jnp.float32)
     return Batch(
         normal(n, 3), jnp.tanh(normal(n, 2)), normal(n) if reward is None else reward, discount, normal(n, 3),
-        jnp.ones((n, 2)),
+        jnp.ones((n, 2)), jnp.tanh(normal(n, 2)), jnp.ones((n, 2)),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.fql import FQL
 from contraflow.agents.offline.iql import IQL, Regressed
 from contraflow.agents.offline.qc import QC
+from contraflow.agents.offline.rebrac import ReBRAC
 from contraflow.agents.online import dacer, pmd, rfm, sac
 from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
@@ -37,6 +38,7 @@ RFM_TESTS = "agents/test_rfm.py::"
 FQL_TESTS = "agents/test_fql.py::"
 IQL_TESTS = "agents/test_iql.py::"
 QC_TESTS = "agents/test_qc.py::"
+REBRAC_TESTS = "agents/test_rebrac.py::"
 OBS = "agents/test_normalise_obs.py::"
 
 
@@ -359,3 +361,37 @@ def a_chunk_is_discounted_as_one_step(patch: pytest.MonkeyPatch) -> None:
     def follow(right, rows, first, steps, gamma):
         *found, discount = right(rows, first, steps, gamma)
         return *found, jnp.where(discount > 0, gamma, 0.0)
+
+
+@bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
+def rebrac_compares_the_next_action_with_the_last(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, next_action=batch.action), key)
+
+
+@bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
+def rebrac_makes_up_actions_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        known = None if batch.next_mask is None else jnp.ones_like(batch.next_mask)
+        return right(self, state, replace(batch, next_mask=known), key)
+
+
+@bug(REBRAC_TESTS + "test_the_actor_weighs_the_data_against_a_quadratic_value")
+def rebrac_is_held_to_the_data_half_as_much(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        return right(replace(self, actor_penalty=0.5 * self.actor_penalty), state, batch, key)
+
+
+@bug("data/test_samplers.py::test_the_next_action_is_what_the_same_trajectory_did_next")
+def the_next_action_is_that_of_the_next_row(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_batch")
+    def batch(right, rows, first, last, *rest):
+        found = right(rows, first, last, *rest)
+        after = rows.action[jnp.minimum(last + 1, rows.reward.shape[0] - 1)]
+        size = after.shape[1]
+        mask = jnp.ones_like(found.next_mask[:, :size])
+        join = lambda head, tail: jnp.concatenate([head, tail[:, size:]], 1)
+        return replace(found, next_action=join(after, found.next_action), next_mask=join(mask, found.next_mask))

@@ -33,6 +33,7 @@ MODULES = (
     "offline.ifql",
     "offline.idql",
     "offline.qc",
+    "offline.rebrac",
 )
 
 
