@@ -249,7 +249,7 @@ def fql_goes_down_the_value(patch: pytest.MonkeyPatch) -> None:
         return -right(self, obs, action)
 
 
-@bug(FQL_TESTS + "test_the_loss_of_the_actor_by_hand")
+@bug(FQL_TESTS + "test_the_loss_of_the_actor_by_hand[end]")
 def the_teacher_of_fql_sees_other_noise(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, FQL, "update")
     def update(right, self, state, batch, key):
@@ -395,3 +395,17 @@ def the_next_action_is_that_of_the_next_row(patch: pytest.MonkeyPatch) -> None:
         mask = jnp.ones_like(found.next_mask[:, :size])
         join = lambda head, tail: jnp.concatenate([head, tail[:, size:]], 1)
         return replace(found, next_action=join(after, found.next_action), next_mask=join(mask, found.next_mask))
+
+
+@bug(FQL_TESTS + "test_what_each_anchor_makes_of_normal_data")
+def the_anchor_looks_from_the_other_end(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fql, "matching_error")
+    def error(right, flow, obs, x0, x1, t):
+        return right(flow, obs, x0, jax.lax.stop_gradient(x1), 1 - t) * (2 - t)
+
+
+@bug(FQL_TESTS + "test_guidance_clones_the_better_rows")
+def guidance_clones_the_worse_rows(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fql, "cloning_loss")
+    def loss(right, flow, batch, key, weight=None):
+        return right(flow, batch, key, None if weight is None else 1 - weight)
