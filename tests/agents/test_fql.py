@@ -175,7 +175,7 @@ def test_normalised_q_makes_the_gradient_free_of_its_scale():
 
 
 class NormalField(eqx.Module):
-    """The velocity of data N(m, s^2) on the linear path: m + A (x - t m), A = (t s^2 - 1 + t) / (t^2 s^2 + (1 - t)^2)."""
+    """The velocity of data N(m, s^2), straight paths: m + A (x - t m), A = (t s^2 - 1 + t) / (t^2 s^2 + (1 - t)^2)."""
 
     dim: int = eqx.field(static=True)
     m: float = eqx.field(static=True)

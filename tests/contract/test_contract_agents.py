@@ -142,7 +142,7 @@ def test_same_key_same_result_other_key_other_result(case):
 def test_actions_of_equal_observations_differ(case):
     policy = case.agent.policy(case.trained(0)[0])
     actions = np.asarray(case.act(policy, jnp.ones((5, 3)), jr.key(0), False))
-    assert len(np.unique(actions[:, 0])) > 1
+    assert len(np.unique(actions, axis=0)) > 1  # rows: one number may lie at the edge of the box
     assert not np.allclose(actions, actions[0])
 
 
