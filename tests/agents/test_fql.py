@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.agents.agent_helpers import Frozen, with_slope
 
 from contraflow.agents.offline.fql import FQL
 from contraflow.core.optim import Optim
@@ -33,29 +34,6 @@ def batch(key, n=32, mask=None):
     action = jnp.clip(0.3 + 0.2 * jr.normal(k_action, (n, D)), -1, 1)
     mask = jnp.ones((n, D)) if mask is None else mask
     return Batch(jnp.zeros((n, 1)), action, jr.normal(k_reward, (n,)), jnp.full(n, 0.9), jnp.zeros((n, 1)), mask)
-
-
-def with_slope(state, slope):
-    """The state with critics Q(s, a) = slope . a: one hidden unit that is positive all over the box, the others off."""
-    lift = 10.0 * jnp.max(jnp.abs(slope))
-
-    def plane(critic):
-        first, last = critic.first, critic.last
-        weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
-        values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
-        values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
-        where = lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias)
-        return eqx.tree_at(where, critic, values)
-
-    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members))
-    return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
-
-
-class Frozen(Critics):
-    """Critics that do not learn."""
-
-    def learn(self, critic, target, opt, batch, action, key, bonus=0.0):
-        return critic, target, opt, {}
 
 
 FROZEN = Frozen(**vars(SMALL.critic))

@@ -107,6 +107,7 @@ _covered = {type(agent) for agent in TABLE.values()}
 TABLE |= {name: shrunk(p.agent) for name, p in presets().items() if type(p.agent) not in _covered}
 FAMILIES = ("rfm", "sac", "sir", "reinflow", "bc", "cross-entropy")  # in the default tests, the rest are slow
 FOREIGN = ("cross-entropy",)
+DRAWS_NOTHING = ("iql",)  # an update is a function of its batch
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:

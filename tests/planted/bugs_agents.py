@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
-from contraflow.agents.offline import fql
+from contraflow.agents.offline import fql, iql
 from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.fql import FQL
+from contraflow.agents.offline.iql import IQL, Regressed
+from contraflow.agents.offline.qc import QC
 from contraflow.agents.online import dacer, pmd, rfm, sac
 from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
@@ -19,6 +21,7 @@ from contraflow.agents.online.td3 import TD3
 from contraflow.agents.onpolicy import dppo, reinflow
 from contraflow.agents.onpolicy.dppo import DPPO
 from contraflow.agents.onpolicy.fpo import MatchedFlow
+from contraflow.data import samplers
 from contraflow.flow.model import Flow
 from contraflow.nets.critic import QEnsemble
 from contraflow.policy import best_of
@@ -32,6 +35,8 @@ PPO = "agents/test_ppo.py::"
 PMD_TESTS = "agents/test_pmd.py::"
 RFM_TESTS = "agents/test_rfm.py::"
 FQL_TESTS = "agents/test_fql.py::"
+IQL_TESTS = "agents/test_iql.py::"
+QC_TESTS = "agents/test_qc.py::"
 OBS = "agents/test_normalise_obs.py::"
 
 
@@ -305,3 +310,52 @@ def policies_explore_by_the_greedy_rule(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, BestOf, "__call__")
     def act(right, self, obs, key, greedy=True):
         return right(self, obs, key, not greedy)
+
+
+@bug(IQL_TESTS + "test_values_are_expectiles_over_the_actions_of_the_data[0.9]")
+def expectiles_lean_towards_the_worst(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, iql, "expectile_loss")
+    def loss(right, error, kappa):
+        return right(error, 1 - kappa)
+
+
+@bug(IQL_TESTS + "test_a_critic_learns_what_the_value_of_the_successor_says")
+def iql_discounts_the_value_of_the_successor_twice(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, IQL, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, discount=batch.discount**2), key)
+
+
+@bug(IQL_TESTS + "test_the_regressed_actor_is_the_weighted_normal")
+def weights_of_a_regression_have_no_cap(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Regressed, "loss")
+    def loss(right, self, actor, batch, advantage, key):
+        return right(replace(self, cap=1e9), actor, batch, advantage, key)
+
+
+@bug(IQL_TESTS + "test_the_best_of_n_of_a_normal_base[32]")
+def the_worst_of_n_is_taken(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, best_of, "pick")
+    def pick(right, selector, key, critic, obs, actions, lam):
+        return jnp.argmin(jax.vmap(lambda a: critic.value(obs, a))(actions))
+
+
+@bug(QC_TESTS + "test_targets_value_the_chunk_that_the_critics_choose")
+def targets_choose_the_chunk_that_they_value(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, QC, "update")
+    def update(right, self, state, batch, key):
+        with patch.context() as inside:
+
+            @wrong(inside, QC, "_best")
+            def best(found, self, state):
+                return found(self, replace(state, critic=state.target))
+
+            return right(self, state, batch, key)
+
+
+@bug(QC_TESTS + "test_chunks_are_valued_exactly_where_several_steps_are_not")
+def a_chunk_is_discounted_as_one_step(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_follow")
+    def follow(right, rows, first, steps, gamma):
+        *found, discount = right(rows, first, steps, gamma)
+        return *found, jnp.where(discount > 0, gamma, 0.0)

@@ -29,6 +29,10 @@ MODULES = (
     "onpolicy.fpo",
     "offline.bc",
     "offline.fql",
+    "offline.iql",
+    "offline.ifql",
+    "offline.idql",
+    "offline.qc",
     "offline.qam",
 )
 
