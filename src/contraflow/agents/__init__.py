@@ -34,6 +34,7 @@ MODULES = (
     "offline.idql",
     "offline.qc",
     "offline.qam",
+    "offline.expo",
 )
 
 

@@ -34,8 +34,7 @@ class Edit(eqx.Module):
 
 
 class Edited(eqx.Module):
-    """An action of a policy, edited; of n particles the first half, or one more, are the policy's own and the others
-    the edits of these."""
+    """An action of a policy, edited."""
 
     policy: Any
     edit: Edit
@@ -44,13 +43,22 @@ class Edited(eqx.Module):
         k_policy, k_edit = jr.split(key)
         return self.edit.draw(obs, self.policy(obs, k_policy, greedy), k_edit)[0]
 
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.policy.cost.nfe + 1, 0)
+
+
+class AlsoEdited(eqx.Module):
+    """Candidates: half of them, or one more, actions of a policy, the others the edits of these."""
+
+    policy: Any
+    edit: Edit
+
     def particles(self, obs: Obs, key: PRNGKey, n: int) -> Float[Array, "n a"]:
         """n actions."""
         k_policy, k_edit = jr.split(key)
         few = n // 2
         own = self.policy.particles(obs, k_policy, n - few)
-        if not few:
-            return own
         edited = jax.vmap(lambda a, k: self.edit.draw(obs, a, k)[0])(own[:few], jr.split(k_edit, few))
         return jnp.concatenate([own, edited])
 
@@ -60,5 +68,5 @@ class Edited(eqx.Module):
 
     @property
     def cost(self) -> Cost:
-        """Of one edited action; of many particles only half need the policy."""
-        return Cost(1, self.policy.cost.nfe + 1, 0)
+        """Of a candidate: the evaluations of an action and its edit, shared by both and rounded up."""
+        return Cost(1, (self.policy.cost.nfe + 2) // 2, 0)

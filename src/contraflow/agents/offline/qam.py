@@ -23,8 +23,7 @@ from contraflow.agents.base import Preset, adopted, flow_of
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.flow.adjoint import lean_adjoint, path_kl, rollout
-from contraflow.flow.matching import matching_error
-from contraflow.flow.model import EDGE, Ddim, Flow, FlowSpec
+from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.path import Linear
 from contraflow.flow.solver import Euler
 from contraflow.nets.critic import Mean, QEnsemble
@@ -34,9 +33,10 @@ from contraflow.policy.base import Policy
 from contraflow.policy.edit import Edited
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.rl.cloning import cloning_loss
 from contraflow.rl.critics import Critics, polyak
 from contraflow.rl.edits import Edits, EditState
-from contraflow.rl.normalise import NormaliseObs, initial_moments, pretrained_mode, update_and_normalise
+from contraflow.rl.normalise import NormaliseObs, initial_moments, pretrained_mode, unit_scale, update_and_normalise
 
 OPTIM = Optim(3e-4, max_grad_norm=1.0)
 
@@ -153,7 +153,6 @@ class QAM:
         k_next, k_critic, k_flow, k_start, k_path, k_draw, k_edit = jr.split(key, 7)
         n, steps = batch.reward.shape[0], self.flow.solver.nfe
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
-        count = jnp.maximum(batch.mask.sum(), 1.0)
 
         # 1. Critic, with a' of the policy.
         action = jax.vmap(self._acting(state))(batch.next_obs, jr.split(k_next, n))
@@ -162,15 +161,8 @@ class QAM:
         )
 
         # 2. Base: behaviour cloning, which no critic touches.
-        def flow_loss(flow):
-            def one(obs, action, key):
-                k_noise, k_t = jr.split(key)
-                t = jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE)
-                return matching_error(flow, obs, flow.noise(k_noise), flow.spec.support.latent(action), t)
-
-            return jnp.sum(batch.mask * jax.vmap(one)(batch.obs, batch.action, jr.split(k_flow, n)) ** 2) / count
-
-        flow, flow_opt, matching, _ = gradient_step(self.optim.tx, flow_loss, state.flow, state.flow_opt)
+        clone = lambda flow: cloning_loss(flow, batch, k_flow)
+        flow, flow_opt, matching, _ = gradient_step(self.optim.tx, clone, state.flow, state.flow_opt)
 
         # 3. Paths of the actor, and grad Q where they end. Beyond a box the action does not change, nor does Q.
         field = lambda flow, cond: lambda x, t: flow.velocity(x, t, cond)
@@ -182,8 +174,7 @@ class QAM:
         xs = jax.vmap(path)(fine, base, state.flow.noise(k_start, n), jr.split(k_path, n))
         q = lambda obs, x: target.value(obs, self.flow.support.action(x))
         values, slope = jax.vmap(jax.value_and_grad(q, 1))(batch.obs, xs[:, -1])
-        scale = 1.0 / jnp.maximum(jnp.mean(jnp.abs(values)), 1e-6) if self.normalise_q else 1.0
-        slope = -scale / state.lam * slope
+        slope = -(unit_scale(values) if self.normalise_q else 1.0) / state.lam * slope
         targets = jax.vmap(lambda cond, xs, slope: lean_adjoint(field(state.average, cond), xs, slope))(base, xs, slope)
 
         # 4. Actor: adjoint matching, mean over rows, steps and coordinates.
