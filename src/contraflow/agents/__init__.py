@@ -34,6 +34,8 @@ MODULES = (
     "offline.idql",
     "offline.qc",
     "offline.rebrac",
+    "offline.qam",
+    "offline.expo",
 )
 
 

@@ -29,7 +29,7 @@ class OfflineToOnline:
     """A folder, a file, or the id of a Minari dataset (docs/how-to/data.md)."""
     env: str = ""
     """Environment to go on in; empty is the one that the data name."""
-    offline_steps: int = 20_000
+    offline_steps: int = 10_000
     """Gradient steps on the data before the first step in the environment."""
     mix: float | None = 0.5
     """Share of the data in each batch afterwards; None puts the data into the replay, as its first rows."""
