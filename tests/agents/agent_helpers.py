@@ -1,11 +1,55 @@
 """Rows for tests with a known Q, where nothing but the number of rows and what follows matters."""
 
+from dataclasses import replace
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from contraflow.core.types import Batch
+from contraflow.flow.path import Path
+from contraflow.rl.critics import Critics
 
 
 def bandit(n: int, dim: int = 1, discount: float = 0.0) -> Batch:
     """n rows of one state, action and reward 0; discount 0 ends the episode."""
     zeros, action = jnp.zeros((n, 1)), jnp.zeros((n, dim))
     return Batch(zeros, action, zeros[:, 0], jnp.full(n, discount), zeros, jnp.ones((n, dim)))
+
+
+class FrozenCritics(Critics):
+    """Critics that do not learn: `FrozenCritics(**vars(critics))`."""
+
+    def learn(self, critic, target, opt, batch, action, key, bonus=0.0, over="mean"):
+        return critic, target, opt, {}
+
+
+def with_slopes(state, slopes):
+    """The state with critics Q_i(s, a) = slopes_i . a, [m, a], and their slow copies: one hidden unit, positive for
+    all |a| < 10, the others off."""
+    slopes = jnp.asarray(slopes, jnp.float32)
+    lift = 10.0 * jnp.max(jnp.sum(jnp.abs(slopes), -1))
+
+    def plane(critic, slope):
+        first, last = critic.first, critic.last
+        weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
+        values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
+        values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
+        return eqx.tree_at(lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias), critic, values)
+
+    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members, slopes))
+    return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
+
+
+class GaussianNoise(eqx.Module):
+    """What the network of a flow that predicts noise should return where x1 ~ N(mean, std^2): E[x0 | x_t]."""
+
+    path: Path = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+    mean: float = eqx.field(static=True)
+    std: float = eqx.field(static=True)
+    clock: float = eqx.field(static=True, default=5.0)
+
+    def __call__(self, x, t, cond):
+        a, b = self.path.alpha(t / self.clock), self.path.beta(t / self.clock)
+        return b * (x - a * self.mean) / (a**2 * self.std**2 + b**2)

@@ -29,6 +29,7 @@ MODULES = (
     "onpolicy.fpo",
     "offline.bc",
     "offline.fql",
+    "offline.dql",
 )
 
 
