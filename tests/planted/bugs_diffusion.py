@@ -6,12 +6,16 @@ import jax
 import pytest
 from tests.planted import bug, wrong
 
-from contraflow.agents.offline import dql
+from contraflow.agents.offline import dac, dql
+from contraflow.agents.offline.dac import DAC
 from contraflow.agents.offline.dql import DQL
 from contraflow.flow import model
 from contraflow.flow.model import Flow
+from contraflow.nets.critic import QEnsemble
+from contraflow.rl.critics import Critics
 
 DQL_TESTS = "agents/test_dql.py::"
+DAC_TESTS = "agents/test_dac.py::"
 
 
 @bug(DQL_TESTS + "test_the_actor_by_hand")
@@ -39,3 +43,41 @@ def ddpm_takes_the_noise_of_the_other_variance(patch: pytest.MonkeyPatch) -> Non
     @wrong(patch, Flow, "denoising")
     def denoising(right, self, cond, solver):
         return right(self, cond, replace(solver, wide=not solver.wide))
+
+
+@bug(DAC_TESTS + "test_the_minimiser_and_its_known_bias")
+def dac_goes_down_the_value(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, QEnsemble, "value")
+    def value(right, self, obs, action):
+        return -right(self, obs, action)
+
+
+@bug(DAC_TESTS + "test_the_minimiser_and_its_known_bias")
+def dac_is_mended_in_silence(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, DAC, "update")
+    def update(right, self, state, batch, key):
+        with patch.context() as inside:
+
+            @wrong(inside, dac.jax, "grad")
+            def slope(differentiated, value, argnums=0):
+                def exact(obs, x):
+                    return 0.2 * differentiated(value, argnums=argnums)(obs, x)
+
+                return exact if argnums else differentiated(value)
+
+            return right(self, state, batch, key)
+
+
+@bug(DAC_TESTS + "test_eta_moves_to_either_bound")
+def dac_moves_eta_the_other_way(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, DAC, "update")
+    def update(right, self, state, batch, key):
+        new, metrics = right(self, state, batch, key)
+        return replace(new, eta=2 * state.eta - new.eta), metrics
+
+
+@bug(DAC_TESTS + "test_targets_are_a_lower_bound_of_what_each_critic_makes_of_ten[mean]")
+def a_backup_takes_the_best_of_several_actions(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Critics, "learn")
+    def learn(right, *args, over="mean"):
+        return right(*args, over="max")

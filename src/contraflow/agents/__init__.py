@@ -30,6 +30,7 @@ MODULES = (
     "offline.bc",
     "offline.fql",
     "offline.dql",
+    "offline.dac",
 )
 
 
