@@ -6,9 +6,10 @@ import jax
 import pytest
 from tests.planted import bug, wrong
 
-from contraflow.agents.offline import dac, dql
+from contraflow.agents.offline import dac, dql, rql
 from contraflow.agents.offline.dac import DAC
 from contraflow.agents.offline.dql import DQL
+from contraflow.agents.offline.rql import RQL
 from contraflow.flow import model
 from contraflow.flow.model import Flow
 from contraflow.nets.critic import QEnsemble
@@ -16,6 +17,7 @@ from contraflow.rl.critics import Critics
 
 DQL_TESTS = "agents/test_dql.py::"
 DAC_TESTS = "agents/test_dac.py::"
+RQL_TESTS = "agents/test_rql.py::"
 
 
 @bug(DQL_TESTS + "test_the_actor_by_hand")
@@ -81,3 +83,30 @@ def a_backup_takes_the_best_of_several_actions(patch: pytest.MonkeyPatch) -> Non
     @wrong(patch, Critics, "learn")
     def learn(right, *args, over="mean"):
         return right(*args, over="max")
+
+
+@bug(RQL_TESTS + "test_actions_are_taken_back_along_the_flow")
+def rql_takes_actions_back_in_a_straight_line(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, rql, "reversed_flow")
+    def back(right, flow, obs, action, way):
+        return action - way * flow.velocity(action, 1.0 - 0.0 * way, flow.encode(obs))
+
+
+@bug(RQL_TESTS + "test_targets_are_the_value_of_the_successor_and_fresh_noise")
+def rql_takes_the_successors_noise_for_an_action(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, rql, "place")
+    def place(right, x, f):
+        return right(x, 1.0 - f)
+
+
+@bug(RQL_TESTS + "test_the_flow_by_hand")
+def rql_values_where_its_step_begins(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, RQL, "update")
+    def update(right, self, state, batch, key):
+        with patch.context() as inside:
+
+            @wrong(inside, rql, "place")
+            def place(asked, x, f):
+                return asked(x, f - 1.0 / self.flow.solver.nfe)
+
+            return right(self, state, batch, key)

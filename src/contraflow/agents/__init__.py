@@ -31,6 +31,7 @@ MODULES = (
     "offline.fql",
     "offline.dql",
     "offline.dac",
+    "offline.rql",
 )
 
 
