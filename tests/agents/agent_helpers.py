@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from contraflow.core.types import Batch
+from contraflow.flow.path import Path
 from contraflow.rl.critics import Critics
 
 
@@ -16,26 +17,32 @@ def bandit(n: int, dim: int = 1, discount: float = 0.0) -> Batch:
     return Batch(zeros, action, zeros[:, 0], jnp.full(n, discount), zeros, jnp.ones((n, dim)))
 
 
-def with_slope(state, slope):
-    """The state with critics Q(s, a) = slope . a: one hidden unit that is positive all over the box, the others off."""
-    lift = 10.0 * jnp.max(jnp.abs(slope))
+def with_slopes(state, slopes):
+    """The state with critics Q_i(s, a) = slopes_i . a, [m, a], and their slow copies: one hidden unit, positive for
+    all |a| < 10, the others off."""
+    slopes = jnp.asarray(slopes, jnp.float32)
+    lift = 10.0 * jnp.max(jnp.sum(jnp.abs(slopes), -1))
 
-    def plane(critic):
+    def plane(critic, slope):
         first, last = critic.first, critic.last
         weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
         values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
         values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
-        where = lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias)
-        return eqx.tree_at(where, critic, values)
+        return eqx.tree_at(lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias), critic, values)
 
-    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members))
+    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members, slopes))
     return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
 
 
-class Frozen(Critics):
-    """Critics that do not learn."""
+def with_slope(state, slope):
+    """The same with one slope [a] for all critics."""
+    return with_slopes(state, jnp.tile(jnp.asarray(slope), (state.critic.num, 1)))
 
-    def learn(self, critic, target, opt, batch, action, key, bonus=0.0):
+
+class Frozen(Critics):
+    """Critics that do not learn: `Frozen(**vars(critics))`."""
+
+    def learn(self, critic, target, opt, batch, action, key, bonus=0.0, over="mean"):
         return critic, target, opt, {}
 
 
@@ -49,3 +56,17 @@ class Shift(eqx.Module):
     def __call__(self, x, t, cond):
         z = (x - t * self.m) / (1 + t * (self.s - 1))
         return self.m + (self.s - 1) * z
+
+
+class GaussianNoise(eqx.Module):
+    """What the network of a flow that predicts noise should return where x1 ~ N(mean, std^2): E[x0 | x_t]."""
+
+    path: Path = eqx.field(static=True)
+    dim: int = eqx.field(static=True)
+    mean: float = eqx.field(static=True)
+    std: float = eqx.field(static=True)
+    clock: float = eqx.field(static=True, default=5.0)
+
+    def __call__(self, x, t, cond):
+        a, b = self.path.alpha(t / self.clock), self.path.beta(t / self.clock)
+        return b * (x - a * self.mean) / (a**2 * self.std**2 + b**2)

@@ -36,6 +36,9 @@ MODULES = (
     "offline.rebrac",
     "offline.qam",
     "offline.expo",
+    "offline.dql",
+    "offline.dac",
+    "offline.rql",
 )
 
 

@@ -53,3 +53,11 @@ def posterior_std(path: AbstractPath, t: Scalar, r: Scalar) -> Scalar:
     """
     ratio = path.alpha(t) * path.beta(r) / (path.alpha(r) * path.beta(t))
     return path.beta(r) * jnp.sqrt(jnp.maximum(1.0 - ratio**2, 0.0))
+
+
+def forward_std(path: AbstractPath, t: Scalar, r: Scalar) -> Scalar:
+    """Standard deviation of x_t given x_r, r > t: sqrt(beta_t^2 - (alpha_t beta_r / alpha_r)^2).
+
+    On a variance-preserving path that is DDPM's sqrt(beta_k).
+    """
+    return jnp.sqrt(jnp.maximum(path.beta(t) ** 2 - (path.alpha(t) * path.beta(r) / path.alpha(r)) ** 2, 0.0))

@@ -17,6 +17,7 @@ from contraflow.core.observation import Observation
 from contraflow.core.optim import check_positive
 from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.fewstep import sample_average_velocity
+from contraflow.flow.kernel import Kernel, forward_std, posterior_std, rollout
 from contraflow.flow.path import Linear, Path, Scalar, Vector
 from contraflow.flow.solver import Euler, EulerMaruyama, Solver
 from contraflow.flow.support import Box, Support
@@ -52,6 +53,25 @@ class Ddim:
 
 
 @dataclass(frozen=True)
+class Ddpm:
+    """x_r ~ q(x_r | x_t, x1) with the x1 predicted at x_t (2006.11239, eq. 7), over the whole of [0, 1]; needs a key.
+
+    Clipping (`FlowSpec.clip`) bounds that x1. The last step adds no noise.
+    """
+
+    steps: int = 5
+    wide: bool = False
+    """The noise is that of a step from x_r to x_t (sigma_k^2 = beta_k), larger than that of q; the mean is the same."""
+
+    def __post_init__(self):
+        check_positive(self, "steps")
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True)
 class FlowSpec:
     """Settings of a flow.
 
@@ -62,13 +82,13 @@ class FlowSpec:
     path: Path = Linear()
     predict: Predict = "velocity"
     support: Support = Box()
-    solver: Solver | Ddim = Ddim(10)
+    solver: Solver | Ddim | Ddpm = Ddim(10)
     averaged: bool = False
     """The network also takes the time at which a step ends, and returns the velocity of the whole step."""
     clip: float | None = None
     """Bound of the predicted x1 within a step; usual where noise is predicted."""
     margin: float = 0.0
-    """Solvers other than Ddim run over [margin, 1 - margin], in which times of training are drawn."""
+    """Solvers other than Ddim and Ddpm run over [margin, 1 - margin], in which times of training are drawn."""
     clock: float = 5.0
     """The network sees clock * t."""
     unit_input: bool = False
@@ -187,7 +207,26 @@ class Flow(eqx.Module):
                 return self.step(x, k / n, (k + 1) / n, cond), None
 
             return jax.lax.scan(step, x0, jnp.arange(n, dtype=x0.dtype))[0]
+        if isinstance(solver, Ddpm):
+            if key is None:
+                raise ValueError("Ddpm adds noise: pass key")
+            return rollout(self.denoising(cond, solver), x0, solver.steps, key)[-1]
         return solver(lambda x, t: self.velocity(x, t, cond), x0, spec.margin, 1 - spec.margin, key)
+
+    def denoising(self, cond: Obs, solver: Ddpm) -> Kernel:
+        """The steps of `solver` as a Markov chain."""
+        path, n, cond = self.spec.path, solver.steps, self.encode(cond)
+
+        def kernel(x, k):
+            t, r = k / n, (k + 1) / n
+            x1, x0 = self.ends(x, t, cond, r)
+            std = posterior_std(path, t, r)
+            mean = path.alpha(r) * x1 + jnp.sqrt(jnp.maximum(path.beta(r) ** 2 - std**2, 0.0)) * x0
+            if solver.wide:
+                std = jnp.where(k + 1 < n, forward_std(path, t, r), 0.0)
+            return mean, jnp.full_like(x, std)
+
+        return kernel
 
     def particles(self, cond: Obs, key: PRNGKey, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
         """n noises x_0 [n, d] and their ends x_1 [n, d]."""

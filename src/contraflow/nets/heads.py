@@ -46,6 +46,25 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Expectile(Point):
+    """One number, the expectile of what it learns: the mean at level .5, above it at higher ones (IQL, 2110.06169).
+
+    Raises ValueError for a level outside (0, 1).
+    """
+
+    level: float = 0.7
+
+    def __post_init__(self):
+        if not 0 < self.level < 1:
+            raise ValueError(f"level must lie in (0, 1), .5 is the mean, got {self.level}")
+
+    def loss(self, out: Outputs, target: Outputs) -> Scalar:
+        """2 |level - 1{y < Q}| (Q - y)^2."""
+        gap = target[0] - out[0]
+        return 2.0 * jnp.abs(self.level - (gap < 0)) * gap**2
+
+
+@dataclass(frozen=True)
 class Quantile:
     """`outputs` quantiles of the return at (i + 1/2) / outputs, by quantile Huber regression (1710.10044).
 
@@ -156,4 +175,4 @@ class Categorical:
         return -target @ jax.nn.log_softmax(out)
 
 
-Head = Point | Quantile | Categorical
+Head = Point | Expectile | Quantile | Categorical
