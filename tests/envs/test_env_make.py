@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.envs import KINDS, available, check, jittable, make
+from contraflow.envs import KINDS, available, check, copies, jittable, make
 from contraflow.envs.base import from_table, rescale
 from contraflow.envs.probe import PROBES
 
@@ -201,3 +201,9 @@ def test_pictures():
     if "no OpenGL context" in done.stderr:
         pytest.skip("no EGL here")
     assert done.returncode == 0, done.stderr
+
+
+def test_evaluations_make_few_copies_of_what_is_large():
+    assert copies("jax:pendulum", 50) == copies("gym:Pendulum-v1", 50) == 50
+    assert copies("ogbench:cube-single-play-singletask-task1-v0", 50) == 10
+    assert copies("ogbench:cube-single-play-singletask-task1-v0", 4) == 4

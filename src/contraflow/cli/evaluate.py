@@ -13,6 +13,7 @@ from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.files import make_folder
 from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
+from contraflow.envs import copies
 from contraflow.envs.base import notes
 from contraflow.envs.chunk import singly
 from contraflow.policy.base import act_batch
@@ -58,7 +59,9 @@ def eval_command(args: list[str]) -> int:
     if options.video:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
-    with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
+    with environment(
+        policy, id, copies(id, min(options.episodes, 32), options.trust), options.seed, options.trust
+    ) as env:
         for note in notes(env):
             print(f"note: {note}")
         found = evaluate_one(policy.network, env, jr.key(options.seed), options.episodes)
@@ -90,7 +93,7 @@ def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: in
     candidates["last policy, greedy"] = load(folder, trust=trust).network
     candidates[RANDOM] = uniform_policy(policy.spec.action_dim)
     candidates[STILL] = still_policy(policy.spec.action_dim)
-    with environment(policy, policy.env, episodes, seed, trust) as env:
+    with environment(policy, policy.env, copies(policy.env, episodes, trust), seed, trust) as env:
         return {name: evaluate_one(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 
 

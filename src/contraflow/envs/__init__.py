@@ -69,6 +69,11 @@ def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render
     return kind.make(name, num_envs, seed, render)
 
 
+def copies(id: str, episodes: int, trust: Trust = "") -> int:
+    """How many copies evaluate `episodes` episodes: one for each, or fewer where copies are large."""
+    return min(episodes, parse(id, trust).kind.most or episodes)
+
+
 def check(id: str, *, trust: Trust = "") -> None:
     """Refuse an id that `make` would not know, and a missing package, without building a simulator.
 
@@ -101,4 +106,4 @@ def available() -> dict[str, list[str]]:
     return {prefix: kind.available() for prefix, kind in KINDS.items()}
 
 
-__all__ = ["Env", "available", "check", "close", "jittable", "make", "notes"]
+__all__ = ["Env", "available", "check", "close", "copies", "jittable", "make", "notes"]

@@ -62,6 +62,8 @@ class Kind(NamedTuple):
     jittable: bool | None
     """None where only building one tells."""
     renders: bool = False
+    most: int | None = None
+    """Copies that evaluations make at the most; they then play several episodes each."""
 
 
 def from_table(prefix: str, table: Mapping[str, Callable[[int], Env]]) -> Kind:

@@ -15,7 +15,7 @@ from contraflow.core.optim import Optim
 from contraflow.core.settings import from_json, to_json
 from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.envs import jittable
+from contraflow.envs import copies, jittable
 from contraflow.flow.model import FlowSpec
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.transformer import ChunkTransformer
@@ -60,9 +60,15 @@ def with_networks(part: Any, network: Mapping[str, Any]) -> Any:
             changes[name] = replace(value, **({"width": critic.width, "depth": critic.depth} if critic else size))
         elif isinstance(value, Optim) and name in ("optim", "actor_optim", "critic_optim"):
             changes[name] = replace(value, **steps)
-        elif isinstance(value, FlowSpec | PPOSettings):
+        elif isinstance(value, PPOSettings) or _holds_networks(value):
             changes[name] = with_networks(value, network)
     return replace(part, **changes)
+
+
+def _holds_networks(part: Any) -> bool:
+    """Whether it is a part of an agent that has sizes of networks in its fields, such as a flow or a kind of actor."""
+    kinds = MLPSpec | ResidualMLP | ChunkTransformer | FlowSpec
+    return is_dataclass(part) and any(isinstance(getattr(part, field.name), kinds) for field in fields(part))
 
 
 def brings(run: Run, shared: Iterable[str]) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def final_evaluations(folder: Path, episodes: int, seed: int, trust: Trust) -> l
     rows: list[tuple[str, str, Any]] = [("last", rule, policy) for rule, policy in variants(last).items()]
     rows += [("best", OWN, best.network), ("random", OWN, uniform_policy(last.spec.action_dim))]
     out = []
-    with environment(last, last.env, episodes, seed, trust) as env:
+    with environment(last, last.env, copies(last.env, episodes, trust), seed, trust) as env:
         for name, rule, policy in rows:
             found = evaluate_one(policy, env, jr.key(seed), episodes)
             price = None if name == "random" else inner(policy, "cost")

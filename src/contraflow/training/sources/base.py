@@ -13,7 +13,7 @@ from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.replay import Buffer
-from contraflow.envs import close, make, notes, reward
+from contraflow.envs import close, copies, make, notes, reward
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
 from contraflow.training.loop import Learner, World
@@ -58,7 +58,7 @@ def environments(source: Any, run: Any, trust: Trust, gamma: float = 1.0) -> tup
         if name != reward.DENSE or shift:
             env = reward.Rewarded(env, reward.rule(name, trust), shift, name)
         env = chunked(env, source.horizon, source.execute, gamma)
-        return env, environment(source, run.eval_episodes, run.seed + 10_000, trust)
+        return env, environment(source, copies(source.env, run.eval_episodes, trust), run.seed + 10_000, trust)
 
 
 def relabelling(source: Any) -> tuple[str, float]:

@@ -16,6 +16,7 @@ from contraflow.data.datasets import dataset as datasets
 from contraflow.data.datasets.readers import load, needs_task
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Chunk
+from contraflow.envs import copies
 from contraflow.envs.reward import DENSE, rewards, rule
 from contraflow.envs.reward import check as check_reward
 from contraflow.policy.normalise import RunningMoments
@@ -105,7 +106,7 @@ class Dataset:
         data = read(self, trust)
         evaluation = None
         if self.env:
-            evaluation = environment(self, run.eval_episodes, run.seed + 10_000, trust)
+            evaluation = environment(self, copies(self.env, run.eval_episodes, trust), run.seed + 10_000, trust)
         with closed_on_error(evaluation):
             if evaluation is not None:
                 data = data.check(evaluation.spec, self.env, clip=self.clip)
