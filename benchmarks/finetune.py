@@ -1,4 +1,4 @@
-"""Imitate a medium policy, then fine-tune: the runs of docs/finetuning.md, from data to table.
+"""Imitate a medium policy, then fine-tune: the runs of docs/background/finetuning-results.md, from data to table.
 
     python benchmarks/finetune.py data hopper --out DIR          # trains a policy half-way, records it
     python benchmarks/finetune.py imitate hopper --out DIR       # a flow and a diffusion, for every seed

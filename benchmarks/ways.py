@@ -2,7 +2,7 @@
 
     python benchmarks/ways.py train        # runs/ways/TASK-METHOD/seedN, all seeds of each in one program
     python benchmarks/ways.py evaluate     # docs/data/ways.csv
-    python benchmarks/ways.py picture      # docs/img/ways.svg
+    python benchmarks/ways.py picture      # docs/img/ways.png; `first`: docs/img/peaks.png
 
 Nothing is learned after training. Of each policy 200 episodes are played, by the rule of exploration ("sampled") and by
 that of evaluation ("greedy"), and the way that each takes is noted: which goal is reached, or the side to which the arm
@@ -240,6 +240,28 @@ def picture(options: Options) -> None:
     print(IMAGE.name)
 
 
+def first(options: Options) -> None:
+    """The first picture of the README: 400 actions of a flow and of a Gaussian policy where two actions are best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
+    for ax, (method, label) in zip(axes, (("rfm", "flow policy (rfm)"), ("sac", "Gaussian policy (sac)")), strict=True):
+        policy = load(options.runs / f"two-peak-{method}" / "seed0").network
+        act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
+        draws = np.asarray(act(jr.split(jr.key(2), 400)))
+        for side in (1, -1):
+            draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
+        ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3.5, alpha=0.6)
+        ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
+        ax.set_xlabel("first of six action dimensions")
+        ax.set_title(label)
+    axes[0].set_ylabel("second")
+    figure.savefig(IMAGE.with_name("peaks.png"), dpi=200)
+
+
 def backdrop(task: Any) -> list[Any]:
     """Goals and obstacles."""
     body = np.full(2, 9.0) if isinstance(task, MultiGoal) else np.zeros(task.joints)
@@ -261,4 +283,4 @@ def trace(task: Any, bodies: np.ndarray) -> np.ndarray:
 if __name__ == "__main__":
     options = tyro.cli(Options)
     print(machine())
-    {"train": train, "evaluate": evaluate, "picture": picture}[options.command](options)
+    {"train": train, "evaluate": evaluate, "picture": picture, "first": first}[options.command](options)

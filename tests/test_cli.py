@@ -111,6 +111,8 @@ def test_the_source_is_a_choice_too():
     run = parsed("source:offline-to-online", "--data", "a.npz", "--mix", "None", "--num-envs", "3", preset="rfm-paper")
     old = PRESETS["rfm-paper"].source
     assert run.source == OfflineToOnline("a.npz", old.env, mix=None, num_envs=3, buffer_size=old.buffer_size)
+    offline = parsed("source:offline-to-online", "--data", "a.npz", preset="qam")
+    assert offline.source == OfflineToOnline("a.npz", horizon=5) and offline.source.offline_steps < offline.steps
     assert parsed("source:dataset", "--data", "a.npz").source == Dataset("a.npz", BASE.source.env)
     told = parsed("--data", "a.npz", "--low", "-2", "-1", "--high", "2", "--clip", preset="bc").source
     assert told == Dataset("a.npz", low=(-2.0, -1.0), high=(2.0,), clip=True)

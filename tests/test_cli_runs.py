@@ -22,7 +22,7 @@ from contraflow.envs import make
 from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
 from contraflow.training import checkpoint
-from contraflow.training.evaluate import margin
+from contraflow.training.evaluate import Episodes, evaluate, margin
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import read_config, write_config
 
@@ -69,7 +69,7 @@ def test_eval(trained: Path):
     numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", out)]
     policy = load(trained)
     with command.environment(policy, policy.env, 3, 5) as env:
-        wanted = command.evaluate(policy.network, env, jax.random.key(5), 3)
+        wanted = evaluate(policy.network, env, jax.random.key(5), 3)
     told = [wanted.mean(), margin(wanted), wanted.std(), wanted.min(), wanted.max()]
     assert np.allclose(numbers, told, atol=0.051)
     assert "(95 %)" in out and "(95 %)" not in cli("eval", trained, "--episodes", "1")[1], "one episode has none"
@@ -122,13 +122,13 @@ def test_the_flow_is_compared_with_its_parts(tmp_path: Path, monkeypatch: pytest
 
     def evaluated(policy, env, key, episodes):
         seen.append((policy, jax.random.key_data(key).tolist(), env.spec.num_envs))
-        return np.zeros(episodes)
+        return Episodes(np.zeros(episodes))
 
-    monkeypatch.setattr(command, "evaluate", evaluated)
+    monkeypatch.setattr(command, "evaluate_one", evaluated)
     table = command.final_returns(tmp_path, "")
     assert len(table) == 6 and next(iter(table)) == "best policy, greedy, 10 episodes"
     assert list(table)[-3:] == ["last policy, greedy", "random actions", "no action (zeros)"]
-    assert all(r.shape == (10,) for r in table.values())
+    assert all(r.returns.shape == (10,) for r in table.values())
     assert len({(str(key), n) for _, key, n in seen}) == 1, "the same episodes for all"
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(policy)]) for policy, *_ in seen]
     assert leaves[0].shape == leaves[-3].shape and not np.array_equal(leaves[0], leaves[-3])

@@ -92,7 +92,7 @@ def test_rewards_of_a_task_of_ogbench():
     arrays = {"observations": obs, "actions": np.zeros((4, 2)), "terminals": [0, 0, 0, 1], "qpos": obs}
     data = from_arrays(arrays, task=id)
     np.testing.assert_array_equal(data.reward, [-1, -1, 0])
-    assert data.terminated.tolist() == [False, False, True] and data.env == f"gym:{id}"
+    assert data.terminated.tolist() == [False, False, True] and data.env == f"ogbench:{id}"
     np.testing.assert_array_equal(from_arrays(arrays, task=id, success="post").reward, [-1, 0, -1])
     with pytest.raises(UserError, match="is no single-task id of OGBench"):
         from_arrays(arrays, task="pointmaze-medium-v0")

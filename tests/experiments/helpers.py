@@ -27,10 +27,11 @@ def write_run(folder: Path, run: Any, returns: Sequence[float], final: dict[str,
     """A run with evaluations at equal distances up to its last step, and diagnostics at each."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(run, folder)
-    rows, metrics = ["step,seconds,return_mean,return_std,return_min,return_max"], []
+    rows, metrics = ["step,seconds,return_mean,return_std,return_min,return_max,success"], []
     for i, value in enumerate(returns):
         step = run.steps * (i + 1) // len(returns)
-        rows.append(f"{step},{6.0 * (i + 1) * (1 + run.seed)},{value},0,{value},{value}")
+        won = (i + 1) / (2 * len(returns)) if run.env.startswith("envpool:") else ""  # the others say nothing
+        rows.append(f"{step},{6.0 * (i + 1) * (1 + run.seed)},{value},0,{value},{value},{won}")
         shares = {f"diagnostics/action_share/{k}": 1 / 16 for k in range(16)}
         law = {"diagnostics/action_std": 0.5, "diagnostics/saturated": 0.1, "diagnostics/action_entropy": 0.2}
         if isinstance(run.agent, RFM):

@@ -101,7 +101,8 @@ def test_what_the_page_says(page: Path):
         "rfm is behind sir: -",
         "Critic, widths, batch, updates per step, clipping and evaluation are the same for all agents.",
         "agent.critic.width 64", "agent.target.estimator Gibbs - -", "agent.actor.width 64 64 -",
-        "rfm/probe-action/seed0 rfm probe:action 0 40 45 0.2 0 contraflow",
+        "rfm/probe-action/seed0 rfm probe:action 0 40 45 0.2 0 - contraflow",
+        "Success by task", "agent envpool: CheetahRun-v1 probe: action rfm 50% (5) - sac 50% (5) - sir 50% (5) -",
         "cpu: Abacus 3, cores: 2", "jax 0.9.9",
     ):  # fmt: skip
         assert text in words, text

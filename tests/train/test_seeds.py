@@ -313,10 +313,10 @@ def test_evaluation_of_many_is_that_of_each(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("contraflow.training.evaluate.CHUNK", 10)
     policies = [Noisy(jr.normal(jr.key(seed), (1,))) for seed in range(3)]
     keys = jr.split(jr.key(9), 3)
-    many = evaluate_seeds(policies, Brief(2), keys, 3)
+    many, _ = evaluate_seeds(policies, Brief(2), keys, 3)
     for s, policy in enumerate(policies):
         np.testing.assert_allclose(many[s], evaluate(policy, OnHost(Brief(2)), keys[s], 3), rtol=1e-4)
-    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Brief(2)), keys, 3), many, rtol=1e-4)
+    np.testing.assert_allclose(evaluate_seeds(policies, OnHost(Brief(2)), keys, 3).returns, many, rtol=1e-4)
     assert many.shape == (3, 3) and len(np.unique(many.round(2))) == 9
 
 

@@ -26,7 +26,7 @@ from contraflow.policy.artifact import load_policy
 from contraflow.training import checkpoint, console
 from contraflow.training import run as driver
 from contraflow.training import run_writer as record
-from contraflow.training.evaluate import evaluate, margin
+from contraflow.training.evaluate import Episodes, evaluate, margin
 from contraflow.training.log import Log, read_evaluations
 from contraflow.training.plot import plot_curve
 from contraflow.training.run_writer import best_evaluation
@@ -81,7 +81,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch):
 
         def evaluated(policies, env, keys, episodes):
             seen.append(np.asarray(policies[0].bias))
-            return np.full((1, episodes), next(returns))
+            return Episodes(np.full((1, episodes), next(returns)))
 
         monkeypatch.setattr(driver, "evaluate_seeds", evaluated)
         return seen

@@ -29,6 +29,13 @@ MODULES = (
     "onpolicy.fpo",
     "offline.bc",
     "offline.fql",
+    "offline.iql",
+    "offline.ifql",
+    "offline.idql",
+    "offline.qc",
+    "offline.rebrac",
+    "offline.qam",
+    "offline.expo",
 )
 
 

@@ -23,6 +23,7 @@ commands:
   report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
   record POLICY   roll a policy out and write the episodes as a dataset
   data info SET   sizes, returns and ranges of a dataset, and problems found in it
+  data make SET   make a dataset of a benchmark here, such as ogbench:cube-single-play
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 

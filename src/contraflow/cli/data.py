@@ -1,5 +1,8 @@
-"""`contraflow record` and `contraflow data info`: datasets from policies, and what is in a dataset."""
+"""`contraflow record` and `contraflow data info|make`: datasets from policies and scripts, and what is in a dataset."""
 
+import shlex
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,12 +10,15 @@ from typing import Annotated, Literal
 import tyro
 
 from contraflow.cli.flags import Modules, Switch, read_flags
+from contraflow.core.interrupt import INTERRUPTED, noted
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import load as load_dataset
 from contraflow.data.datasets.write import check_target, write
+from contraflow.data.make import ogbench
 from contraflow.runtime.collect import Behaviour, record
 from contraflow.runtime.policy import load
+from contraflow.training.console import Progress
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class Record:
 class Data:
     """Sizes, returns and ranges of a dataset, and problems found in it."""
 
-    action: Annotated[Literal["info"], tyro.conf.Positional]
-    """What to do with the dataset."""
+    action: Annotated[Literal["info", "make"], tyro.conf.Positional]
+    """What to do with the dataset; `contraflow data make --help` explains the second."""
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
     """A Minari id or folder, a LeRobot folder, or an .npz file (OGBench, D4RL, plain arrays)."""
     success: Literal["pre", "post"] = "pre"
@@ -61,6 +67,27 @@ class Data:
     """Lower bounds of the actions, one for all or one for each, in place of those that the data state."""
     high: tuple[float, ...] = ()
     """Upper bounds of the actions."""
+
+
+@dataclass(frozen=True)
+class Make:
+    """Make a dataset of a benchmark on this machine, with the scripted controllers of its package.
+
+    The steps of a dataset follow from its name and the seed alone; a longer one begins with those of a shorter one.
+    Work that is interrupted goes on with the same command.
+    """
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """A set of OGBench such as ogbench:cube-single-play or ogbench:pointmaze-large-navigate."""
+    out: Path
+    """The new file, which ends in .npz."""
+    rows: int = 1_000_000
+    """Steps, rounded up to whole episodes."""
+    seed: int = 0
+    jobs: int = 1
+    """Processes that make episodes side by side."""
+    quiet: Annotated[bool, Switch] = False
+    """No progress bar."""
 
 
 def record_command(args: list[str]) -> int:
@@ -78,13 +105,44 @@ def record_command(args: list[str]) -> int:
 
 
 def data_command(args: list[str]) -> int:
-    """`contraflow data info DATASET`: the exit code."""
+    """`contraflow data info DATASET` and `contraflow data make NAME`: the exit code."""
+    if args[:1] == ["make"]:
+        return make_command(args[1:])
     options = read_flags(Data, args, prog="contraflow data")
     reading = {key: getattr(options, key) for key in ("success", "task", "low", "high")}
     data = load_dataset(options.dataset, **reading, clip=True)  # what lies outside is a problem that is printed
     _print(data)
     for problem in problems(data):
         print(f"{'problem':13}{problem}")
+    return 0
+
+
+def make_command(args: list[str]) -> int:
+    """`contraflow data make NAME --rows N --out FILE`: 0, or 130 after Ctrl-C with the finished episodes kept."""
+    options = read_flags(Make, args, prog="contraflow data make")
+    header = f"{options.name}, {options.rows:,} rows, seed {options.seed}, in {options.out}"
+    start, done = time.monotonic(), []
+    with ExitStack() as stack:
+        signals = stack.enter_context(noted())
+        shown = Progress(header, options.rows, 0, options.quiet)
+
+        def told(rows: int) -> bool:
+            if not done:  # what is wrong with the flags was said before
+                stack.enter_context(shown)
+                signals.started = True
+            done.append(rows)
+            shown.update("making", rows, {})
+            return bool(signals)
+
+        whole = ogbench.make(options.name, options.rows, options.out, options.seed, options.jobs, told)
+    if not whole:
+        again = " ".join(["contraflow data make", *map(shlex.quote, args)])
+        print(f"interrupted with {done[-1]:,} rows, which are kept: {again}")
+        return INTERRUPTED
+    seconds, made, size = time.monotonic() - start, done[-1] - done[0], options.out.stat().st_size / 1e6
+    speed = f", {made / seconds:,.0f} rows/s" if made else ""
+    print(f"written {options.out}: {done[-1]:,} rows in {seconds:.0f} s{speed}, {size:.1f} MB")
+    print(f"next    contraflow data info {shlex.quote(str(options.out))}")
     return 0
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax.random as jr
-import numpy as np
 import tyro
 
 from contraflow.cli.flags import Modules, read_flags
@@ -20,7 +19,7 @@ from contraflow.policy.base import act_batch
 from contraflow.policy.uniform import still_policy, uniform_policy
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.training.evaluate import evaluate, margin
+from contraflow.training.evaluate import Episodes, evaluate_one, margin
 
 EPISODES = 10
 RANDOM, STILL = "random actions", "no action (zeros)"
@@ -62,22 +61,24 @@ def eval_command(args: list[str]) -> int:
     with environment(policy, id, min(options.episodes, 32), options.seed, options.trust) as env:
         for note in notes(env):
             print(f"note: {note}")
-        returns = evaluate(policy.network, env, jr.key(options.seed), options.episodes)
+        found = evaluate_one(policy.network, env, jr.key(options.seed), options.episodes)
     print(f"{id}, {options.episodes} episodes, seed {options.seed}")
-    print(summary(returns))
+    print(summary(found))
     return 0
 
 
-def summary(returns: np.ndarray, width: int = 0) -> str:
+def summary(found: Episodes, width: int = 0) -> str:
     """Mean, with half the width of its 95 % interval where there is more than one episode, standard deviation and
-    range of returns [episodes], each in `width` characters."""
+    range of the returns, each in `width` characters; and the share of episodes with success, where it is known."""
+    returns, success = found
     half = f" +- {margin(returns):.1f} (95 %)" if len(returns) > 1 else ""
     std, low, high = (f"{x:{width}.1f}" for x in (returns.std(), returns.min(), returns.max()))
-    return f"mean {returns.mean():{width}.1f}{half}  std {std}  min {low}  max {high}"
+    share = "" if success is None else f"  success {success.mean():.0%}"
+    return f"mean {returns.mean():{width}.1f}{half}  std {std}  min {low}  max {high}{share}"
 
 
-def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, np.ndarray]:
-    """Returns [episodes] of the policies of a run and, for RFM, what is left without its choice or its actor.
+def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, Episodes]:
+    """Episodes of the policies of a run and, for RFM, what is left without its choice or its actor.
 
     On episodes that training did not see, the same for all. The policy of the best evaluation comes first; then, with
     its networks, one particle instead of the best of many, and uniform actions ranked by the critic in place of the
@@ -90,7 +91,7 @@ def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: in
     candidates[RANDOM] = uniform_policy(policy.spec.action_dim)
     candidates[STILL] = still_policy(policy.spec.action_dim)
     with environment(policy, policy.env, episodes, seed, trust) as env:
-        return {name: evaluate(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
+        return {name: evaluate_one(candidate, env, jr.key(seed), episodes) for name, candidate in candidates.items()}
 
 
 def film(policy: Policy, id: str, seed: int, path: Path, fps: int, most: int | None = None) -> None:

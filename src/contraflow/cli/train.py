@@ -137,15 +137,15 @@ def _report(folder: Path, require: float | None, trust: Trust) -> int:
         print(f"last policy  {folder / 'policy'}")
         return 0
     table = final_returns(folder, trust)
-    for name, returns in table.items():
-        print(f"  {name:<42} {summary(returns, 8)}")
+    for name, found in table.items():
+        print(f"  {name:<42} {summary(found, 8)}")
     print(f"best policy  {folder / 'best'}, from step {best['step']:,}\nlast policy  {folder / 'policy'}")
     print(f"curve        {folder / 'curve.png'}")
     print(f"next         contraflow eval {shlex.quote(str(folder))} --video policy.mp4")
     if require is None:
         return 0
     rows = next(iter(table.values())), table[RANDOM], table[STILL]
-    mean, random, still = (float(returns.mean()) for returns in rows)
+    mean, random, still = (float(found.returns.mean()) for found in rows)
     reached = mean >= require
     side = "above" if reached else "below"
     print(f"{mean:.1f} is {side} the bar of {require:g}; random actions score {random:.1f}, no action {still:.1f}")

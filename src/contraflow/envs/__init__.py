@@ -7,7 +7,7 @@ The simulators are optional packages; each is imported when an environment of it
 from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
-from contraflow.envs import bandit, envpool, episodes, gymnasium, own, playground, probe
+from contraflow.envs import bandit, envpool, episodes, gymnasium, ogbench, own, playground, probe
 from contraflow.envs.base import Env, Kind, check_num_envs, close, not_rendered, notes, unknown_id
 from contraflow.envs.control import CartpoleSwingup, Pendulum
 from contraflow.envs.ways import MultiGoal, TwoWayArm
@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
     "envpool": envpool.KIND,
     "gym": gymnasium.KIND,
     "playground": playground.KIND,
+    "ogbench": ogbench.KIND,
     "jax": episodes.kind("jax", TASKS),
     "probe": probe.KIND,
     "bandit": bandit.KIND,
@@ -50,11 +51,13 @@ def parse(id: str, trust: Trust = "") -> Id:
 def make(id: str, num_envs: int = 1, seed: int = 0, *, trust: Trust = "", render: bool = False) -> Env:
     """N parallel copies of the environment called `id`.
 
-    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`, `jax:multi-goal`,
-      `probe:two-step`, `bandit:linear/8` (8 dimensions; 2 unless said).
+    - `envpool:CheetahRun-v1`, `gym:HalfCheetah-v5` (or without `gym:`), `playground:CheetahRun`,
+      `ogbench:cube-single-play-singletask-task1-v0`, `jax:multi-goal`, `probe:two-step`, `bandit:linear/8` (8
+      dimensions; 2 unless said).
     - `package.module:Class` imports the user's own class, if `trust` names it: a Gymnasium environment, or a class that
       is called with num_envs and seed.
-    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:`, `jax:` and Gymnasium classes.
+    - `render` makes `frame()` return pictures of copy 0, for `envpool:`, `gym:`, `ogbench:`, `jax:` and Gymnasium
+      classes.
 
     Raises UserError, naming the remedy, for an unknown id, a missing package, an untrusted module, or an environment
     that does not fit.

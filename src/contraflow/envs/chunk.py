@@ -69,7 +69,10 @@ class Chunked:
         xp: Any = jnp if self.env.spec.jittable else np
         first, *rest = self.actions(action)
         state, step = self._advance(state, first, xp.ones(n, bool))
-        total = replace(step, steps=xp.ones(n, int), undiscounted=None if self.gamma == 1 else step.reward)
+        plain = step.undiscounted
+        if plain is None and self.gamma != 1:
+            plain = step.reward
+        total = replace(step, steps=xp.ones(n, int), undiscounted=plain)
         for i, single in enumerate(rest, 1):
             active = ~(total.terminated | total.truncated)
             if not self.env.spec.jittable and not active.any():
@@ -121,6 +124,7 @@ def _joined(xp: Any, total: Step, step: Step, active: Any, weight: float) -> Ste
         return xp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     earned = xp.where(active, step.reward, xp.zeros_like(step.reward))
+    plain = earned if step.undiscounted is None else xp.where(active, step.undiscounted, xp.zeros_like(step.reward))
     return Step(
         jax.tree.map(pick, step.obs, total.obs),
         jax.tree.map(pick, step.next_obs, total.next_obs),
@@ -129,8 +133,14 @@ def _joined(xp: Any, total: Step, step: Step, active: Any, weight: float) -> Ste
         pick(step.truncated, total.truncated),
         pick(step.valid, total.valid),
         total.steps + xp.where(active, 1, 0),
-        None if total.undiscounted is None else total.undiscounted + earned,
+        None if total.undiscounted is None else total.undiscounted + plain,
+        _either(total.success, None if step.success is None else active & step.success),
     )
+
+
+def _either(one: Any, other: Any) -> Any:
+    """Success at one of two times; None says nothing."""
+    return one if other is None else other if one is None else one | other
 
 
 def _held(active: Bool[Array, " N"], new: Any, old: Any) -> Any:

@@ -127,16 +127,19 @@ class EnvPool:
             raw, reward, terminated, truncated, info = self._pool.step(scaled[ids], ids)
         truncated = truncated | (info["elapsed_step"] >= self._spec.episode_length)
         next_obs, reward = base.flatten(raw, len(reward)), np.asarray(reward, np.float32)
+        success = np.array(info["success"], bool) if "success" in info else None
         if active is not None:
             at = info["env_id"]  # rows come back in the order in which threads finish
             rows = next_obs, reward, terminated, truncated, valid[: len(at)]
             next_obs, reward, terminated, truncated, valid = (_placed(n, at, row) for row in rows)
+            success = None if success is None else _placed(n, at, success)
         obs, ended = next_obs, np.flatnonzero(terminated | truncated).astype(np.int32)
         if ended.size:
             fresh, info = self._pool.reset(ended)
             obs = next_obs.copy()
             obs[info["env_id"]] = base.flatten(fresh, ended.size)  # in the order in which threads finish
-        return None, base.checked(self.name, self._spec, Step(obs, next_obs, reward, terminated, truncated, valid))
+        step = Step(obs, next_obs, reward, terminated, truncated, valid, success=success)
+        return None, base.checked(self.name, self._spec, step)
 
     def _build(self, seed: int) -> tuple[Any, Any]:
         """A new pool in place of the old one: two would double the memory, some 30 MiB per copy of a MuJoCo task.

@@ -12,6 +12,8 @@ from contraflow.core.observation import blank
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs import base
 
+SUCCESS = ("success", "is_success")  # entries of `info` that say whether the task is done
+
 
 class Gymnasium:
     """N copies of a Gymnasium environment.
@@ -108,9 +110,13 @@ class Gymnasium:
     def _step_copies(self, scaled: np.ndarray, active: np.ndarray) -> Step:
         n = self._spec.num_envs
         next_obs, reward = _each(np.ndarray.copy, self._empty), np.zeros(n, np.float32)
-        terminated, truncated = np.zeros(n, bool), np.zeros(n, bool)
+        terminated, truncated, success = np.zeros(n, bool), np.zeros(n, bool), None
         for i in active.nonzero()[0]:
-            raw, earned, terminated[i], truncated[i], _ = self._copies[i].step(scaled[i])
+            raw, earned, terminated[i], truncated[i], info = self._copies[i].step(scaled[i])
+            for key in SUCCESS:
+                if key in info:
+                    success = np.zeros(n, bool) if success is None else success
+                    success[i] = bool(info[key])
             _put(next_obs, i, self._row(raw))
             if getattr(earned, "shape", ()):
                 shape = np.shape(earned)
@@ -121,7 +127,7 @@ class Gymnasium:
             obs = _each(np.ndarray.copy, next_obs)
             for i in done:
                 _put(obs, i, self._row(self._copies[i].reset()[0]))
-        return Step(obs, next_obs, reward, terminated, truncated, active)
+        return Step(obs, next_obs, reward, terminated, truncated, active, success=success)
 
     def _row(self, raw: Any) -> Any:
         """One observation [o], or its parts. Raises UserError unless it has as many numbers as its space."""
@@ -140,9 +146,14 @@ class Gymnasium:
         raw, reward, terminated, truncated, info = self._vector.step(scaled)
         obs, reward = base.arranged(raw, n, self._spec.obs_parts), np.asarray(reward, np.float32)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
-        done = terminated | truncated
+        done, success = terminated | truncated, None
+        for said in (info, info.get("final_info", {})):  # of ended copies that were reset
+            for key in SUCCESS:
+                if key in said:
+                    success = np.zeros(n, bool) if success is None else success
+                    success |= np.array(said[key], bool)
         if self._mode is self._modes.NEXT_STEP:
-            return done, Step(obs, obs, reward, terminated, truncated, ~state)
+            return done, Step(obs, obs, reward, terminated, truncated, ~state, success=success)
         next_obs = obs
         if done.any() and self._mode is self._modes.SAME_STEP:
             if "final_obs" not in info:
@@ -154,7 +165,7 @@ class Gymnasium:
             fresh = base.arranged(self._vector.reset(options={"reset_mask": done})[0], n, self._spec.obs_parts)
             mask = lambda x: done.reshape(-1, *[1] * (x.ndim - 1))
             obs = jax.tree.map(lambda new, old: np.where(mask(new), new, old), fresh, next_obs)
-        return state, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool))
+        return state, Step(obs, next_obs, reward, terminated, truncated, np.ones(n, bool), success=success)
 
     @base.reports
     def frame(self) -> np.ndarray:

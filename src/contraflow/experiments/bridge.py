@@ -26,7 +26,7 @@ from contraflow.rl.critics import Critics
 from contraflow.rl.ppo import PPOSettings
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import OWN, environment, variants
-from contraflow.training.evaluate import evaluate
+from contraflow.training.evaluate import evaluate_one
 from contraflow.training.run import Run
 
 NETWORK = ("critic", "width", "depth", "decay_steps", "max_grad_norm")
@@ -128,7 +128,8 @@ def final_evaluations(folder: Path, episodes: int, seed: int, trust: Trust) -> l
     out = []
     with environment(last, last.env, episodes, seed, trust) as env:
         for name, rule, policy in rows:
-            returns = [float(r) for r in evaluate(policy, env, jr.key(seed), episodes)]
+            found = evaluate_one(policy, env, jr.key(seed), episodes)
             price = None if name == "random" else inner(policy, "cost")
-            out.append({"policy": name, "rule": rule, "returns": returns, "cost": price and vars(price)})
+            row = {"policy": name, "rule": rule, "returns": found.returns.tolist(), "cost": price and vars(price)}
+            out.append(row | ({} if found.success is None else {"success": float(found.success.mean())}))
     return out

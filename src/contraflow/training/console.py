@@ -74,7 +74,7 @@ class Progress:
         minutes, seconds = divmod(round(max(self._total - self._taken, 0) / rate), 60)
         return f"{rate:,.0f} steps/s, {minutes} min {seconds:02d} s left"
 
-    def evaluated(self, steps: int, returns: np.ndarray) -> None:
+    def evaluated(self, steps: int, returns: np.ndarray, success: np.ndarray | None = None) -> None:
         """Of one policy, [episodes], or of one for each seed, [S, episodes]."""
         many = returns.ndim > 1 and len(returns) > 1
         sample = returns.mean(1) if many else returns.ravel()
@@ -82,5 +82,5 @@ class Progress:
         spread = f" +- {margin(sample):.1f}" if sample.size > 1 else ""
         self.note(
             f"step {steps:>9,}  evaluation return {sample.mean():8.1f}{spread}  ({what}, min {sample.min():.1f}, "
-            f"max {sample.max():.1f})"
+            f"max {sample.max():.1f})" + ("" if success is None else f"  success {success.mean():.0%}")
         )

@@ -1,8 +1,8 @@
-"""Returns of whole episodes, on environments of their own; of one policy, or of those of many seeds at once."""
+"""Returns of whole episodes, and how many succeeded; of one policy, or of those of many seeds at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,24 @@ from contraflow.envs.base import Env
 from contraflow.policy.base import Policy, act_batch
 from contraflow.training.loop import reset, shown, stacked, step
 
+
+class Episodes(NamedTuple):
+    """Undiscounted `returns`, and `success`: whether the task was done at any step of an episode. None where the
+    environment does not say. Both [episodes], or [S, episodes] of S seeds."""
+
+    returns: np.ndarray
+    success: np.ndarray | None = None
+
+
 CHUNK = 100  # steps of a jittable environment between two looks at what has ended
 
 
 def _advance(policy: Policy, env: Env, greedy: bool, carry: Any, key: PRNGKey, i: Any) -> tuple[Any, Any]:
-    """Step i: (environment state, observations), and what counts of it: (reward, end, valid), [N] each."""
+    """Step i: (environment state, observations), and what counts of it, [N] each."""
     env_state, obs = carry
     action = act_batch(policy, obs, key, i * env.spec.num_envs, greedy)
     env_state, after = step(env, env_state, action)
-    return (env_state, after.obs), (shown(after), after.terminated | after.truncated, after.valid)
+    return (env_state, after.obs), (shown(after), after.terminated | after.truncated, after.valid, after.success)
 
 
 @partial(jax.jit, static_argnames=("env", "greedy", "n"))
@@ -46,7 +55,15 @@ def evaluate(
     Each of the N environments contributes the same number of episodes (rounded up), so that short episodes are not
     favoured. Raises UserError if an episode does not end within `max_steps`, or the environment fails.
     """
-    return evaluate_seeds([policy], env, key[None], episodes, greedy, max_steps)[0]
+    return evaluate_one(policy, env, key, episodes, greedy, max_steps).returns
+
+
+def evaluate_one(
+    policy: Policy, env: Env, key: PRNGKey, episodes: int, greedy: bool = True, max_steps: int = 100_000
+) -> Episodes:
+    """`evaluate`, with what the environment says of success."""
+    returns, success = evaluate_seeds([policy], env, key[None], episodes, greedy, max_steps)
+    return Episodes(returns[0], None if success is None else success[0])
 
 
 def evaluate_seeds(
@@ -56,11 +73,14 @@ def evaluate_seeds(
     episodes: int,
     greedy: bool = True,
     max_steps: int = 100_000,
-) -> np.ndarray:
-    """`evaluate` for S policies, with keys [S]: returns [S, episodes], of one program if the environment is JAX."""
+) -> Episodes:
+    """`evaluate` for S policies, with keys [S]: all is [S, episodes], of one program if the environment is JAX."""
     if not env.spec.jittable:
-        each = zip(policies, keys, strict=True)
-        return np.stack([_on_host(policy, env, key, episodes, greedy, max_steps) for policy, key in each])
+        pairs = zip(policies, keys, strict=True)
+        each = [_on_host(policy, env, key, episodes, greedy, max_steps) for policy, key in pairs]
+        said = [one.success[0] for one in each if one.success is not None]
+        success = np.stack(said) if len(said) == len(each) else None
+        return Episodes(np.concatenate([one.returns for one in each]), success)
     k_reset, k_act = jax.vmap(jr.split, out_axes=1)(keys)
     carry = stacked([reset(env, key) for key in k_reset])
     together, n = stacked(list(policies)), min(env.spec.episode_length or CHUNK, CHUNK)
@@ -73,35 +93,39 @@ def evaluate_seeds(
     return _count(advance, env.spec.num_envs, len(policies), episodes, n, max_steps)
 
 
-def _on_host(policy: Policy, env: Env, key: PRNGKey, episodes: int, greedy: bool, max_steps: int) -> np.ndarray:
+def _on_host(policy: Policy, env: Env, key: PRNGKey, episodes: int, greedy: bool, max_steps: int) -> Episodes:
     k_reset, k_act = jr.split(key)
     carry = reset(env, k_reset)
 
     def advance(i: int) -> Any:
         nonlocal carry
         carry, outcome = _advance(policy, env, greedy, carry, k_act, i)
-        return [np.asarray(x)[None, None] for x in outcome]
+        return [None if x is None else np.asarray(x)[None, None] for x in outcome]
 
-    return _count(advance, env.spec.num_envs, 1, episodes, 1, max_steps)[0]
+    return _count(advance, env.spec.num_envs, 1, episodes, 1, max_steps)
 
 
-def _count(
-    advance: Callable[[int], Any], num_envs: int, seeds: int, episodes: int, n: int, max_steps: int
-) -> np.ndarray:
-    """Returns [S, episodes] from `advance(i)`: (reward, end, valid), [S, n, N] each, of the n steps from step i on."""
-    quota = -(-episodes // num_envs)
-    running = np.zeros((seeds, num_envs))
-    finished: list[list[list[float]]] = [[[] for _ in range(num_envs)] for _ in range(seeds)]
+def _count(advance: Callable[[int], Any], num_envs: int, seeds: int, episodes: int, n: int, max_steps: int) -> Episodes:
+    """Episodes [S, episodes] from `advance(i)`: (reward, end, valid, success or None), [S, n, N] each, of the n steps
+    from step i on."""
+    quota, said = -(-episodes // num_envs), False
+    running, won = np.zeros((seeds, num_envs)), np.zeros((seeds, num_envs), bool)
+    finished: list[list[list[tuple[float, bool]]]] = [[[] for _ in range(num_envs)] for _ in range(seeds)]
     for i in range(0, max_steps * quota, n):
-        reward, done, valid = (np.asarray(x) for x in advance(i))
+        *counted, success = advance(i)
+        reward, done, valid = (np.asarray(x) for x in counted)
+        said = said or success is not None
         for j in range(n):
             running += np.where(valid[:, j], reward[:, j], 0.0)
+            won |= False if success is None else valid[:, j] & np.asarray(success)[:, j]
             for s, e in np.argwhere(done[:, j] & valid[:, j]):
-                finished[s][e].append(float(running[s, e]))
-                running[s, e] = 0.0
+                finished[s][e].append((float(running[s, e]), bool(won[s, e])))
+                running[s, e], won[s, e] = 0.0, False
         if min(len(f) for seed in finished for f in seed) >= quota:
             # Episode by episode over the environments, so that `episodes` not a multiple of N drops late ones.
-            return np.array([[f[e] for e in range(quota) for f in seed][:episodes] for seed in finished])
+            rows = [[f[e] for e in range(quota) for f in seed][:episodes] for seed in finished]
+            returns, success = (np.array([[row[k] for row in seed] for seed in rows]) for k in (0, 1))
+            return Episodes(returns, success if said else None)
     raise UserError(f"no episode ended within {max_steps} steps: give the environment a time limit")
 
 

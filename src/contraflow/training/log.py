@@ -92,15 +92,19 @@ class Log:
         for tracker in self._trackers:
             tracker.log(step, {f"train/{name}": value for name, value in values.items()})
 
-    def evaluation(self, step: int, row: dict[str, float]) -> None:
-        new = not self._eval.exists()
+    def evaluation(self, step: int, row: dict[str, float | None]) -> None:
+        """None is an empty cell. A file without some of the columns, of an older version, stays without them."""
+        names = ["step", *row]
+        if self._eval.exists():
+            with self._eval.open() as file:
+                names = next(csv.reader(file), names)
+        else:
+            self._eval.write_text(",".join(names) + "\n")
+        known = {name: "" if value is None else f"{value:.6g}" for name, value in row.items()} | {"step": step}
         with self._eval.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(["step", *row])
-            writer.writerow([step, *(f"{v:.6g}" for v in row.values())])
+            csv.writer(file, lineterminator="\n").writerow([known.get(name, "") for name in names])
         for tracker in self._trackers:
-            tracker.log(step, {f"eval/{name}": value for name, value in row.items()})
+            tracker.log(step, {f"eval/{name}": value for name, value in row.items() if value is not None})
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -120,14 +124,15 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
 
 
 def read_evaluations(folder: Path, *needed: str) -> list[dict[str, float]]:
-    """Rows of `eval.csv` as numbers, with at least the columns `needed`; [] if there is none yet. Raises UserError if
-    it is damaged."""
+    """Rows of `eval.csv` as numbers, with at least the columns `needed`; [] if there is none yet. `success` is there
+    only where the environment spoke of it. Raises UserError if it is damaged."""
     path = folder / "eval.csv"
     if not path.exists():
         return []
     try:
         with path.open() as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+            cells = [{k: v for k, v in row.items() if (k, v) != ("success", "")} for row in csv.DictReader(file)]
+            rows = [{k: float(v) for k, v in row.items()} for row in cells]
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from None
     for name in needed:

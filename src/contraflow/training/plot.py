@@ -5,8 +5,9 @@ from pathlib import Path
 from contraflow.training.log import read_evaluations
 
 
-def plot_curve(folder: Path) -> Path | None:
-    """Write `folder`/curve.png from eval.csv: mean return and range over episodes. None if nothing was evaluated."""
+def plot_curve(folder: Path, switch: int | None = None) -> Path | None:
+    """Write `folder`/curve.png from eval.csv: mean return and range over episodes, and a line at the step of a `switch`
+    from recorded data to the environment. None if nothing was evaluated."""
     rows = read_evaluations(folder)
     if not rows:
         return None
@@ -26,7 +27,10 @@ def plot_curve(folder: Path) -> Path | None:
         label="range of episodes",
     )
     axes.plot(steps, [row["return_mean"] for row in rows], marker="o", ms=3, label="mean")
-    axes.set_xlabel("environment steps")
+    if switch is not None and steps[-1] > switch:
+        axes.axvline(switch, color="#777777", lw=0.8)
+        axes.annotate(" online", (switch, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="#777777")
+    axes.set_xlabel("environment steps" if switch is None else "gradient steps, then environment steps")
     axes.set_ylabel("evaluation return")
     axes.set_title(folder.name, fontsize=10)
     axes.legend(frameon=False, fontsize=8)

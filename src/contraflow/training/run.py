@@ -26,7 +26,7 @@ from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
 from contraflow.training import checkpoint, pretrained
 from contraflow.training.console import Progress
-from contraflow.training.evaluate import evaluate_seeds
+from contraflow.training.evaluate import Episodes, evaluate_seeds
 from contraflow.training.log import TrackerName, check_trackers
 from contraflow.training.loop import Carry, epoch, next_due, of_seed, reset, stacked
 from contraflow.training.run_writer import RunWriter, check_finite
@@ -435,20 +435,21 @@ def _drive(
                     break
                 carry, k_run, k_eval = of_seed((carry, k_run, k_eval), jnp.array(sound))
             due = taken // run.eval_every > before // run.eval_every or taken >= run.steps
-            returns = None
+            found = None
             if due and error is None and opened.evaluation is not None:
                 policies = [run.agent.policy(one_of(s).learner.agent) for s in range(len(live))]
                 try:
-                    returns = evaluate_seeds(policies, opened.evaluation, jr.clone(k_eval), run.eval_episodes)
+                    found = evaluate_seeds(policies, opened.evaluation, jr.clone(k_eval), run.eval_episodes)
                 except UserError as problem:
                     error = problem
             if error is not None:
                 save()
                 raise UserError(f"{error}; what was learned is saved: `contraflow resume {out}` once it is fixed")
-            if returns is not None:
+            if found is not None:
                 for s, i in enumerate(live):
-                    writers[i].evaluation(taken, one_of(s), returns[s], k_eval[s], stage.learns)
-                shown.evaluated(taken, returns)
+                    own = Episodes(found.returns[s], None if found.success is None else found.success[s])
+                    writers[i].evaluation(taken, one_of(s), own, k_eval[s], stage.learns)
+                shown.evaluated(taken, *found)
             elif due:
                 save()
         if signals:

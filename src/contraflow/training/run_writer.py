@@ -15,6 +15,7 @@ from contraflow.core.types import PRNGKey
 from contraflow.policy.artifact import save_policy
 from contraflow.training import checkpoint
 from contraflow.training.diagnostics import diagnose
+from contraflow.training.evaluate import Episodes
 from contraflow.training.log import Log, read_evaluations
 from contraflow.training.loop import Carry, World
 from contraflow.training.plot import plot_curve
@@ -61,17 +62,18 @@ class RunWriter:
         if values:
             self._log.metrics(taken, values | {"seconds": time.monotonic() - self._clock})
 
-    def evaluation(self, taken: int, carry: Carry, returns: np.ndarray, key: PRNGKey, diagnostics: bool) -> None:
-        """Log the returns [episodes] of an evaluation, look inside, write the checkpoint, and keep the policy if it is
-        the best so far: in this order, for what is on record must be known to the checkpoint."""
+    def evaluation(self, taken: int, carry: Carry, found: Episodes, key: PRNGKey, diagnostics: bool) -> None:
+        """Log an evaluation, look inside, write the checkpoint, and keep the policy if it is the best so far: in this
+        order, for what is on record must be known to the checkpoint."""
         run, state = self.run, carry.learner.agent
-        self._returns = returns
+        self._returns = returns = found.returns
         row = {
             "seconds": time.monotonic() - self._clock,
             "return_mean": returns.mean(),
             "return_std": returns.std(),
             "return_min": returns.min(),
             "return_max": returns.max(),
+            "success": None if found.success is None else found.success.mean(),
         }
         self._log.evaluation(taken, row)
         if diagnostics:
@@ -103,7 +105,7 @@ class RunWriter:
     def finish(self, interrupted: bool) -> np.ndarray:
         """Draw the curve; the returns of the last evaluation, of which an earlier process left only the mean."""
         if self._history or self._returns.size:
-            plot_curve(self.folder)
+            plot_curve(self.folder, getattr(self.run.source, "offline_steps", None))
         if not interrupted and not self._returns.size and self._history:
             return np.array([self._history[-1]["return_mean"]])
         return self._returns

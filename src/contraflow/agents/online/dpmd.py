@@ -1,4 +1,4 @@
-"""DPMD (arXiv 2502.00361): diffusion policy mirror descent, `PMD` with the paper's settings (docs/online.md)."""
+"""DPMD (arXiv 2502.00361): diffusion policy mirror descent, `PMD` with the paper's settings (docs/methods/pmd.md)."""
 
 from contraflow.agents.base import Preset
 from contraflow.agents.online.common import CRITIC, OPTIM

@@ -2,7 +2,7 @@
 
 `flame` is the paper's variant R: 100 truncated candidates, eta = 0, queries from the buffer, log pi by the change of
 variables in two steps with one probe. `flame-m` trains an average velocity (MeanFlow, 2505.13447) that acts in one
-evaluation. Both are `RFM` with these settings; docs/online.md lists the deviations.
+evaluation. Both are `RFM` with these settings; docs/methods/flame.md lists the deviations.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """FPMD (arXiv 2507.23675): flow policy mirror descent, the variants R (`fpmd`) and M (`fpmd-m`, one step).
 
 `PMD` with a flow that follows itself at once; the temperature holds a KL of 2 nats between iterates. Deviations:
-docs/online.md.
+docs/methods/pmd.md.
 """
 
 from dataclasses import replace

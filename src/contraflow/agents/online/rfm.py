@@ -116,7 +116,7 @@ class RFM:
     choose: Choice = Choice()
     temperature: Temperature = Tuned()
     """lambda of the target distribution and of the choices; where it is tuned to the entropy of actions, that is
-    estimated from 16 particles at each of 8 observations, or by `density`."""
+    estimated from 32 particles at each of 4 observations, or by `density`."""
     density: FlowDensity | None = None
     """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
     tuned temperature; None leaves the backup hard."""

@@ -8,11 +8,13 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from contraflow.core.ogbench import PREFIX, single_task
 from contraflow.core.types import UserError
 from contraflow.data.datasets import minari
 from contraflow.data.datasets.dataset import Dataset, build, columns, join, same_length, unrecorded
@@ -41,7 +43,7 @@ def load(
 ) -> Dataset:
     """The dataset in a file or folder, or the Minari dataset of that id; one that is not here is downloaded.
 
-    - `task`: single-task id of OGBench, such as cube-single-singletask-task2-v0, that rewards a file without rewards.
+    - `task`: single task of OGBench, such as cube-single-play-singletask-task2-v0, that rewards a file without rewards.
     - `success`, for OGBench files without next_observations: whether a step is rewarded for the state it starts from
       (`pre`, OGBench since 1.2) or leads to (`post`).
     - `low`, `high`: action bounds in place of those that the source states, where they are not empty; `clip`: clip
@@ -68,6 +70,16 @@ def load(
     if path.exists():
         raise UserError(f"{source} is no dataset that is known: give {KNOWN}")
     raise UserError(f"there is no dataset {source}: give {KNOWN}")
+
+
+def needs_task(source: str | Path) -> bool:
+    """Whether this is a file of OGBench without rewards."""
+    path = Path(source)
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    with suppress(ValueError, OSError, EOFError, zipfile.BadZipFile), np.load(path) as file:
+        return {"terminals", "qpos"} <= set(file.files) and "rewards" not in file.files
+    return False
 
 
 def from_arrays(
@@ -108,8 +120,9 @@ def from_arrays(
     if ogbench and low is None and high is None:
         low, high = -1.0, 1.0  # of all its environments with continuous actions
     if task:
+        task = single_task(task) or task
         rows |= _relabelled(rows, task)
-        env = f"gym:{task}"
+        env = PREFIX + task
     if "timeouts" in rows and "terminals" in rows:
         rows |= {"terminated": rows["terminals"], "truncated": rows["timeouts"]}
     rows = _ogbench(rows, name, success, notes) if ogbench else _plain(rows, name, notes)
@@ -172,7 +185,7 @@ def _relabelled(rows: dict[str, Any], task: str) -> dict[str, Any]:
             import ogbench  # noqa: F401 - registers its environments
             from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:
-        raise UserError(f'rewards of {task} need OGBench ({error}): pip install "contraflow[offline]"') from None
+        raise UserError(f'rewards of {task} need OGBench ({error}): pip install "contraflow[ogbench]"') from None
     if "qpos" not in rows:
         raise UserError(f"rewards of {task} need the array qpos: use the file of OGBench as it was published")
     try:

@@ -2,6 +2,7 @@
 printers can tell apart together with line styles and markers."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,7 @@ from contraflow.runtime.variants import OWN
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES, MARKERS, RULES = ("-", "--", "-.", ":"), "osD^vP*X", {OWN: "o", ONE: "s", UNIFORM: "X"}
 STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+SWITCH: Any = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": "#777777"}
 WIDTH = 9.0  # inches; every chart is as wide
 CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
 CAPTIONS = {
@@ -30,6 +32,8 @@ CAPTIONS = {
     "curves-steps": f"Evaluation return against environment steps: {CURVE}",
     "curves-updates": f"Evaluation return against gradient steps: {CURVE}",
     "curves-time": f"Evaluation return against wall time: {CURVE}",
+    "success-steps": "Share of episodes with success against environment steps: mean over seeds, as above.",
+    "success-updates": "Share of episodes with success against gradient steps: mean over seeds, as above.",
     "by-time": "The regression target by flow time, at the last evaluation: mean, and range over environments.",
     "by-step": "The distribution of actions during training: mean, and range over environments.",
     "actions": "Exploratory actions at the end of training, all dimensions together; the grey line is uniform.",
@@ -70,7 +74,11 @@ def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, F
             label = f"probability that a run is better\nthan one of {reference}"
             out["against"] = _bars(rows, {label: 0.5, f"IQM minus that of {reference}": 0.0}, look)
         for by, label in AXES.items():
-            out[f"curves-{by}"] = _lines(_curves(records, by), look, label, "evaluation return")
+            switches = _switches(records, by)
+            out[f"curves-{by}"] = _lines(_curves(records, by), look, label, "evaluation return", switches=switches)
+            if by != "time":
+                won = _curves(records, by, "success")
+                out[f"success-{by}"] = _lines(won, look, label, "success", bottom=-0.02, switches=switches)
         out["by-time"] = _lines(_over_environments(_timed(records)), look, "flow time t", bottom=0.0)
         out["by-step"] = _lines(_over_environments(_stepped(records)), look, "environment steps")
         shares = _over_environments(_shares(records))
@@ -118,9 +126,13 @@ def _lines(
     y: str = "",
     level: float | None = None,
     bottom: float | None = None,
+    switches: Mapping[str, set[float]] = MappingProxyType({}),
     **style: Any,
 ) -> Figure | None:
-    """A panel for each title, two or three in a row, and one legend; None without a line."""
+    """A panel for each title, two or three in a row, and one legend; None without a line.
+
+    `switches` are by title where runs went online.
+    """
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
         return None
@@ -137,6 +149,9 @@ def _lines(
             (handles[agent],) = axis.plot(places, values.value, lw=1.6, ms=4, **mine)
         if level is not None:
             axis.axhline(level, color="#999999", lw=0.8)
+        for place in switches.get(title, ()):
+            axis.axvline(place, color="#777777", lw=0.8)
+            axis.annotate(" online", (place, 1), **SWITCH)
         axis.set(title=title, xlabel=x, ylabel=y)
         axis.set_ylim(bottom=bottom)
         axis.grid(alpha=0.3)
@@ -157,14 +172,23 @@ def _profiles(table: Table, methods: Sequence[Method]) -> dict[str, Line]:
     return {a: (levels, estimate(lambda s: profile(s, levels), scores, reps=2_000)) for a, scores in own.items()}
 
 
-def _curves(records: Sequence[Record], by: str) -> Panels:
+def _switches(records: Sequence[Record], by: str) -> dict[str, set[float]]:
+    """Where the runs of each environment went from recorded data to it."""
+    out: dict[str, set[float]] = {}
+    for record in records:
+        if (place := record.switch(by)) is not None:
+            out.setdefault(record.env, set()).add(place)
+    return out
+
+
+def _curves(records: Sequence[Record], by: str, value: str = "return_mean") -> Panels:
     """Mean over runs with a pointwise bootstrap band, from where all have a value; linear between evaluations.
 
     A run that is finished keeps its last value: a fast one may end before a slow one is evaluated for the first time.
     """
     panels: Panels = {}
     for env, agent in sorted({(record.env, record.agent) for record in records}):
-        curves = [r.curve(by) for r in records if (r.env, r.agent) == (env, agent)]
+        curves = [r.curve(by, value) for r in records if (r.env, r.agent) == (env, agent)]
         if runs := [curve for curve in curves if curve is not None]:
             grid = np.unique(np.concatenate([x for x, _ in runs]))
             grid = grid[grid >= max(x[0] for x, _ in runs)]

@@ -12,6 +12,7 @@ from contraflow.core.settings import check_schema
 from contraflow.core.types import UserError
 from contraflow.experiments import bridge
 from contraflow.experiments.compare.matrix import FAILED, FINAL, cell_folder, failure, read_record, steps_taken
+from contraflow.runtime.variants import OWN
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import read_config
 
@@ -42,10 +43,29 @@ class Record:
         count = bridge.gradient_steps if by == "updates" else bridge.env_steps
         return count(self.settings, row["step"])
 
-    def curve(self, by: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Places and returns of the evaluations during training."""
-        points = [(self.place(by, row), row["return_mean"]) for row in self.evaluations]
-        return None if any(x is None for x, _ in points) else tuple(np.array(points, float).T)
+    def curve(self, by: str, value: str = "return_mean") -> tuple[np.ndarray, np.ndarray] | None:
+        """Places and values of the evaluations during training; the last of those at one place. None if not known."""
+        points = [(self.place(by, row), row[value]) for row in self.evaluations if value in row]
+        if not points or any(x is None for x, _ in points):
+            return None
+        x, y = np.array(points, float).T
+        last = np.append(np.diff(x) > 0, True)
+        return x[last], y[last]
+
+    def switch(self, by: str) -> float | None:
+        """Where a run went from recorded data to the environment; None if it did not, or if that is not known."""
+        first, rows = self.settings.get("offline_steps"), self.evaluations
+        if not first or rows[-1]["step"] <= first:
+            return None
+        if by == "time":  # of the evaluation then, or between two
+            return float(np.interp(first, [row["step"] for row in rows], [row["seconds"] / 60 for row in rows]))
+        return self.place(by, {"step": first})
+
+    @property
+    def success(self) -> float | None:
+        """Share of episodes with success of the policy at the end of training; None if the environment said nothing."""
+        own = [row["success"] for row in self.after("last") if row["rule"] == OWN and "success" in row]
+        return own[0] if own else self.evaluations[-1].get("success")
 
     def after(self, policy: str) -> list[dict[str, Any]]:
         """The evaluations after training of the `last`, the `best` or a `random` policy."""

@@ -70,6 +70,17 @@ def tasks(methods: Sequence[Method], returns: Returns, envs: Sequence[str]) -> R
     return [[m.name, m.effort, *(cell(returns[m.name].get(env, {})) for env in envs)] for m in some]
 
 
+def successes(records: Sequence[Record], envs: Sequence[str]) -> Rows:
+    """Share of episodes with success at the end of training, a mean over seeds, by agent and task; [] where no
+    environment says it."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for r in records:
+        if r.success is not None:
+            found.setdefault(r.agent, {}).setdefault(r.env, []).append(r.success)
+    cell = lambda shares: f"{np.mean(shares):.0%} ({len(shares)})" if shares else "-"
+    return [[agent, *(cell(by_env.get(env, [])) for env in envs)] for agent, by_env in sorted(found.items())]
+
+
 def scales(scales: Mapping[str, Scale | str]) -> Rows:
     """The returns that are score 0 and 1, by task."""
     return [
@@ -121,7 +132,8 @@ def runs(records: Sequence[Record], folder: Path) -> Rows:
         counts = ["-" if n is None else f"{n:,.0f}" for n in (r.place("steps", last), r.place("updates", last))]
         versions = ", ".join(f"{name} {found[name]}" for name in ("contraflow", "python", "jax") if name in found)
         row = [r.folder.relative_to(folder).as_posix(), r.agent, r.env, str(r.seed), *counts]
-        rows.append([*row, f"{last['seconds'] / 60:.1f}", number(last["return_mean"]), versions])
+        success = f"{last['success']:.0%}" if "success" in last else "-"
+        rows.append([*row, f"{last['seconds'] / 60:.1f}", number(last["return_mean"]), success, versions])
     return rows
 
 

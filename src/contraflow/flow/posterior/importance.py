@@ -87,8 +87,8 @@ class Pooled:
     MFPO pools two with eta = 0 in the box: candidates from noise, which are good near t = 1, and from the policy, which
     are good near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density).
     One candidate that has all the weight still counts as one, however wrong: keep candidates where they can do no harm.
-    Against a `Mixture` of the same proposals in one estimate: docs/online.md. `ess` is the sum. ValueError without
-    parts.
+    Against a `Mixture` of the same proposals in one estimate: docs/methods/estimators.md. `ess` is the sum. ValueError
+    without parts.
     """
 
     parts: tuple[Reverse, ...] = (

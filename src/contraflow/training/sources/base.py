@@ -13,7 +13,7 @@ from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, PRNGKey, UserError
 from contraflow.data.datasets.dataset import Dataset
 from contraflow.data.replay import Buffer
-from contraflow.envs import close, make, notes
+from contraflow.envs import close, make, notes, reward
 from contraflow.envs.base import Env
 from contraflow.envs.chunk import chunked
 from contraflow.training.loop import Learner, World
@@ -45,16 +45,25 @@ class Opened:
                 close(env)
 
 
-def environment(source: Any, num_envs: int, seed: int, trust: Trust, gamma: float = 1.0) -> Env:
-    """The environment of a source, with chunks of actions where it has any; `gamma` discounts within a chunk."""
-    return chunked(make(source.env, num_envs, seed, trust=trust), source.horizon, source.execute, gamma)
+def environment(source: Any, num_envs: int, seed: int, trust: Trust) -> Env:
+    """The environment of a source as it is, with chunks of actions where it has any."""
+    return chunked(make(source.env, num_envs, seed, trust=trust), source.horizon, source.execute)
 
 
 def environments(source: Any, run: Any, trust: Trust, gamma: float = 1.0) -> tuple[Env, Env]:
-    """That of training and that of evaluations."""
-    env = environment(source, source.num_envs, run.seed, trust, gamma)
+    """That of training, whose rewards are those to learn from, discounted by `gamma` within a chunk; and that of
+    evaluations."""
+    env, name, shift = make(source.env, source.num_envs, run.seed, trust=trust), *relabelling(source)
     with closed_on_error(env):
-        return env, environment(source, run.eval_episodes, run.seed + 10_000, trust, gamma)
+        if name != reward.DENSE or shift:
+            env = reward.Rewarded(env, reward.rule(name, trust), shift, name)
+        env = chunked(env, source.horizon, source.execute, gamma)
+        return env, environment(source, run.eval_episodes, run.seed + 10_000, trust)
+
+
+def relabelling(source: Any) -> tuple[str, float]:
+    """`reward` and `reward_shift` of a source that has them."""
+    return getattr(source, "reward", reward.DENSE), getattr(source, "reward_shift", 0.0)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Offline: gradient steps on recorded data, as single steps or chunks of actions; imitation too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from contraflow.core.ogbench import PREFIX, single_task
 from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey
 from contraflow.data.datasets import dataset as datasets
-from contraflow.data.datasets.readers import load
+from contraflow.data.datasets.readers import load, needs_task
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Chunk
+from contraflow.envs.reward import DENSE, rewards, rule
+from contraflow.envs.reward import check as check_reward
 from contraflow.policy.normalise import RunningMoments
 from contraflow.training.loop import Carry, Learner, World
 from contraflow.training.sources.base import (
@@ -27,6 +30,7 @@ from contraflow.training.sources.base import (
     first_learner,
     gamma_of,
     need,
+    relabelling,
 )
 
 GLANCE = 64  # observations to look at a policy with
@@ -74,25 +78,31 @@ class Dataset:
     execute: int = 1
     """How many of them are carried out before the next decision."""
     task: str | None = None
-    """For a file of OGBench: the single-task id that rewards it."""
+    """For a file of OGBench: the single-task id that rewards it; that of an `ogbench:` environment unless given."""
     low: tuple[float, ...] = ()
     """Lower bounds of the recorded actions, one for all or one for each, in place of those that the data state."""
     high: tuple[float, ...] = ()
     """Upper bounds of the recorded actions."""
     clip: bool = False
     """Clip actions that lie outside their range, in place of refusing them."""
+    reward: str = DENSE
+    """What is learned from: dense, the rewards as they are; sparse, for tasks of OGBench 0 where all is done and -1
+    elsewhere; or module:function, from a dict of rows to rewards (with --trust)."""
+    reward_shift: float = 0.0
+    """Added to every reward; returns are reported without it."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "batch_size")
         check_chunk(self)
+        check_reward(self.reward)
 
     def resolved(self, steps: int) -> "Dataset":
         return self
 
     def open(self, run: Any, trust: Trust) -> Opened:
         """The rows on the device, and the environment of evaluations if one is known."""
-        data = read(self)
+        data = read(self, trust)
         evaluation = None
         if self.env:
             evaluation = environment(self, run.eval_episodes, run.seed + 10_000, trust)
@@ -124,17 +134,26 @@ def sampler(source: Any, agent: Any) -> Chunk:
     return Chunk(source.horizon, gamma_of(agent))
 
 
-def read(source: Any) -> datasets.Dataset:
-    """The dataset of a source. Raises UserError if there is none, or no trajectory of it has `horizon` steps."""
+def read(source: Any, trust: Trust) -> datasets.Dataset:
+    """The dataset of a source, with the rewards that are learned from. Raises UserError if there is none, or no
+    trajectory of it has `horizon` steps."""
     need(source.data, "--data (`contraflow record` writes one)", "a dataset")
     data = recorded(source)
     data.spec(source.horizon)
-    return data
+    name, shift = relabelling(source)
+    if name == DENSE and not shift:
+        return data
+    rows = {key: getattr(data, key) for key in ("obs", "action", "next_obs", "reward", "terminated")}
+    rows |= {"success": data.terminated} if (data.env or "").startswith(PREFIX) else {}
+    reward = rewards(rule(name, trust), rows, shift, name)
+    note = f"rewards are {name}{f', plus {shift:g}' if shift else ''}: {reward.min():g} to {reward.max():g}"
+    return replace(data, reward=reward, notes=(*data.notes, note))
 
 
 def recorded(source: Any) -> datasets.Dataset:
-    """The dataset with what the source says of it."""
-    return load(source.data, task=source.task, low=source.low, high=source.high, clip=source.clip)
+    """The dataset with what the source says of it, and rewarded by the task of its environment."""
+    task = source.task or (single_task(source.env) if needs_task(source.data) else None)
+    return load(source.data, task=task, low=source.low, high=source.high, clip=source.clip)
 
 
 def rows_of(data: datasets.Dataset, agent: Any) -> Rows:

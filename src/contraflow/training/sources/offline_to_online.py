@@ -12,6 +12,7 @@ from contraflow.core.types import PRNGKey, UserError
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed, Sampler
+from contraflow.envs.reward import DENSE
 from contraflow.training.loop import Carry, Learner, Stage, World
 from contraflow.training.sources import dataset
 from contraflow.training.sources.base import Opened, closed_on_error, environments, first_learner, gamma_of, need
@@ -28,7 +29,7 @@ class OfflineToOnline:
     """A folder, a file, or the id of a Minari dataset (docs/how-to/data.md)."""
     env: str = ""
     """Environment to go on in; empty is the one that the data name."""
-    offline_steps: int = 20_000
+    offline_steps: int = 10_000
     """Gradient steps on the data before the first step in the environment."""
     mix: float | None = 0.5
     """Share of the data in each batch afterwards; None puts the data into the replay, as its first rows."""
@@ -45,13 +46,18 @@ class OfflineToOnline:
     horizon: int = 1
     """Actions per decision; those of the pretrained policy where one is given."""
     task: str | None = None
-    """For a file of OGBench: the single-task id that rewards it."""
+    """For a file of OGBench: the single-task id that rewards it; that of an `ogbench:` environment unless given."""
     low: tuple[float, ...] = ()
     """Lower bounds of the recorded actions, one for all or one for each, in place of those that the data state."""
     high: tuple[float, ...] = ()
     """Upper bounds of the recorded actions."""
     clip: bool = False
     """Clip actions of the data that lie outside their range, in place of refusing them."""
+    reward: str = DENSE
+    """What is learned from: dense, the rewards as they are; sparse, for tasks of OGBench 0 where all is done and -1
+    elsewhere; or module:function, from a dict of rows to rewards (with --trust), of the data and of the environment."""
+    reward_shift: float = 0.0
+    """Added to every reward, in the data and in the environment; returns are reported without it."""
 
     @property
     def execute(self) -> int:
@@ -61,7 +67,7 @@ class OfflineToOnline:
     def offline(self) -> Dataset:
         """The first part."""
         sizes, reading = (self.batch_size, self.horizon, self.horizon), (self.task, self.low, self.high, self.clip)
-        return Dataset(self.data, self.env, *sizes, *reading)
+        return Dataset(self.data, self.env, *sizes, *reading, self.reward, self.reward_shift)
 
     @property
     def online(self) -> Replay:
@@ -83,7 +89,7 @@ class OfflineToOnline:
 
     def open(self, run: Any, trust: Trust) -> Opened:
         """Both parts. Raises UserError where the data do not fit the environment."""
-        data = dataset.read(self)
+        data = dataset.read(self, trust)
         need(self.env, "--env, where the data name none", "the environment to go on in")
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         with closed_on_error(env, evaluation):

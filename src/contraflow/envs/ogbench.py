@@ -1,0 +1,76 @@
+"""OGBench's single tasks: `ogbench:cube-single-play-singletask-task1-v0`, as the package names them with their data.
+
+The episode ends with success, in the step after the one that reached it: a step is judged by the state it starts from,
+as the rewards of the data are (`contraflow.data.datasets.readers`).
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from contraflow.core.ogbench import KINDS, PREFIX, single_task
+from contraflow.core.types import PRNGKey, Step, UserError
+from contraflow.envs import base
+from contraflow.envs.gymnasium import Gymnasium
+
+SCRIPTED = ("cube", "scene", "puzzle")  # worlds whose data are play and noisy; those of the others are walks
+
+
+def check(name: str) -> str:
+    """The id in Gymnasium. Raises UserError when OGBench is missing or has no such task."""
+    if (registry := _registry()) is None:
+        raise UserError(
+            f"environment {PREFIX}{name} needs the package ogbench (Python below 3.13): "
+            'pip install "contraflow[ogbench]"'
+        )
+    id = single_task(name)
+    if id not in registry:
+        raise base.unknown_id(f"{PREFIX}{name}")
+    return id
+
+
+def available() -> list[str]:
+    """Tasks whose observations are no images, under the names of their data; [] where OGBench is not installed."""
+    ids = []
+    for id in sorted(_registry() or ()):
+        world, found, task = id.partition("-singletask")
+        if found and not id.startswith("visual-"):
+            kinds = KINDS[:2] if world.startswith(SCRIPTED) else KINDS[2:4]
+            ids += [f"{world}-{kind}-singletask{task}" for kind in kinds]
+    return ids
+
+
+def _registry() -> dict[str, Any] | None:
+    """What Gymnasium knows, with OGBench's environments; None where that is not installed."""
+    base.prefer_egl()
+    try:
+        with base.quiet():
+            import gymnasium
+            import ogbench  # noqa: F401 - registers its environments
+    except ImportError:
+        return None
+    return gymnasium.registry
+
+
+class OGBench(Gymnasium):
+    """Its environments build their spaces anew in every reset, of whose precision Gymnasium warns each time."""
+
+    def reset(self, key: PRNGKey) -> tuple[np.ndarray, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return super().reset(key)
+
+    def step(self, state: np.ndarray, action: Any, active: np.ndarray | None = None) -> tuple[np.ndarray, Step]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return super().step(state, action, active)
+
+
+def make(name: str, num_envs: int, seed: int, render: bool) -> OGBench:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return OGBench(check(name), num_envs, seed, render=render)
+
+
+KIND = base.Kind(make, check, available, jittable=False, renders=True)
