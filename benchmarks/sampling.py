@@ -1,4 +1,4 @@
-"""Methods of `contraflow sample` at equal density calls: the tables of docs/start/sampling.md.
+"""Methods of `contraflow sample` at equal density calls: the tables of docs/background/sampling-results.md.
 
     python benchmarks/sampling.py equal      # all methods on all targets: docs/data/samplers.csv
     python benchmarks/sampling.py ranking    # 2601.08136: RFM in 20 solver steps ahead of QNE and iDEM in 100?
