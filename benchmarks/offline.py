@@ -1,7 +1,7 @@
 """Offline methods on OGBench's tasks, and the time of their updates beside the official code.
 
     contraflow data make ogbench:scene-play --rows 200000 --out DIR/scene-play.npz     # for each data set of PLAN
-    python benchmarks/offline.py train --data DIR --tasks scene --methods ifql         # docs/data/offline.csv, rows are added
+    python benchmarks/offline.py train --data DIR --tasks scene --methods ifql         # docs/data/offline.csv
     python benchmarks/offline.py table                                                 # means over seeds
     python benchmarks/offline.py picture                                               # docs/img/offline.png
     python benchmarks/offline.py speed --peer module:function                          # docs/data/offline_speed.csv
@@ -66,7 +66,7 @@ SIZE, OBS, ACT, ROWS = {"width": 256, "depth": 2}, 28, 5, 256
 
 
 def agent_of(name: str, width: int = 256, depth: int = 2) -> Any:
-    """The preset with networks of this size; `qc` with 8 candidates in place of 32, whose targets would take an hour."""
+    """The preset with networks of this size; `qc` with 8 candidates, as the targets of 32 would take an hour."""
     agent = presets()[name].agent
     size: dict[str, Any] = {"width": width, "depth": depth}
     if hasattr(agent, "critic"):

@@ -65,7 +65,8 @@ def test_an_environment_with_other_rewards():
     age = np.arange(LENGTH)
     own = np.full(LENGTH, 0.5, np.float32)
     for rule, shift, wanted in (
-        (None, 2.0, own + 2), (sparse, 0.0, (age == AT) - 1.0), (sparse, 1.0, age == AT), (twice_the_age, 1.0, 2 * age + 1.5)
+        (None, 2.0, own + 2), (sparse, 0.0, (age == AT) - 1.0), (sparse, 1.0, age == AT),
+        (twice_the_age, 1.0, 2 * age + 1.5),
     ):  # fmt: skip
         learned, returned = roll(Rewarded(goal(2, 0), rule, shift), 0.5)
         np.testing.assert_allclose(learned, wanted)
@@ -155,7 +156,7 @@ def test_mistakes(run: Run, data: Path, tmp_path: Path):
         with pytest.raises(UserError, match=words):
             train(replace(run, source=replace(run.source, reward=reward)), tmp_path / "run", trust="tests", quiet=True)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="pass --trust tests.train.success_helpers"):
+    with pytest.raises(UserError, match=r"pass --trust tests\.train\.success_helpers"):
         train(replace(run, source=Dataset(str(data), reward=AGE)), tmp_path / "run", quiet=True)
     flags = ["train", "fql", "--data", str(data), "--out", str(tmp_path / "run")]
     assert_refused([*flags, "--reward", "thick"], "--reward is dense, sparse or module:function, got thick")
