@@ -131,15 +131,11 @@ def table(options: Options) -> None:
     for name in TASKS:
         for method in PLAN[name]:
             mine = [r for r in rows if (r["task"], r["method"], r["shift"]) == (name, method, options.shift)]
-            last = [
-                max((r for r in mine if r["seed"] == s), key=lambda r: r["updates"]) for s in {r["seed"] for r in mine}
-            ]
-            found = [100 * r["success"] for r in last]
-            if found:
-                print(
-                    f"{name:7} {method:7} {last[0]['updates']:6d} updates  {np.mean(found):5.1f} %  "
-                    f"({min(found):.0f} to {max(found):.0f}, {len(found)} seeds)  {np.mean([r['cpu s'] for r in last]):.0f} s"
-                )
+            last = list({row["seed"]: row for row in sorted(mine, key=lambda row: row["updates"])}.values())
+            if found := [100 * row["success"] for row in last]:
+                low, high, cpu = min(found), max(found), np.mean([row["cpu s"] for row in last])
+                spread = f"{np.mean(found):5.1f} %  ({low:.0f} to {high:.0f}, {len(found)} seeds)"
+                print(f"{name:7} {method:7} {last[0]['updates']:6d} updates  {spread}  {cpu:.0f} s")
 
 
 def picture(options: Options) -> None:
