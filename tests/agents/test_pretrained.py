@@ -190,5 +190,5 @@ def test_a_flow_with_other_inputs_is_refused(cloned):
     assert not RFM(condition_on_temperature=True).starting_from(cloned).condition_on_temperature
     told = FlowPolicy(cloned.policy.flow, jnp.ones(()))
     assert RFM().starting_from(told).condition_on_temperature
-    with pytest.raises(UserError, match="conditioned on the temperature, PMD has none"):
+    with pytest.raises(UserError, match="takes a temperature and PMD has none"):
         PMD().starting_from(told)

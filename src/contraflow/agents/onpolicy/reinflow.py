@@ -113,7 +113,7 @@ class ReinFlow:
     entropy: float = 0.03
     """Weight of mean_{k,j} .5 log(2 pi e sigma_{k,j}^2)."""
     anchor: float = 0.0
-    """Weight of |x_1 - x_1'|^2 with x_1' from the pretrained policy at the same x_0; bounds the Wasserstein distance."""
+    """Weight of |x_1 - x_1'|^2 with x_1' from the pretrained policy at equal x_0; bounds the Wasserstein distance."""
     clip: float = 0.01
     ppo: PPOSettings = PPOSettings(
         target_kl=1.0, actor_optim=Optim(4.5e-5, max_grad_norm=10.0), critic_optim=Optim(6.5e-4, max_grad_norm=10.0)
