@@ -165,7 +165,7 @@ def test_a_folder_that_is_no_matrix_is_left_alone(tmp_path: Path):
     ("text", "says"),
     [
         ('{"schema": 99}', "schema 99.*upgrade"),
-        ('{"schema": 1}', "schema 1.*make it anew"),
+        ('{"schema": 1}', "schema 1.*create it again"),
         ("{", "not valid JSON"),
         ("[]", "not written by contraflow"),
         ('{"schema": 2}', "damaged"),

@@ -200,7 +200,7 @@ def test_the_table(tmp_path: Path):
 
 def test_only_one_process_per_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cells = sir_cells(tmp_path)
-    with locked(tmp_path), pytest.raises(UserError, match=r"another process \(pid \d+\) is at work"):
+    with locked(tmp_path), pytest.raises(UserError, match=r"another process \(pid \d+\) is using"):
         run_cells(cells, tmp_path, Local(1), 1, quiet=True)
     assert not cells[0].folder.exists()
 

@@ -112,7 +112,7 @@ class ChunkTransformer:
     def __post_init__(self):
         check_positive(self, "width", "depth", "embedding", "heads")
         if self.width % self.heads:
-            raise ValueError(f"the width of a transformer must be a multiple of {self.heads} heads, got {self.width}")
+            raise ValueError(f"a transformer's width must be a multiple of its {self.heads} heads, got {self.width}")
 
     def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> Transformer:
         """Returns a fresh network for chunks [dim] of `horizon` actions under conditions [cond]."""
