@@ -210,5 +210,5 @@ def test_folders_of_others_are_refused(tmp_path: Path):
         prepare(cell)
     (cell.folder / "config.json").unlink()
     (cell.folder / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         prepare(cell)

@@ -210,7 +210,7 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path: Path, monkey
     cells = sir_cells(tmp_path)
     cells[2].folder.mkdir(parents=True)
     (cells[2].folder / "notes").write_text("")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         run_cells(cells, tmp_path, Local(1), 1, quiet=True)
     assert not any((cell.folder / FINAL).exists() for cell in cells)
 
