@@ -26,7 +26,7 @@ class Chunked:
     N, except keys. A host environment with `holds` has a `step(state, action, active)` for this.
 
     Raises ValueError unless 1 <= execute <= horizon or for an environment that already takes chunks, and UserError for
-    a host environment that cannot hold copies, because an episode may end within a chunk.
+    execute > 1 in a host environment that cannot hold copies, because an episode may end within a chunk.
     """
 
     env: Env

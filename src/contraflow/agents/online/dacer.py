@@ -40,8 +40,8 @@ class DACERState(eqx.Module):
 class DACER:
     """Diffusion actor-critic with an entropy regulator (2405.15177).
 
-    Cost per update and sample: (1 + draws) F actor evaluations with F solver steps, of which F with gradients. Raises
-    ValueError unless noise is positive and draws >= 4.
+    Cost per update and sample, with F solver steps of the policy: (1 + draws) F actor evaluations, of which F with
+    gradients. Raises ValueError unless noise is positive and draws >= 4.
     """
 
     flow: FlowSpec = FlowSpec(path=VP(), solver=Ddim(20), network=ResidualMLP(256, 3, 32))

@@ -1,7 +1,7 @@
 """FPMD (arXiv 2507.23675): flow policy mirror descent, variants R (`fpmd`) and M (`fpmd-m`, one step).
 
-It is `PMD` without a slow copy (tau = 1); the temperature keeps a KL of 2 nats between iterates. docs/online.md lists
-the deviations.
+It is `PMD` with a slow copy that follows at once (tau = 1). The temperature keeps a KL of 2 nats between iterates.
+docs/online.md lists the deviations.
 """
 
 from dataclasses import replace

@@ -83,9 +83,9 @@ class PMDState(eqx.Module):
 class PMD:
     """Policy mirror descent.
 
-    Cost per update and sample: (n_backup + own) F actor evaluations with F solver steps, as many critic evaluations,
-    and own + uniform actor evaluations with gradients. Raises ValueError for tau <= 0, a temperature tuned to actions,
-    or an objective with a power.
+    Cost per update and sample, with F solver steps of the policy: (n_backup + own) F actor evaluations, as many critic
+    evaluations, and own + uniform actor evaluations with gradients. Raises ValueError for tau <= 0, a temperature tuned
+    to actions, or an objective with a power.
     """
 
     flow: FlowSpec = DIFFUSION

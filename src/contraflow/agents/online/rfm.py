@@ -109,10 +109,10 @@ class RFMState(eqx.Module):
 class RFM:
     """Reverse Flow Matching (2601.08136).
 
-    Cost per update and sample: (n_backup + n_query) F actor evaluations with F solver evaluations, n critic evaluations
-    for each of these two selectors that uses scores (n > 1, not `First`), and those of the estimator and the jump.
-    Cost per action: n F actor evaluations, and n critic evaluations if the selector uses scores. Raises ValueError for
-    settings that do not fit together.
+    Let the solver take F evaluations. Cost per update and sample: (n_backup + n_query) F actor evaluations, n critic
+    evaluations for each of these two selectors that uses scores (n > 1, not `First`), and those of the estimator and
+    the jump. Cost per action: n F actor evaluations, and n critic evaluations if the selector uses scores. Raises
+    ValueError for settings that do not fit together.
     """
 
     flow: FlowSpec = SMALL

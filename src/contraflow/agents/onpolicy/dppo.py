@@ -3,7 +3,7 @@
 x_0 ~ N(0, I). Each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with the larger of
 DDPM's standard deviation and `min_std`. The first steps stay those of the pretrained network and the last `learned` are
 improved. Each learned step is a separate decision: its ratio is clipped separately, and its advantage is that of the
-action, discounted towards the noise.
+action, discounted for each later denoising step.
 
 Differences from the released code: minibatches hold whole chains, not pairs of environment and denoising step;
 log-densities are not clamped and noise is not cut at three standard deviations.

@@ -119,13 +119,13 @@ def _scales(
         low, word = (float(np.mean(random)), "random actions") if random else (lowest, "lowest evaluation")
         high = max(value for by_env in returns.values() for value in by_env.get(env, {}).values())
         if env in given:
-            out[env] = Scale(*given[env], "table of the user")
+            out[env] = Scale(*given[env], "given table of scales")
         elif is_dmc(env):
             out[env] = Scale(0.0, 1000.0, "DeepMind Control Suite: return / 1000")
         elif high > low:
             out[env] = Scale(low, high, f"0 is {word}, 1 the best run of any agent here")
         else:
-            out[env] = "there is one run only" if len(here) == 1 else f"no run is better than {word}"
+            out[env] = "there is only one run" if len(here) == 1 else f"no run is better than {word}"
     return out
 
 

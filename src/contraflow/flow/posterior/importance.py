@@ -46,7 +46,7 @@ class Reverse:
             )
 
     def suits(self, support_name: SupportName) -> bool:
-        """Returns whether the estimator is unbiased up to self-normalisation on a support of this name.
+        """Returns whether the estimator is right for a support of this name.
 
         The faces of a box are a boundary, so a box allows no control, and candidates inside it give its exact
         posterior. Other supports need candidates on the whole space.

@@ -31,7 +31,7 @@ class ModeJump:
 
     The step is applied to endpoints of a policy before they are noised to x_t. A mode that the policy lacks then gets
     query points along its whole path, which one step of the posterior at a given x_t could not provide. Each endpoint
-    costs centres climbs gradients of the critic and samples + 1 values. `share` is the fraction of a batch that takes
+    costs centres x climbs gradients of the critic and samples + 1 values. `share` is the fraction of a batch that takes
     the step.
 
     Resampling: Samsonov et al., 2111.02702. The proposal is ours.

@@ -31,7 +31,7 @@ Numbers = Float[Array, "*s"]
 def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
     """Returns n sorted indices [n] by systematic resampling (Kitagawa 1996), with one random offset for all.
 
-    Index j comes n shares[j] times on average, and its count is less than one off. `shares` [j] must sum to 1.
+    Index j comes n shares[j] times on average, and never more than one off. `shares` [j] must sum to 1.
     """
     place = (jnp.arange(n) + jr.uniform(key)) / n
     return jnp.searchsorted(jnp.cumsum(shares)[:-1], place, side="right")
