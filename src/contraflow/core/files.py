@@ -32,11 +32,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Writes `data` as JSON to `path` atomically."""
     write_text(path, json.dumps(data, indent=1))
 
 
@@ -107,6 +109,7 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def full_disk(folder: Path, reason: str) -> UserError:
+    """Returns the error for a disk that is full while a run is written to `folder`."""
     return UserError(
         f"the disk is full ({reason}): {folder} is kept up to its last checkpoint; free some space and run "
         f"`contraflow resume {folder}`"

@@ -28,6 +28,7 @@ class Optim:
 
     @property
     def tx(self) -> optax.GradientTransformation:
+        """The optax transformation: clipping if `max_grad_norm` is set, then Adam."""
         clip = optax.identity() if self.max_grad_norm is None else optax.clip_by_global_norm(self.max_grad_norm)
         steps = self.decay_steps
         rate = self.lr if steps is None else optax.cosine_decay_schedule(self.lr, steps, alpha=0.1)

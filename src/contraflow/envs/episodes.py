@@ -56,12 +56,16 @@ SIZE, DPI = 3.2, 100  # inches, and dots per inch: 320 x 320
 
 
 class Disc(NamedTuple):
+    """A filled disc in a picture, in the units of the task."""
+
     centre: tuple[float, float]
     radius: float
     colour: str
 
 
 class Path(NamedTuple):
+    """A line through points in a picture, in the units of the task."""
+
     points: Sequence[tuple[float, float]]
     colour: str
 

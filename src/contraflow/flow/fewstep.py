@@ -129,6 +129,7 @@ class MeanFlow:
             raise ValueError(f"MeanFlow: power must not be negative, got {self.power}")
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
+        """Returns the times (t, r) of one step."""
         t, r = jnp.sort(jr.uniform(key, (2,)))
         return t, r
 
@@ -153,6 +154,7 @@ class SplitMeanFlow:
         _check_share(self)
 
     def interval(self, key: PRNGKey) -> tuple[Scalar, Scalar]:
+        """Returns the times (t, r) of one step."""
         k_whole, k_times = jr.split(key)
         t, r = jnp.sort(jr.uniform(k_times, (2,)))
         return _or_whole(k_whole, t, r)

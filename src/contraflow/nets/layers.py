@@ -16,6 +16,7 @@ Activation = Literal["gelu", "relu", "silu", "tanh"]
 
 
 def activation_function(name: Activation) -> Callable[[Float[Array, "*s"]], Float[Array, "*s"]]:
+    """Returns the elementwise activation function of that name."""
     return {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}[name]
 
 

@@ -53,6 +53,8 @@ class PPOSettings:
 
 
 class PPOState(eqx.Module):
+    """Everything that an on-policy agent learns, and the number of rollouts learned from."""
+
     actor: Any
     critic: MLP  # V(s) of normalised observations and scaled rewards
     actor_opt: PyTree

@@ -17,6 +17,8 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):
+    """Receives the metrics and evaluations of a run."""
+
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -87,12 +89,14 @@ class Log:
         ]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Appends a row to metrics.jsonl and passes it to the trackers."""
         with self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, {f"train/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, row: dict[str, float]) -> None:
+        """Appends a row to eval.csv and passes it to the trackers."""
         new = not self._eval.exists()
         with self._eval.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

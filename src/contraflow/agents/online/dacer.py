@@ -26,6 +26,8 @@ from contraflow.rl.temperature import Tuned, gaussian_entropy
 
 
 class DACERState(eqx.Module):
+    """Everything that DACER learns: actor, critics, noise scale, optimisers and statistics."""
+
     actor: Flow
     critic: QEnsemble
     target: QEnsemble

@@ -68,6 +68,8 @@ class Selection:
 
 
 class PMDState(eqx.Module):
+    """Everything that PMD learns: actor, critics, slow copies, temperature, optimisers and statistics."""
+
     actor: Flow
     slow: Flow
     critic: QEnsemble

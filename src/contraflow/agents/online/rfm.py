@@ -94,6 +94,8 @@ class Choice:
 
 
 class RFMState(eqx.Module):
+    """Everything that RFM learns: actor, critics, temperature, optimisers and statistics."""
+
     actor: Flow
     critic: QEnsemble
     target: QEnsemble

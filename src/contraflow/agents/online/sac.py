@@ -21,6 +21,8 @@ from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_no
 
 
 class SACState(eqx.Module):
+    """Everything that SAC learns: actor, critics, entropy coefficient, optimisers and statistics."""
+
     actor: MLP
     critic: QEnsemble
     target: QEnsemble

@@ -26,6 +26,8 @@ from contraflow.rl.temperature import Constant, Schedule
 
 
 class SIRState(eqx.Module):
+    """Everything that SIR learns: critics, temperature, optimiser and statistics."""
+
     critic: QEnsemble
     target: QEnsemble
     critic_opt: PyTree

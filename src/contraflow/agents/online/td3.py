@@ -21,6 +21,8 @@ from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_no
 
 
 class TD3State(eqx.Module):
+    """Everything that TD3 learns: actor, critics, slow copies, optimisers and statistics."""
+
     actor: MLP
     slow: MLP
     critic: QEnsemble

@@ -43,6 +43,7 @@ class Board:
 
 @contextmanager
 def board(status: Mapping[Cell, str], quiet: bool) -> Iterator[Board]:
+    """Yields the display of a comparison: live in a terminal, plain lines elsewhere, silent if `quiet`."""
     console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
     live = Live(console=console, auto_refresh=False, get_renderable=lambda: table(status))
     if not console.is_terminal:

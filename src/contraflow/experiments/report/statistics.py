@@ -22,6 +22,7 @@ Scores = NDArray[np.float64]
 
 
 def coverage() -> list[list[str]]:
+    """Returns `COVERAGE` as rows of text."""
     return [[str(runs), *map(str, shares)] for runs, shares in COVERAGE.items()]
 
 
