@@ -207,7 +207,7 @@ def test_an_environment_that_raises(moment: str, tmp_path: Path):
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    assert_refused([*GUESS, "--out", str(tmp_path / "file/run")], "cannot be made", "choose another --out")
+    assert_refused([*GUESS, "--out", str(tmp_path / "file/run")], "cannot be created", "choose another --out")
 
 
 def test_other_places_that_cannot_be_made(tmp_path: Path):
@@ -215,9 +215,9 @@ def test_other_places_that_cannot_be_made(tmp_path: Path):
     cli(*GUESS, "--out", tmp_path / "run")
     (tmp_path / "file").write_text("")
     place = str(tmp_path / "file/new")
-    assert_refused(["report", str(tmp_path), "--out", f"{place}/page.html"], "cannot be made", "choose another --out")
+    assert_refused(["report", str(tmp_path), "--out", f"{place}/page.html"], "cannot be created", "another --out")
     film = ["eval", str(tmp_path / "run"), "--trust", "all", "--video", f"{place}/film.mp4"]
-    assert_refused(film, "cannot be made", "choose another --video")
+    assert_refused(film, "cannot be created", "choose another --video")
     assert_refused(
         ["compare", "--agents", "sir", "--envs", "probe:action", "--steps", "9", "--out", place], "cannot be"
     )
@@ -246,4 +246,4 @@ def test_two_processes_in_one_folder(tmp_path: Path):
     folder = tmp_path / "run"
     cli(*GUESS, "--out", folder)
     with locked(folder):
-        assert_refused(["resume", str(folder), "--trust", "all", "--steps", "60"], f"(pid {os.getpid()})", "at work in")
+        assert_refused(["resume", str(folder), "--trust", "all", "--steps", "60"], f"(pid {os.getpid()})", "is using")

@@ -185,10 +185,10 @@ def test_a_flow_with_other_inputs_is_refused(cloned):
         PMD(FLOW, MeanFlow()).starting_from(cloned)
     averages = FlowPolicy(Flow(cloned.policy.flow.net, replace(FLOW, averaged=True)))
     assert BC(objective=MeanFlow()).starting_from(averages).flow.averaged
-    with pytest.raises(ValueError, match="choose an objective that ties steps"):
+    with pytest.raises(ValueError, match="an objective that makes steps consistent"):
         RFM().starting_from(averages)
     assert not RFM(condition_on_temperature=True).starting_from(cloned).condition_on_temperature
     told = FlowPolicy(cloned.policy.flow, jnp.ones(()))
     assert RFM().starting_from(told).condition_on_temperature
-    with pytest.raises(UserError, match="conditioned on the temperature, PMD has none"):
+    with pytest.raises(UserError, match="takes a temperature and PMD has none"):
         PMD().starting_from(told)

@@ -111,5 +111,5 @@ def test_names_and_sources_of_agents():
 
 def test_a_note_without_the_actor_free_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("contraflow.cli.compare.run_cells", lambda *args: Outcome(0, 1, {}))
-    assert "note: without `sir`" in cli(*flags(tmp_path / "a", agents="sac"))[1]
+    assert "note: add `sir`" in cli(*flags(tmp_path / "a", agents="sac"))[1]
     assert "note:" not in cli(*flags(tmp_path / "b"))[1]

@@ -165,7 +165,7 @@ def test_a_folder_that_is_no_matrix_is_left_alone(tmp_path: Path):
     ("text", "says"),
     [
         ('{"schema": 99}', "schema 99.*upgrade"),
-        ('{"schema": 1}', "schema 1.*make it anew"),
+        ('{"schema": 1}', "schema 1.*create it again"),
         ("{", "not valid JSON"),
         ("[]", "not written by contraflow"),
         ('{"schema": 2}', "damaged"),
@@ -210,5 +210,5 @@ def test_folders_of_others_are_refused(tmp_path: Path):
         prepare(cell)
     (cell.folder / "config.json").unlink()
     (cell.folder / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         prepare(cell)

@@ -200,7 +200,7 @@ def test_the_table(tmp_path: Path):
 
 def test_only_one_process_per_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     cells = sir_cells(tmp_path)
-    with locked(tmp_path), pytest.raises(UserError, match=r"another process \(pid \d+\) is at work"):
+    with locked(tmp_path), pytest.raises(UserError, match=r"another process \(pid \d+\) is using"):
         run_cells(cells, tmp_path, Local(1), 1, quiet=True)
     assert not cells[0].folder.exists()
 
@@ -210,7 +210,7 @@ def test_a_foreign_folder_is_refused_before_anything_runs(tmp_path: Path, monkey
     cells = sir_cells(tmp_path)
     cells[2].folder.mkdir(parents=True)
     (cells[2].folder / "notes").write_text("")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         run_cells(cells, tmp_path, Local(1), 1, quiet=True)
     assert not any((cell.folder / FINAL).exists() for cell in cells)
 

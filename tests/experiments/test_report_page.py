@@ -119,7 +119,7 @@ def test_settings_that_are_not_the_same_are_told(tmp_path: Path, no_charts: None
     write_matrix(tmp_path / "m", ["probe:action"], 2, agents, frozenset({"paper"}))
     assert cli("report", tmp_path / "m", "--out", tmp_path / "r.html")[0] == 0
     words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
-    assert "Not the same for all , though a fair comparison would want it: setting paper (own settings) sir" in words
+    assert "Not the same for all , although a fair comparison requires it: setting paper (own settings) sir" in words
     assert "agent.critic.width 256 64" in words and "are the same for all agents" not in words
 
 
@@ -130,7 +130,7 @@ def test_runs_without_a_matrix_without_an_actor_free_agent(tmp_path: Path):
     assert code == 0 and err == ""
     words = " ".join(Text((tmp_path / "r.html").read_text()).words.split())
     assert "1 run: 1 agent, 1 environment, 1 seed." in words and "`" not in words
-    assert "No run here is of the actor-free agent sir : nothing" in words and "one run: no interval" in words
+    assert "There is no run of sir , the agent without an actor" in words and "one run: no interval" in words
     assert not (tmp_path / "r-by-time.png").exists() and not (tmp_path / "r-against.png").exists()
 
 
@@ -162,7 +162,7 @@ def test_the_users_scales(page: Path, tmp_path: Path, no_charts: None):
     (tmp_path / "s.csv").write_text("env,low,high\nprobe:action,0,100\n")
     args = ["report", page.parents[1] / "matrix", "--out", tmp_path / "r.html", "--scores", tmp_path / "s.csv"]
     assert cli(*args)[0] == 0
-    assert "probe:action 0 100 table of the user" in " ".join(Text((tmp_path / "r.html").read_text()).words.split())
+    assert "probe:action 0 100 given table of scales" in " ".join(Text((tmp_path / "r.html").read_text()).words.split())
 
 
 def test_bad_input(page: Path, tmp_path: Path):

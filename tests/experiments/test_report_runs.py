@@ -177,11 +177,11 @@ def test_scales(tmp_path: Path):
     assert isinstance(probe, Scale) and (probe.low, probe.high) == (0.0, 24.0), "random actions, the best run of sir"
     assert probe(12.0) == 0.5
     given = collect(records, {DMC: (100.0, 200.0)}).scales[DMC]
-    assert isinstance(given, Scale) and given(150.0) == 0.5 and given.reason == "table of the user"
+    assert isinstance(given, Scale) and given(150.0) == 0.5 and given.reason == "given table of scales"
 
 
 def test_no_scale_where_all_returns_are_the_same(tmp_path: Path):
-    for seed, why in enumerate(("there is one run only", "no run is better than lowest evaluation")):
+    for seed, why in enumerate(("there is only one run", "no run is better than lowest evaluation")):
         write_run(tmp_path / str(seed), loose(seed), [3.0, 3.0])
         table = collect(read(tmp_path)[0], {})
         assert table.scales == {"probe:obs-action": why} and table.scores == {}

@@ -237,7 +237,7 @@ def test_problems_are_printed(place: Path):
         ("record policy", ["--out"]),
         ("record policy --out a.npz --episodes 0", ["episodes must be at least 1"]),
         ("record policy --out a.npz --noise -1", ["noise must not be negative"]),
-        ("record policy --out a.npz --random 2", ["random a share in [0, 1]"]),
+        ("record policy --out a.npz --random 2", ["random must lie in [0, 1]"]),
         ("record policy --out a.npz --env probe:action", ["probe:action has 1 observations", "trained for 3 and 1"]),
         ("record policy --out a.npz --env jax:pendulm", ["unknown environment jax:pendulm", "did you mean"]),
         ("data info nothing.npz", ["there is no dataset nothing.npz: give a Minari folder or id"]),

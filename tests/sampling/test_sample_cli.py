@@ -115,7 +115,7 @@ def test_values_out_of_range_are_refused(wrong: str):
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("contraflow.sampling.compare.train", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be made .*: choose another --out"):
+    with pytest.raises(UserError, match=r"cannot be created .*: choose another --out"):
         main(["two-moons", "--out", str(tmp_path / "file/new")])
 
 

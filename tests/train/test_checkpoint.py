@@ -71,7 +71,7 @@ def test_swapping_two_fields_swaps_no_arrays(written: Path):
     ("like", "message"),
     [
         (Renamed(STATE.critic, STATE.target, STATE.key, STATE.empty), "does not fit: it lacks slow/w"),
-        (Before(STATE.critic, None, STATE.key, STATE.empty), "holds target/w, which this run has not"),
+        (Before(STATE.critic, None, STATE.key, STATE.empty), "holds target/w, which this run does not have"),
         (
             Before({"w": jnp.zeros((2, 4))}, STATE.target, STATE.key, STATE.empty),
             r"holds critic/w as float32\[2, 3\] where this run needs float32\[2, 4\]",
@@ -79,7 +79,7 @@ def test_swapping_two_fields_swaps_no_arrays(written: Path):
     ],
 )
 def test_another_state_is_refused(like: Any, message: str, written: Path):
-    with pytest.raises(UserError, match=f"checkpoint 7 .*{message}; it is of another version: start a new run"):
+    with pytest.raises(UserError, match=f"checkpoint 7 .*{message}; it is from another version: start a new run"):
         checkpoint.load(written, 7, shapes(like), ABOUT)
     other = {"settings": {"agent": {"lr": 0.2}}, "data": None}
     with pytest.raises(UserError, match=r"; agent\.lr was 0\.1 and is 0\.2: start"):

@@ -55,7 +55,7 @@ def test_one_process_in_a_folder(tmp_path: Path):
     assert os.listdir(tmp_path) == []
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], env=ENVIRON, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "locked\n"
-    other = rf"another process \(pid {process.pid}\) is at work in {tmp_path}"
+    other = rf"another process \(pid {process.pid}\) is using {tmp_path}"
     with pytest.raises(UserError, match=other), files.locked(tmp_path):
         raise AssertionError("both are in")
     process.kill()
@@ -67,7 +67,7 @@ def test_one_process_in_a_folder(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/run cannot be made \(Not a directory\): choose another --out"):
+    with pytest.raises(UserError, match=r"file/run cannot be created \(Not a directory\): choose another --out"):
         files.make_folder(tmp_path / "file/run")
     assert files.make_folder(tmp_path / "a/b") == [tmp_path / "a", tmp_path / "a/b"]
     assert files.make_folder(tmp_path / "a/b") == []

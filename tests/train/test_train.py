@@ -323,7 +323,7 @@ def test_what_an_environment_has_to_say_is_shown(tmp_path: Path, capsys: pytest.
     """Observations near 1e9 in double precision: training environment and evaluation say it, the user reads it once."""
     run = replace(GUESS, source=replace(GUESS.source, env="tests.cli_helpers:far"))
     train(run, tmp_path, trust="all")
-    assert capsys.readouterr().out.count("note: observations of Far reach 1e+09, where float32 tells apart only") == 1
+    assert capsys.readouterr().out.count("note: observations of Far reach 1e+09, where float32 resolves only") == 1
 
 
 def test_quiet_is_silent(monkeypatch: pytest.MonkeyPatch):

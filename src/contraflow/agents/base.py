@@ -1,6 +1,6 @@
-"""What every agent is: a frozen dataclass of settings with three pure methods, and what it may tell of itself.
+"""The interface of agents: a frozen dataclass of settings with three pure methods, and optional abilities.
 
-The settings are static under `jit`; everything learned lives in the state, whose leaves are all arrays. No key is ever
+The settings are static under `jit`. Everything learned lives in the state, whose leaves are all arrays. No key is ever
 stored: randomness is an argument.
 """
 
@@ -17,32 +17,33 @@ from contraflow.policy.base import Policy, inner, innermost
 from contraflow.policy.normalise import RunningMoments
 
 Needs = Literal["replay", "rollout", "dataset"]
-"""What an agent learns from: `Batch` of replayed steps, a `Rollout`, or `Batch` of recorded ones."""
+"""The data an agent learns from: a `Batch` of replayed steps, a `Rollout`, or a `Batch` of recorded steps."""
 
 
 @runtime_checkable
 class Agent(Protocol):
     """An algorithm and its settings.
 
-    `gamma` (a field or property) discounts returns; `needs` says what an agent of one's own learns from, if that is not
-    replay. Policies of on-policy agents have `sample(obs, key)`: an action while exploring, and what `update` must know
-    of it, which comes back in `Rollout.extras`. Some agents can do more, and are asked for it by name:
+    `gamma` (a field or property) discounts returns. A user-defined agent sets `needs` to the data that it learns from,
+    unless that is replay. The policy of an on-policy agent has `sample(obs, key)`, which returns an exploring action
+    and the data that `update` needs about it, passed back in `Rollout.extras`. Callers look up two optional abilities
+    by name:
 
-    - `starting_from(policy)`: the settings with the flow of a pretrained policy; `adopt(state, policy)`: the state with
-      its networks and normalisation.
-    - `diagnostics(state, obs, key)`: numbers that show how well it learns, beside those that hold for every policy.
+    - `starting_from(policy)` returns the settings with the flow of a pretrained policy, and `adopt(state, policy)` the
+      state with its networks and normalisation.
+    - `diagnostics(state, obs, key)` returns numbers on how well the agent learns, in addition to those of any policy.
     """
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> Any:
-        """The first state: networks, targets, optimiser states, step."""
+        """Returns the first state: networks, targets, optimiser states, step."""
         ...
 
     def policy(self, state: Any) -> Policy:
-        """How it acts, put together from the state without any computation."""
+        """Returns the policy, assembled from the state without any computation."""
         ...
 
     def update(self, state: Any, batch: Any, key: PRNGKey, /) -> tuple[Any, Metrics]:
-        """One gradient step on a `Batch`, or all that a `Rollout` is good for; metrics are scalars."""
+        """Makes one gradient step on a `Batch`, or all passes over a `Rollout`; metrics are scalars."""
         ...
 
 
@@ -54,39 +55,39 @@ class Preset:
     agent: Any
     title: str
     paper: str
-    """arXiv number, or () for our own."""
+    """arXiv number; "" for a method without a paper."""
     summary: str
     needs: Needs = "replay"
     run: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `Run` and its source that differ from their defaults."""
+    """Fields of `Run` and of its source whose values differ from the defaults."""
 
 
 def flow_of(policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
-    """The flow of a pretrained policy, and its normalisation of observations.
+    """Returns the flow of a pretrained policy and its normalisation of observations (None if it has none).
 
-    Raises UserError if it has none, or one whose network takes other inputs than those of the agent.
+    Raises UserError if the policy has no flow, or if its network takes other inputs than the agent provides.
     """
     flow, name = inner(policy, "flow"), type(agent).__name__
     if flow is None:
         raise UserError(
-            f"{name} starts from a flow, and {type(policy).__name__} is none: train one with `contraflow train bc`"
+            f"{name} starts from a flow, but {type(policy).__name__} has none: train one with `contraflow train bc`"
         )
     if takes_temperature(policy) and not hasattr(agent, "condition_on_temperature"):
-        raise UserError(f"this flow is conditioned on the temperature, {name} has none to tell it: train another one")
+        raise UserError(f"this flow takes a temperature and {name} has none: use a flow trained without temperature")
     if (objective := getattr(agent, "objective", None)) and objective.averaged and not flow.spec.averaged:
         raise UserError(
-            f"{type(objective).__name__} needs a flow of average velocities: train it with that objective too, or give "
-            f"{name} the objective Matching"
+            f"{type(objective).__name__} needs a flow of average velocities: train the flow with that objective, or "
+            f"give {name} the objective Matching"
         )
     return flow, inner(policy, "stats")
 
 
 def takes_temperature(policy: Policy) -> bool:
-    """Whether the network of a flow is told the temperature."""
+    """Returns whether the network of a flow policy takes the temperature as an input."""
     return getattr(innermost(policy), "temperature", None) is not None
 
 
 def adopted(spec: FlowSpec, policy: Policy, agent: Any) -> tuple[Flow, RunningMoments | None]:
-    """Copies of flow and normalisation of a pretrained policy, the flow with the settings `spec`."""
+    """Returns copies of a pretrained policy's flow, with the settings `spec`, and of its normalisation."""
     flow, stats = flow_of(policy, agent)
     return jax.tree.map(jnp.copy, (replace(flow, spec=spec), stats))

@@ -22,14 +22,14 @@ from contraflow.training.run import Run
 
 DESCRIPTION = """Train a matrix of agents, environments and seeds, and evaluate every run in the same way.
 
-The same command again continues what was interrupted, and tries failed cells again.
+Run the same command again to continue after an interruption and to retry failed cells.
 
-Settings from --steps on hold for every agent, in place of those of its preset."""
+The settings from --steps on hold for every agent and replace those of its preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What `contraflow compare` takes beside the settings that all cells share."""
+    """Options of `contraflow compare` in addition to the settings that all cells share."""
 
     agents: Annotated[str, tyro.conf.arg(metavar="A,B,...")]
     """Presets, module:Class (with --trust module), or NAME=run folder, config.json or preset; separated by commas."""
@@ -38,26 +38,26 @@ class Selection:
     out: Path
     """Folder of the matrix; a run goes to OUT/AGENT/ENV/seedK."""
     data: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = ""
-    """Datasets of agents that learn from one: one for each environment, in their order."""
+    """Datasets for agents that learn from one: one for each environment, in the same order."""
     seeds: int = 5
     """Seeds 0, 1, ... of each agent on each environment."""
     own: Annotated[str, tyro.conf.arg(metavar="A,B,...")] = ""
     """Agents that keep the networks and the optimiser of their preset; the report marks them."""
     jobs: int | None = None
-    """Processes at a time, one thread each when there are several; None is one per core."""
+    """Processes at a time, with one thread each if there are several; None is one per core."""
     together: Annotated[bool, Switch] = False
-    """Where an environment is written in JAX, train all seeds of an agent at once, in one process and one program."""
+    """For environments written in JAX, train all seeds of an agent at once, in one process and one program."""
     ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
     """Run the cells as tasks of a Ray cluster: host:port, `auto` (the one on this machine) or `local` (a new one)."""
     quiet: Annotated[bool, Switch] = False
-    """Only the closing lines."""
+    """Print only the closing lines."""
     trust: Modules = ""
-    """Modules of yours that may be imported, separated by commas; `all` allows any."""
+    """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Settings, Selection):
-    """Fields in the order of `--help`: the selection first."""
+    """Orders the fields for `--help`: the selection first."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,11 +66,11 @@ class Compare(Settings, Selection):
         if self.ray is not None and self.jobs is not None:
             raise ValueError("a Ray cluster decides how many cells run at a time: leave out jobs, or ray")
         if self.ray is not None and self.together:
-            raise ValueError("a task of Ray is one cell: leave out together, or ray")
+            raise ValueError("a Ray task trains one cell: leave out together, or ray")
 
 
 def compare_command(args: list[str]) -> int:
-    """`contraflow compare`: 0, 1 when a cell failed, 130 after Ctrl-C."""
+    """Runs `contraflow compare`; returns 0, 1 when a cell failed, or 130 after Ctrl-C."""
     options = read_flags(Compare, args, prog="contraflow compare", description=DESCRIPTION)
     agents = named_agents(options.agents, options.trust)
     envs = _names("envs", options.envs)
@@ -89,16 +89,16 @@ def compare_command(args: list[str]) -> int:
     matrix.record()
     costs = [bridge.cost(run.agent) for run in agents.values()]
     if not options.quiet and not any(cost is not None and cost["nfe"] == 0 for cost in costs):
-        print("note: without `sir`, the actor-free agent, nothing shows what the critic does alone")
+        print("note: add `sir`, the agent without an actor, to see what the critic does alone")
     runner = Local(options.jobs or cores()) if options.ray is None else OnRay(options.ray)
     rest = options.final_episodes, options.trust, options.quiet, options.together
     return _finish(run_cells(cells, options.out, runner, *rest), len(cells), options.out, args)
 
 
 def named_agents(text: str, trust: Trust) -> dict[str, Run]:
-    """Agents by name, each in the run of its preset, from `rfm,mine=runs/a/config.json,...`.
+    """Returns agents by name, each as a run of its preset, from `rfm,mine=runs/a/config.json,...`.
 
-    Raises UserError for one that does not exist.
+    Raises UserError for an agent that does not exist.
     """
     agents = {}
     for item in _names("agents", text):
@@ -112,7 +112,7 @@ def named_agents(text: str, trust: Trust) -> dict[str, Run]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -127,7 +127,7 @@ def _names(flag: str, text: str) -> list[str]:
 
 
 def _finish(outcome: Outcome, total: int, out: Path, args: list[str]) -> int:
-    """The closing report; the exit code."""
+    """Prints the closing report; returns the exit code."""
     again = f"contraflow compare {shlex.join(args)}"
     done = outcome.before + outcome.done
     print(f"{done} of {total} cells done, {outcome.done} of them now, {len(outcome.failed)} failed")

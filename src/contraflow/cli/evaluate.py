@@ -24,27 +24,27 @@ from contraflow.training.evaluate import Episodes, evaluate_one, margin
 
 EPISODES = 10
 RANDOM, STILL = "random actions", "no action (zeros)"
-PATIENCE = 5.0  # seconds without a word while filming
+PATIENCE = 5.0  # seconds between messages while filming
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
+    """Print the returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of a run or of a policy."""
     episodes: int = 20
     seed: int = 0
     env: str | None = None
-    """Another environment of the same sizes."""
+    """Another environment with the same sizes."""
     video: Path | None = None
-    """Also film one episode; the ending says how (.mp4, .gif)."""
+    """Also film one episode; the suffix sets the format (.mp4, .gif)."""
     fps: int = 50
     """Frames per second of the video; one frame per environment step."""
     frames: int | None = None
-    """Stop filming after so many; the whole episode unless given."""
+    """Stop filming after this many frames; the default is the whole episode."""
     trust: Modules = ""
-    """Modules of yours that may be imported, separated by commas; `all` allows any."""
+    """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
     def __post_init__(self):
         if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:
@@ -52,7 +52,7 @@ class Eval:
 
 
 def eval_command(args: list[str]) -> int:
-    """`contraflow eval FOLDER`: print the returns of a policy, and film it if asked; the exit code."""
+    """Runs `contraflow eval FOLDER`: prints the returns of a policy and films it on request; returns the exit code."""
     options = read_flags(Eval, args, prog="contraflow eval")
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
@@ -71,8 +71,8 @@ def eval_command(args: list[str]) -> int:
 
 
 def summary(found: Episodes, width: int = 0) -> str:
-    """Mean, with half the width of its 95 % interval where there is more than one episode, standard deviation and
-    range of the returns, each in `width` characters; and the share of episodes with success, where it is known."""
+    """Returns mean, half its 95 % interval (for more than one episode), standard deviation and range of the returns,
+    and the share of episodes with success if it is known. Each number takes `width` characters."""
     returns, success = found
     half = f" +- {margin(returns):.1f} (95 %)" if len(returns) > 1 else ""
     std, low, high = (f"{x:{width}.1f}" for x in (returns.std(), returns.min(), returns.max()))
@@ -81,11 +81,11 @@ def summary(found: Episodes, width: int = 0) -> str:
 
 
 def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: int = 12_345) -> dict[str, Episodes]:
-    """Episodes of the policies of a run and, for RFM, what is left without its choice or its actor.
+    """Returns the episodes of a run's policies by name and, for RFM, of their ablations.
 
-    On episodes that training did not see, the same for all. The policy of the best evaluation comes first; then, with
-    its networks, one particle instead of the best of many, and uniform actions ranked by the critic in place of the
-    actor's; then the policy at the end of training, and two references: uniform actions, and none at all.
+    All act on the same episodes, which training did not see. The policy of the best evaluation comes first. Its
+    ablations follow: one particle instead of the best of many, and uniform actions ranked by the critic. Then come the
+    policy at the end of training, and two references: uniform actions, and zero actions.
     """
     policy = load(folder / "best", trust=trust)
     names = {OWN: f"best policy, greedy, {episodes} episodes"}
@@ -98,10 +98,9 @@ def final_returns(folder: Path, trust: Trust, episodes: int = EPISODES, seed: in
 
 
 def film(policy: Policy, id: str, seed: int, path: Path, fps: int, most: int | None = None) -> None:
-    """Write one episode of the policy, one frame per step of the environment, within a chunk of actions too; the first
-    `most` of them.
+    """Writes one episode of the policy as a video, with a frame per environment step, even within a chunk.
 
-    Raises UserError without the packages that it takes.
+    Stops after `most` frames. Raises UserError if a package is missing or the format is unknown.
     """
     try:
         import imageio.v2 as imageio
@@ -129,5 +128,5 @@ def film(policy: Policy, id: str, seed: int, path: Path, fps: int, most: int | N
                         if time.monotonic() > said + PATIENCE:
                             print(f"{frames} frames ...", flush=True)
                             said = time.monotonic()
-        except ValueError as error:  # no writer for this ending, or no ffmpeg
+        except ValueError as error:  # no writer for this suffix, or no ffmpeg
             raise UserError(f"{path} cannot be written ({error}); use .mp4 or .gif") from None

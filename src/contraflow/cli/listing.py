@@ -11,18 +11,18 @@ from contraflow.core.errors import UserError
 
 @dataclass(frozen=True)
 class List:
-    """List what can be named on the command line."""
+    """List the names that can be used on the command line."""
 
     kind: Annotated[Literal["agents", "envs", "presets"], tyro.conf.Positional]
     """What to list."""
     pattern: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATTERN")] = ""
-    """Only names that contain this, whatever the case."""
+    """Only names that contain this, ignoring case."""
 
 
 def list_command(args: list[str]) -> int:
-    """`contraflow list agents|envs|presets [PATTERN]`: a line for each; the exit code.
+    """Runs `contraflow list agents|envs|presets [PATTERN]`: prints a line for each; returns the exit code.
 
-    Raises UserError where no name matches.
+    Raises UserError if no name matches.
     """
     options = read_flags(List, args, prog="contraflow list")
     rows = {"agents": _agents, "envs": _envs, "presets": _presets}[options.kind]()

@@ -1,4 +1,4 @@
-"""`contraflow report`: one page over many runs."""
+"""`contraflow report`: one page about many runs."""
 
 import shlex
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from contraflow.experiments.report.scores import plural, read_scales
 
 @dataclass(frozen=True)
 class Report:
-    """One page over the finished runs of a comparison, or of any folder that holds runs.
+    """Write one page about the finished runs of a comparison, or of any folder that holds runs.
 
-    A PNG of each chart lies beside it.
+    Each chart is also written as a PNG file next to the page.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of `contraflow compare`, or one that holds runs."""
+    """Folder of `contraflow compare`, or any folder that holds runs."""
     out: Path = Path("report.html")
     """The page; it needs no other file."""
     against: str | None = None
-    """The agent that the others are held against; None is the actor-free one, or the first."""
+    """The agent that the others are compared with; None is the one without an actor, or else the first."""
     scores: Path | None = None
-    """CSV with the columns env,low,high: the returns that become the scores 0 and 1."""
+    """CSV with the columns env,low,high: the returns that correspond to the scores 0 and 1."""
 
 
 def report_command(args: list[str]) -> int:
-    """`contraflow report DIR`: write the page, and say what was left out of it; the exit code."""
+    """Runs `contraflow report DIR`: writes the page and prints what was left out; returns the exit code."""
     options = read_flags(Report, args, prog="contraflow report")
     scale = read_scales(options.scores) if options.scores else {}
     files, left = write_report(options.folder, options.out, scale, options.against)

@@ -1,4 +1,4 @@
-"""`contraflow sample TARGET`: train flows to an unnormalised density, compare them with exact samples."""
+"""`contraflow sample TARGET`: train flows on an unnormalised density and compare them with exact samples."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from contraflow.sampling.distances import DISTANCES
 
 
 def sample_command(args: list[str]) -> int:
-    """`contraflow sample TARGET`: the exit code."""
+    """Runs `contraflow sample TARGET`; returns the exit code."""
     settings = read_flags(Settings, args, prog="contraflow sample", description=Settings.__doc__)
-    console = Console(emoji=False, markup=False, highlight=False)  # a target `module:ring:` is no picture of a ring
+    console = Console(emoji=False, markup=False, highlight=False)  # or `module:ring:` would become an emoji
     with Progress(console=console, disable=not settings.progress) as bar:
         tasks = {}
 
@@ -32,7 +32,7 @@ def sample_command(args: list[str]) -> int:
 
 
 def print_table(console: Console, settings: Settings, results: dict[str, Any]) -> None:
-    """One row per method and number of solver steps, and the floor; ± is half a 95 % bootstrap interval."""
+    """Prints one row per method and number of solver steps, and the floor; ± is half a 95 % bootstrap interval."""
 
     def cells(rows: list[dict[str, Any]]) -> list[str]:
         out = []

@@ -37,7 +37,7 @@ class Train:
     quiet: Annotated[bool, Switch] = False
     """Print no progress."""
     trust: Modules = ""
-    """Modules of yours that may be imported, separated by commas; `all` allows any."""
+    """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
 
 DESCRIPTION = """Train {preset}.

@@ -37,19 +37,19 @@ class Resume:
     """Continue a run from its newest checkpoint."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of the run, or of the seeds that were trained together."""
+    """Folder of the run, or of seeds that were trained together."""
     steps: int | None = None
-    """Extend the run to this many steps in all."""
+    """Extend the run to this total number of steps."""
     require: float | None = None
     """Exit with code 1 when the final mean return is below this."""
     quiet: Annotated[bool, Switch] = False
     """No progress bar."""
     trust: Modules = ""
-    """Modules of yours that may be imported, separated by commas; `all` allows any."""
+    """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
 
 def train_command(args: list[str]) -> int:
-    """`contraflow train PRESET`: train and report; 0, 1 below `--require`, 130 after Ctrl-C."""
+    """Runs `contraflow train PRESET`: trains and reports; returns 0, 1 below `--require`, or 130 after Ctrl-C."""
     if not args or args[0] in ("-h", "--help", "--help-all"):
         rows = [f"  {preset.name:<14} {preset.title}" for preset in presets().values()]
         print(HELP.format(presets="\n".join(rows)))
@@ -72,7 +72,7 @@ def train_command(args: list[str]) -> int:
 
 
 def resume_command(args: list[str]) -> int:
-    """`contraflow resume FOLDER`: as `train_command`, from the newest checkpoint."""
+    """Runs `contraflow resume FOLDER`: like `train_command`, from the newest checkpoint."""
     options = read_flags(Resume, args, prog="contraflow resume")
     folder, flags = options.folder, {"steps": options.steps, "trust": options.trust, "quiet": options.quiet}
     members = runs.seed_folders(folder)
@@ -89,7 +89,7 @@ def resume_command(args: list[str]) -> int:
 
 
 def default_folder(preset: str, options: Any) -> Path:
-    """runs/PRESET-ENV-seedN, or -seedsN-M-..., in letters that a path may hold."""
+    """Returns runs/PRESET-ENV-seedN, or -seedsN-M-..., in characters that a path may contain."""
     path = Path(preset)
     name = path.resolve().parent.name if path.name == "config.json" else path.name
     env = options.env.rpartition(":")[2] or Path(getattr(options, "data", "")).stem or "run"
@@ -110,7 +110,7 @@ def _trained(steps: int, seconds: float, seeds: int = 1) -> None:
 
 
 def _finish(result: runs.Result, seconds: float, require: float | None, trust: Trust) -> int:
-    """The closing report; the exit code."""
+    """Prints the closing report; returns the exit code."""
     if result.interrupted:
         return _interrupted(result.folder, result.steps, "the run is")
     _trained(result.steps, seconds)
@@ -118,7 +118,7 @@ def _finish(result: runs.Result, seconds: float, require: float | None, trust: T
 
 
 def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, require: float | None, trust: Trust) -> int:
-    """The closing report of each seed in turn; the exit code is 1 if one of them misses `require`."""
+    """Prints the closing report of each seed; returns 1 if one of them misses `require`."""
     if results[0].interrupted:
         return _interrupted(folder, results[0].steps, "the runs are")
     _trained(results[0].steps, seconds, len(results))
@@ -130,7 +130,7 @@ def _finish_seeds(results: list[runs.Result], folder: Path, seconds: float, requ
 
 
 def _report(folder: Path, require: float | None, trust: Trust) -> int:
-    """Returns of the policies of a run on fresh episodes, and where they are; 1 below `require`."""
+    """Prints the returns of a run's policies on fresh episodes and their places; returns 1 below `require`."""
     best = best_evaluation(folder)
     if best is None:
         print(f"no environment to evaluate in: `contraflow eval {shlex.quote(str(folder))} --env ID` does it later")
@@ -150,5 +150,5 @@ def _report(folder: Path, require: float | None, trust: Trust) -> int:
     side = "above" if reached else "below"
     print(f"{mean:.1f} is {side} the bar of {require:g}; random actions score {random:.1f}, no action {still:.1f}")
     if not reached:
-        print("it learned less than it should have: another --seed or more --steps may do better")
+        print("the run learned too little: try another --seed or more --steps")
     return 0 if reached else 1

@@ -1,4 +1,4 @@
-"""What data, a policy and an environment must agree on: above all what an action in [-1, 1] means."""
+"""Checks that data, policies and environments agree, above all on the meaning of an action in [-1, 1]."""
 
 import numpy as np
 from jaxtyping import Float64
@@ -6,29 +6,29 @@ from jaxtyping import Float64
 from contraflow.core.observation import shown
 from contraflow.core.types import EnvSpec, UserError
 
-ROUNDING = 1e-4  # of half the range: by so much an action or a bound may be off without a word
-SHOWN = 8  # columns whose ranges are printed
+ROUNDING = 1e-4  # tolerance for actions and bounds, as a fraction of half the range
+SHOWN = 8  # number of columns whose ranges are printed
 Bounds = tuple[Float64[np.ndarray, " a"], Float64[np.ndarray, " a"]]
 
 
 def action_range(spec: EnvSpec) -> Bounds:
-    """Lower and upper bounds of one action of the environment proper."""
+    """Returns the lower and upper bounds, each [a], of one action of the underlying environment."""
     ones = np.ones(spec.action_dim // spec.horizon)
     low, high = spec.low or -ones, spec.high or ones
     return np.asarray(low, np.float64), np.asarray(high, np.float64)
 
 
 def same_range(one: Bounds, other: Bounds) -> bool:
-    """Whether both agree to rounding."""
+    """Returns whether the two ranges agree up to rounding."""
     slack = ROUNDING * (other[1] - other[0]) / 2
     return all(bool((abs(a - b) <= slack).all()) for a, b in zip(one, other, strict=True))
 
 
 def check_fit(policy: EnvSpec, env: EnvSpec, name: str, where: str, like: str = "") -> None:
-    """Raise UserError unless the policy called `name` and the environment `where` agree on observations, in the order
-    of their parts too, on sizes and on the range of actions. `like` names an environment that suits the policy.
+    """Raises UserError unless the policy called `name` fits the environment `where`.
 
-    Either may have chunks of its own.
+    They must agree on observations, including the order of their parts, on sizes and on the range of actions. Chunk
+    lengths may differ. `like` names an environment that suits the policy.
     """
     have, want = ((spec.observation, spec.action_dim // spec.horizon) for spec in (env, policy))
     remedy = f"choose an environment like {like}" if like else "choose the environment that it was trained for"
@@ -49,7 +49,7 @@ def check_fit(policy: EnvSpec, env: EnvSpec, name: str, where: str, like: str = 
 
 
 def range_text(low: np.ndarray, high: np.ndarray) -> str:
-    """[-1, 1], or one such pair for each number where they differ, of many only the first."""
+    """Returns [-1, 1], or one such pair per number if they differ; only the first few if there are many."""
     each = [f"[{a:.3g}, {b:.3g}]" for a, b in zip(low, high, strict=True)]
     if len(set(each)) == 1:
         return each[0]

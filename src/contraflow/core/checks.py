@@ -1,8 +1,8 @@
-"""Refusals of settings, with one message that names the field."""
+"""Checks of settings with a uniform message that names the field."""
 
 
 def check_count(settings: object, least: int, *names: str) -> None:
-    """ValueError for a field of `settings` that is not a whole number of at least `least`."""
+    """Raises ValueError for a field of `settings` that is not a whole number of at least `least`."""
     for name in names:
         value = getattr(settings, name)
         if type(value) is not int or value < least:

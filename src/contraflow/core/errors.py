@@ -1,8 +1,8 @@
-"""What a user can mend. Apart from everything else, so that the command line need not import JAX to report it."""
+"""The error for mistakes that the user can fix. It stands alone so that the command line can report it without JAX."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend: printed as one line that names the remedy; the command line exits with code 2."""
+    """A mistake that the user can fix, printed as one line with the remedy; the command line exits with code 2."""
 
 
 __all__ = ["UserError"]

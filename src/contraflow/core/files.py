@@ -1,4 +1,4 @@
-"""Files written whole or not at all; folders that one process works in; what a full disk says."""
+"""Atomic file writes, folders locked by one process, and messages for a full disk."""
 
 import errno
 import fcntl
@@ -17,51 +17,57 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write to, beside `path`, which it replaces at the end: a reader, or a crash, sees the old file or the
-    whole new one. After an exception `path` stays as it was."""
+    """Yields a temporary path beside `path`, which replaces `path` at the end.
+
+    A reader, or a crash, sees either the old file or the whole new one. After an exception `path` is unchanged.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut may leave the new name with no content
+            os.fsync(file.fileno())  # otherwise a power cut could leave the new name without content
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Writes `data` as JSON to `path` atomically."""
     write_text(path, json.dumps(data, indent=1))
 
 
 def read_json(path: Path) -> Any:
-    """What `path` holds. Raises UserError if it cannot be read or is no JSON."""
+    """Returns the content of a JSON file. Raises UserError if it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def make_folder(folder: Path, flag: str = "--out") -> list[Path]:
-    """Make `folder` and its parents; those that were not there, from the top down. Raises UserError, with the `flag`
-    that named it, if it cannot be made."""
+    """Creates `folder` and its parents, and returns those that did not exist, from the top down.
+
+    Raises UserError, naming the `flag` that gave the folder, if it cannot be created.
+    """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror or error}): choose another {flag}") from None
+        raise UserError(f"{folder} cannot be created ({error.strerror or error}): choose another {flag}") from None
     return missing[::-1]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`. Raises UserError, naming the other, if there is one."""
+    """Locks `folder` for this process. Raises UserError, naming the process that holds the lock, if there is one."""
     path = folder / LOCK
     while True:
         file = path.open("a+")
@@ -72,7 +78,7 @@ def locked(folder: Path) -> Iterator[None]:
             owner = file.read().strip() or "unknown"
             file.close()
             raise UserError(
-                f"another process (pid {owner}) is at work in {folder}: wait until it ends, or stop it"
+                f"another process (pid {owner}) is using {folder}: wait for it to end, or stop it"
             ) from None
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break
@@ -89,13 +95,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn what comes of a full disk (or quota, or file limit), by whatever library, into a UserError."""
+    """Turns the errors that any library raises on a full disk (or quota, or file limit) into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Libraries that write from C++ keep the text of the system and lose its number.
+        # Libraries written in C++ keep the system's message but lose the error number.
         reasons = [os.strerror(n) for n in FULL if getattr(error, "errno", None) == n or os.strerror(n) in str(error)]
         if not reasons:
             raise
@@ -103,7 +109,8 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def full_disk(folder: Path, reason: str) -> UserError:
+    """Returns the error for a disk that is full while a run is written to `folder`."""
     return UserError(
-        f"the disk is full ({reason}): what {folder} holds up to its last checkpoint is kept; free some space and run "
+        f"the disk is full ({reason}): {folder} is kept up to its last checkpoint; free some space and run "
         f"`contraflow resume {folder}`"
     )

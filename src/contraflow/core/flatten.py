@@ -1,11 +1,13 @@
-"""The one order in which an observation of several parts becomes a vector, in environments and in data alike."""
+"""The order in which an observation of several parts becomes a vector, in environments and in data."""
 
 from typing import Any
 
 
 def ordered_leaves(obs: Any) -> list[Any]:
-    """The arrays in a nested observation, depth first: entries of a dict by their key as a string ("10" before "2"),
-    those of a tuple or list in their own order."""
+    """Returns the arrays of a nested observation, depth first.
+
+    Entries of a dict are sorted by their key as a string ("10" before "2"); tuples and lists keep their order.
+    """
     if isinstance(obs, dict):
         return [leaf for key in sorted(obs, key=str) for leaf in ordered_leaves(obs[key])]
     if isinstance(obs, tuple | list):
@@ -14,7 +16,7 @@ def ordered_leaves(obs: Any) -> list[Any]:
 
 
 def leaf_names(obs: Any) -> tuple[str, ...]:
-    """Where each of `ordered_leaves` is in a nested observation: "arm/angle", "0"; () for one array."""
+    """Returns the path of each of `ordered_leaves` in a nested observation: "arm/angle", "0"; () for one array."""
     if isinstance(obs, dict):
         parts = [(str(key), obs[key]) for key in sorted(obs, key=str)]
     elif isinstance(obs, tuple | list):

@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM.
+"""Handling of SIGINT and SIGTERM.
 
-A command begins with `guard`. Until a run has something to lose a signal ends the process at once, also while it
-imports or compiles: Python's own handlers wait for the main thread, and an exception raised there may be swallowed by
-a callback or meet a compiler at work. From then on, within `noted`, the first signal is a flag that the loop reads
-between two steps, and the second ends the process.
+A command runs within `guard`. Until a run has something to lose, a signal ends the process at once, even while it
+imports or compiles. Python's own handlers would wait for the main thread, and an exception raised there could be
+swallowed by a callback or hit a compiler at work. Later, within `noted`, the first signal sets a flag that the loop
+reads between two steps, and the second one ends the process.
 """
 
 import os
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # exit code, as of a process that Ctrl-C ended
+INTERRUPTED = 130  # exit code of a process ended by Ctrl-C
 
 
 class Notice:
-    """True once a signal was noted. `started` says that there is something to save."""
+    """True once a signal has been noted. `started` says whether there is something to save."""
 
     def __init__(self, started: bool):
         self.started = started
@@ -28,7 +28,7 @@ class Notice:
         return self._received
 
     def take(self) -> bool:
-        """Note a signal; False if it must end the process."""
+        """Notes a signal; returns False if it must end the process."""
         if self._received or not self.started:
             return False
         self._received = True
@@ -37,13 +37,13 @@ class Notice:
 
 
 class Guard:
-    """Signals are taken by a thread of their own, until `release`."""
+    """Handles signals in a separate thread until `release`."""
 
     def __init__(self):
         self.notice: Notice | None = None
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # A handler must be there, or the system acts by itself; the thread is told by the file descriptor.
+        # Without a handler the system would act itself; the thread learns of signals through the file descriptor.
         numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
         self._fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -57,7 +57,7 @@ class Guard:
         os.close(read)
 
     def release(self) -> None:
-        """Signals act as before: Ctrl-C raises KeyboardInterrupt."""
+        """Restores the previous handling of signals: Ctrl-C raises KeyboardInterrupt."""
         global _guard
         if _guard is self:
             _guard = None
@@ -72,7 +72,7 @@ _guard: Guard | None = None
 
 @contextmanager
 def guard() -> Iterator[Guard | None]:
-    """For the main thread of a command; elsewhere signals are the caller's business."""
+    """Guards the main thread of a command; does nothing in other threads or within another guard."""
     global _guard
     if _guard is not None or threading.current_thread() is not threading.main_thread():
         yield None
@@ -86,8 +86,10 @@ def guard() -> Iterator[Guard | None]:
 
 @contextmanager
 def noted() -> Iterator[Notice]:
-    """The first signal within is noted, once `started` is set; without a guard it is from the beginning, and a second
-    signal acts as it did before."""
+    """Notes the first signal within, once `started` is set.
+
+    Without a guard it notes from the start, and a second signal is handled as before.
+    """
     if _guard is not None:
         own, before = _guard, _guard.notice
         own.notice = notice = Notice(started=False)
@@ -114,7 +116,7 @@ def noted() -> Iterator[Notice]:
 
 
 def end() -> None:
-    """End the process now, without what an interpreter does at its end: a compiler or a simulator may be at work."""
+    """Ends the process at once, without the interpreter's cleanup: a compiler or a simulator may be at work."""
     with suppress(Exception):
         sys.stdout.flush()
         if sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""What an observation is: a vector, an image, or a dict of both. One description for networks, replay and checks."""
+"""Descriptions of observations (a vector, an image, or a dict of both) for networks, replay and checks."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +11,10 @@ from contraflow.core.flatten import ordered_leaves
 
 @dataclass(frozen=True)
 class Part:
-    """One array of an observation that is more than a vector: an image [H, W, C] of bytes or floats, or a vector [k].
+    """One array of an observation that is not a single vector: an image [H, W, C] of bytes or floats, or a vector [k].
 
-    `name` is its key in the dict; "" where the observation is this array alone. Raises ValueError for another rank.
+    `name` is its key in the dict, or "" if the observation is this array alone. Raises ValueError for another rank or
+    for a vector of bytes.
     """
 
     name: str
@@ -22,7 +23,7 @@ class Part:
 
     def __post_init__(self):
         if len(self.shape) not in (1, 3) or (len(self.shape) == 1 and self.dtype == "uint8"):
-            raise ValueError(f"{self}: a part is a vector [k] of floats, or an image [height, width, channels]")
+            raise ValueError(f"{self}: a part must be a vector [k] of floats or an image [height, width, channels]")
 
     @property
     def image(self) -> bool:
@@ -37,11 +38,11 @@ class Part:
 
 
 Observation = int | tuple[Part, ...]
-"""How many numbers a vector has, or the parts of anything else."""
+"""The size of a vector, or the parts of any other observation."""
 
 
 def blank(observation: Observation, *lead: int) -> Any:
-    """Shapes and types of observations [*lead, ...]."""
+    """Returns the shapes and types of observations [*lead, ...]."""
     if isinstance(observation, int):
         return jax.ShapeDtypeStruct((*lead, observation), np.float32)
     leaves = {part.name: jax.ShapeDtypeStruct((*lead, *part.shape), part.dtype) for part in observation}
@@ -49,12 +50,12 @@ def blank(observation: Observation, *lead: int) -> Any:
 
 
 def shown(observation: Observation) -> str:
-    """For messages: 5, or image [64, 64, 3] uint8 + state [5] float32."""
+    """Returns text for messages: 5, or image [64, 64, 3] uint8 + state [5] float32."""
     return str(observation) if isinstance(observation, int) else " + ".join(map(str, observation))
 
 
 def misfit(parts: tuple[Part, ...], obs: Any, *lead: int) -> str | None:
-    """In which respect observations [*lead, ...] are not of these parts, as the rest of a sentence; None if in none."""
+    """Says how observations [*lead, ...] differ from these parts, as the rest of a sentence; None if they match."""
     want = blank(parts, *lead)
     if isinstance(want, dict) and not (isinstance(obs, dict) and obs.keys() == want.keys()):
         have = f"the parts {', '.join(sorted(map(str, obs)))}" if isinstance(obs, dict) else "no parts"
@@ -67,5 +68,5 @@ def misfit(parts: tuple[Part, ...], obs: Any, *lead: int) -> str | None:
 
 
 def rows(obs: Any) -> int:
-    """How many observations [n, ...] there are."""
+    """Returns the number n of observations [n, ...]."""
     return ordered_leaves(obs)[0].shape[0]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 @dataclass(frozen=True)
 class Optim:
-    """Adam. Raises ValueError for a rate, norm or number of updates that is not positive."""
+    """Settings of Adam. Raises ValueError for a rate, norm or number of updates that is not positive."""
 
     lr: float = 3e-4
     decay_steps: int | None = None
@@ -28,18 +28,19 @@ class Optim:
 
     @property
     def tx(self) -> optax.GradientTransformation:
+        """The optax transformation: clipping if `max_grad_norm` is set, then Adam."""
         clip = optax.identity() if self.max_grad_norm is None else optax.clip_by_global_norm(self.max_grad_norm)
         steps = self.decay_steps
         rate = self.lr if steps is None else optax.cosine_decay_schedule(self.lr, steps, alpha=0.1)
         return optax.chain(clip, optax.adam(rate))
 
     def init(self, net: Any) -> PyTree:
-        """The state of the optimiser for the parameters of `net` before its first step."""
+        """Returns the initial optimiser state for the parameters of `net`."""
         return self.tx.init(net)
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """Raise ValueError naming the first of the fields that is not above 0, or not whole where its type is int."""
+    """Raises ValueError naming the first field that is not positive, or not whole where its type is int."""
     for name in names:
         value = getattr(settings, name)
         if not value > 0:
@@ -51,7 +52,7 @@ def check_positive(settings: Any, *names: str) -> None:
 def gradient_step(
     tx: optax.GradientTransformation, loss_fn: Callable[[Any], Float[Array, ""]], net: Any, opt_state: PyTree
 ) -> tuple[Any, PyTree, Float[Array, ""], Float[Array, ""]]:
-    """(net, opt_state, loss, gradient norm before clipping) after one step on loss_fn(net)."""
+    """Returns (net, opt_state, loss, gradient norm before clipping) after one step on loss_fn(net)."""
     loss, grad = jax.value_and_grad(loss_fn)(net)
     updates, opt_state = tx.update(grad, opt_state, net)
     return eqx.apply_updates(net, updates), opt_state, loss, optax.tree.norm(grad)

@@ -1,6 +1,9 @@
-"""Settings as JSON and back. A nested dataclass is written with a `kind`, its class name, and is found again through
-the annotation of the field that holds it; classes of a protocol (the field `agent`) through a table that the reader
-brings along. What is written can be read: `to_json` refuses the rest."""
+"""Settings as JSON and back.
+
+A nested dataclass is written with a `kind`, its class name. It is found again through the annotation of its field, or,
+for a protocol such as the field `agent`, through a table of classes given by the reader. `to_json` refuses anything
+that could not be read back.
+"""
 
 import collections.abc
 import dataclasses
@@ -23,32 +26,32 @@ SCALARS = (bool, int, float, str, type(None))
 
 
 def version() -> str:
-    """Of the library."""
+    """Returns the version of the library."""
     import importlib.metadata
 
     try:
         return importlib.metadata.version("contraflow")
-    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+    except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
         return "0+unknown"
 
 
 def to_json(value: Any, where: str = "settings") -> Any:
-    """Dataclasses, tuples, numbers, strings, None; a function is written as `module:name`.
+    """Returns JSON for dataclasses, tuples, numbers, strings and None; a function is written as `module:name`.
 
-    Raises UserError for what could not be read back: a function or class without a name of its own in a module, a
-    value that its field does not announce, an object of another kind.
+    Raises UserError for anything that could not be read back: a function or class that is not at the top of a module,
+    a value that the annotation of its field does not allow, or an object of another kind.
     """
     own: dict[str, type] = {}
     data = _written(value, where, own)
     if dataclasses.is_dataclass(value):
         again = from_json(json.loads(json.dumps(data)), type(value), "all", where, own)
         if again != value:
-            raise UserError(f"{where}: {value} becomes {again} when it is written and read: give plain values")
+            raise UserError(f"{where}: {value} would be read back as {again}: use plain values")
     return data
 
 
 def _written(value: Any, where: str, own: dict[str, type]) -> Any:
-    """The JSON; the classes met on the way go to `own`."""
+    """Returns the JSON and adds the classes met on the way to `own`."""
     if isinstance(value, SCALARS):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -65,19 +68,19 @@ def _written(value: Any, where: str, own: dict[str, type]) -> Any:
 
 
 def _path(value: Any, where: str) -> str:
-    """`module:name`, under which `value` can be imported."""
+    """Returns `module:name`, under which `value` can be imported."""
     name = getattr(value, "__qualname__", "")
     module = sys.modules.get(getattr(value, "__module__", None) or "")
     if not name or getattr(module, name, None) is not value:
         what = name or type(value).__name__
         raise UserError(
-            f"{where}: {what} cannot be written, for nobody could import it: define it at the top of a module"
+            f"{where}: {what} cannot be written because it cannot be imported: define it at the top of a module"
         )
     return f"{main_name() if value.__module__ == '__main__' else value.__module__}:{name}"
 
 
 def main_name() -> str:
-    """The name under which others import the module that is running."""
+    """Returns the name under which other modules import the running one."""
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     return spec.name if spec else Path(file).stem if file else "__main__"
@@ -86,10 +89,10 @@ def main_name() -> str:
 def from_json(
     data: Any, annotation: Any, trust: Trust = "", where: str = "settings", classes: Classes = MappingProxyType({})
 ) -> Any:
-    """The value of type `annotation` that `to_json` wrote; an int may stand for a float.
+    """Returns the value of type `annotation` that `to_json` wrote; an int is accepted for a float.
 
-    `classes` by name are those that may stand where the annotation is a protocol. Raises UserError for an unknown kind
-    or field, a value of another type or out of range, or code outside the library that `trust` does not name.
+    `classes` maps names to the classes allowed where the annotation is a protocol. Raises UserError for an unknown kind
+    or field, a value of the wrong type or out of range, and code outside the library that `trust` does not name.
     """
     options = members(annotation)
     if isinstance(data, dict):
@@ -118,11 +121,11 @@ def from_json(
 def _object(data: dict[str, Any], options: list[Any], trust: Trust, where: str, classes: Classes) -> Any:
     kind = data.get("kind")
     if not isinstance(kind, str):
-        raise UserError(f"{where}: an object without a kind: {json.dumps(data)[:80]}")
+        raise UserError(f"{where}: an object needs a kind, its class name, got {json.dumps(data)[:80]}")
     cls = _find(kind, options, trust, where, classes)
     try:
         hints = typing.get_type_hints(cls)
-    except Exception as error:  # annotations are code of the user's
+    except Exception as error:  # annotations may run user code
         raise UserError(f"{where}: the annotations of {kind} cannot be read ({error})") from None
     known = {f.name for f in dataclasses.fields(cls) if f.init}
     if unknown := sorted(set(data) - known - {"kind"}):
@@ -130,7 +133,7 @@ def _object(data: dict[str, Any], options: list[Any], trust: Trust, where: str, 
     values = {k: from_json(v, hints[k], trust, f"{where}.{k}", classes) for k, v in data.items() if k != "kind"}
     try:
         return cls(**values)
-    except Exception as error:  # whatever a class, perhaps the user's, raises for values that it does not take
+    except Exception as error:  # a class, perhaps user-defined, may raise anything for bad values
         raise UserError(f"{where}: {error}") from None
 
 
@@ -149,29 +152,29 @@ def _find(kind: str, options: list[Any], trust: Trust, where: str, classes: Clas
 
 
 def check_schema(data: Any, file: Path) -> None:
-    """Refuse a file that is not ours, or that another release wrote in another form."""
+    """Raises UserError for a file that contraflow did not write, or that another release wrote in another schema."""
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is not int:
-        raise UserError(f"{file} was not written by contraflow (it names no schema)")
+        raise UserError(f"{file} was not written by contraflow (it has no schema number)")
     if schema != SCHEMA:
-        remedy = "upgrade contraflow" if schema > SCHEMA else "use the release that wrote it, or make it anew"
+        remedy = "upgrade contraflow" if schema > SCHEMA else "use the release that wrote it, or create it again"
         raise UserError(f"{file} uses schema {schema}, this release reads {SCHEMA}: {remedy}")
 
 
 def import_path(path: str, trust: Trust) -> Any:
-    """The object named `module:name`. Raises UserError for a module that is not trusted, or if it does not exist."""
+    """Returns the object `module:name`. Raises UserError for a module that is not trusted, or a name not found."""
     admit(path, trust)
     module, _, name = path.partition(":")
     try:
-        # What the running script defines is not imported a second time: classes would be others than its own.
+        # The running script is not imported a second time, because its classes would differ from the first ones.
         found = sys.modules["__main__"] if module == main_name() else importlib.import_module(module)
         return getattr(found, name)
-    except Exception as error:  # importing runs code of the user's
+    except Exception as error:  # importing runs user code
         raise UserError(f"cannot import {path}: {error}; is the module installed or in this folder?") from None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A `did you mean` for a mistyped name, or the list of what there is."""
+    """Returns a `did you mean` for a mistyped name, or the list of known names."""
     import difflib
 
     names = sorted(known)
@@ -180,7 +183,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def members(annotation: Any) -> list[Any]:
-    """The types that a union is made of."""
+    """Returns the types in a union."""
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, UnionType):
         return [m for a in typing.get_args(annotation) for m in members(a)]
@@ -192,7 +195,7 @@ def members(annotation: Any) -> list[Any]:
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted name, old, new) of the first field in which two JSON values differ."""
+    """Returns (dotted name, old, new) of the first field in which two JSON values differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             if found := first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
@@ -203,7 +206,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any
 
 
 def _items(option: Any, length: int) -> list[Any] | None:
-    """The annotation of each item of a tuple (or list) type that may have this length, or None."""
+    """Returns the annotation of each item of a tuple (or list) type that allows this length, or None."""
     if option in (tuple, list):
         return [Any] * length
     args = typing.get_args(option)

@@ -1,7 +1,8 @@
-"""Which code outside the library may be imported: `--trust my_agent,my_env`, the names of modules.
+"""Code outside the library that may be imported: `--trust my_agent,my_env`, a list of module names.
 
-A config.json, a policy folder or an environment id may name any module, and importing it runs it. What the user named
-is imported, with all that lies below it; the rest is refused."""
+A config.json, a policy folder or an environment id may name any module, and importing it runs its code. Only modules
+that the user named, and everything below them, are imported. All others are refused.
+"""
 
 import os
 import sys
@@ -9,14 +10,14 @@ import sys
 from contraflow.core.errors import UserError
 
 Trust = str
-"""Names of modules, separated by commas; `all` is any, the empty string none."""
+"""Module names separated by commas; `all` allows any module, the empty string none."""
 
 
 def admit(path: str, trust: Trust) -> None:
-    """Allow `path`, `module:name`, to be imported: from the installed packages or else from the working folder.
+    """Allows `path`, `module:name`, to be imported from the installed packages or else from the working folder.
 
-    The working folder goes to the end of the path, so that a file in it never takes the place of an installed module.
-    Raises UserError, naming the remedy, for a module that `trust` does not name.
+    The working folder goes to the end of the search path, so a file in it never replaces an installed module. Raises
+    UserError, naming the remedy, for a module that `trust` does not name.
     """
     module = path.partition(":")[0]
     named = [name.strip() for name in trust.split(",")]

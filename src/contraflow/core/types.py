@@ -1,6 +1,6 @@
-"""The data that travels between environments, buffers, agents and loops.
+"""The data passed between environments, buffers, agents and loops.
 
-Shape letters used everywhere: B batch, N environments, K candidate samples, P particles, T time,
+Shape letters used throughout: B batch, N environments, K candidate samples, P particles, T time,
 o observation dim, a action dim, d latent dim, m ensemble members.
 """
 
@@ -18,19 +18,19 @@ Metrics = dict[str, Any]
 PRNGKey = Key[Array, ""]
 PRNGKeys = Key[Array, " S"]  # one for each of S seeds
 Obs = PyTree[Shaped[Array, "..."]]
-"""One observation, or what an encoder made of it: a vector [o], an image [H, W, C] or a dict of both."""
+"""One observation, or its encoding: a vector [o], an image [H, W, C] or a dict of both."""
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)  # not an eqx.Module: a host loop makes one in every step, and making one of those takes 18 us
+@dataclass(frozen=True)  # not an eqx.Module: a host loop makes one per step, and constructing a module takes 18 us
 class Step:
-    """What an environment returns for N parallel copies; NumPy arrays on the host, JAX arrays on a device.
+    """The result of stepping N parallel copies; NumPy arrays on the host, JAX arrays on a device.
 
-    `next_obs` is the true successor; `obs` is what to act on next (another one only after an episode ended).
-    Rows with `valid` False are the dummy steps of a NEXT_STEP autoreset: they are not stored and not counted.
-    `steps` is what a row counts for where one decision is several environment steps; their rewards are then discounted
-    in `reward`, and `undiscounted` is their plain sum, of which returns are made: None where both are the same.
-    `success` says whether the task is done; None where an environment does not say.
+    `next_obs` is the true successor. `obs` is the observation to act on next, which differs after an episode ended.
+    Rows with `valid` False are dummy steps of a NEXT_STEP autoreset, which are neither stored nor counted. `steps` is
+    the number of environment steps in a row, more than 1 for chunks. `reward` is then their discounted sum, and
+    `undiscounted` their plain sum, used for returns; None means that both are the same. `success` says whether the
+    task is done; None means that the environment does not say.
     """
 
     obs: Any  # [N, o]
@@ -39,20 +39,20 @@ class Step:
     terminated: Any  # [N]
     truncated: Any  # [N]
     valid: Any  # [N]
-    steps: Any = 1  # [N], or one number for all
+    steps: Any = 1  # [N], or one number for all rows
     undiscounted: Any = None  # [N]
     success: Any = None  # [N] bool
 
 
 class Batch(eqx.Module):
-    """Rows that an off-policy or offline agent learns from; leading axis B.
+    """Rows that an off-policy or offline agent learns from, with leading axis B.
 
-    `discount` is gamma^span (1 - terminated), what the value of `next_obs` counts for: no agent needs to know of ends
-    and spans. `reward` is discounted and summed over the span. An action may be a chunk, d = horizon * a numbers;
-    `mask` is 0 for those that lie beyond the end of its trajectory, 1 for the others.
+    `discount` is gamma^span (1 - terminated), the factor on the value of `next_obs`, so agents need to know nothing
+    about ends and spans. `reward` is discounted and summed over the span. An action may be a chunk of d = horizon * a
+    numbers; `mask` is 0 for numbers beyond the end of the trajectory and 1 for the others.
 
-    `next_action` is what was done at `next_obs`, and `next_mask` is 0 where that is not known: nothing follows in the
-    trajectory, or nothing yet. Samplers fill both, which costs nothing where they are not read; None is not known.
+    `next_action` is the recorded action at `next_obs`. `next_mask` is 0 where it is not known, because the trajectory
+    ends there. Samplers fill both, which costs nothing if they are not read; None means not known.
     """
 
     obs: PyTree[Shaped[Array, "B ..."]]
@@ -66,10 +66,10 @@ class Batch(eqx.Module):
 
 
 class Rollout(eqx.Module):
-    """T steps of N environments under one policy, what an on-policy update learns from.
+    """T steps of N environments under one policy, which an on-policy update learns from.
 
-    `extras` is what the agent's `sample` returned beside each action; `next_obs`, `terminated`, `truncated` and `valid`
-    as in `Step`.
+    `extras` is the second result of the agent's `sample` for each action. `next_obs`, `terminated`, `truncated` and
+    `valid` are as in `Step`.
     """
 
     obs: PyTree[Shaped[Array, "T N ..."]]
@@ -83,16 +83,16 @@ class Rollout(eqx.Module):
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """Sizes of an environment. Actions are presented in [-1, 1]^action_dim; `episode_length` None means unlimited.
+    """Sizes of an environment. Actions lie in [-1, 1]^action_dim; `episode_length` None means unlimited.
 
-    An action may be a chunk: `horizon` actions of the environment proper, one after the other in action_dim numbers, of
-    which the first `execute` are carried out (`contraflow.envs.chunk`). `low` and `high` are the range of one action of
-    the environment proper, onto which [-1, 1] is mapped; () where it is [-1, 1] itself. `obs_keys` names the parts of a
-    dict or tuple observation in the order in which they follow each other; () where it is one array.
+    An action may be a chunk: `horizon` actions of the underlying environment, concatenated to action_dim numbers, of
+    which the first `execute` are carried out (`contraflow.envs.chunk`). `low` and `high` bound one action of the
+    underlying environment, onto which [-1, 1] is mapped; () if they are -1 and 1. `obs_keys` names the parts of a dict
+    or tuple observation in the order of concatenation; () for one array.
 
-    An observation is a vector of `obs_dim` numbers. Where it is more, an image or a flat dict of images and vectors,
-    `obs_parts` says so part by part, kept in the order of `core/flatten.py`, and `obs_dim` counts the numbers of all.
-    Raises ValueError for another count, and for parts of one name.
+    An observation is a vector of `obs_dim` numbers. For an image, or a flat dict of images and vectors, `obs_parts`
+    describes each part in the order of `core/flatten.py`, and `obs_dim` is their total size. Raises ValueError for
+    another total or for parts with equal names.
     """
 
     obs_dim: int
@@ -117,7 +117,7 @@ class EnvSpec:
 
     @property
     def observation(self) -> Observation:
-        """What networks are made for."""
+        """The observation as networks take it: its parts, or the size of a vector."""
         return self.obs_parts or self.obs_dim
 
 

@@ -1,4 +1,4 @@
-"""Bandits: one action, one reward, the end. With a known reward, the optimal soft policy exp(r / lam) is known too."""
+"""Bandits: one action, one reward, then the end. A known reward gives the optimal soft policy exp(r / lam)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Linear:
-    """r(a) = 2 lam sum(a): exp(r / lam) is a product of exp(2 a_i) on [-1, 1], each of mean coth(2) - 1/2."""
+    """r(a) = 2 lam sum(a): exp(r / lam) is a product of exp(2 a_i) on [-1, 1], each with mean coth(2) - 1/2."""
 
     lam: float = 1.0
 
@@ -35,7 +35,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class TwoPeak:
-    """exp(r / lam) = N(a; c, width^2) + N(a; -c, width^2) without their common constant, c = (centre, ..., centre)."""
+    """exp(r / lam) = N(a; c, width^2) + N(a; -c, width^2) up to a constant factor, c = (centre, ..., centre)."""
 
     lam: float = 1.0
     centre: float = 0.5
@@ -48,9 +48,9 @@ class TwoPeak:
 
 @dataclass(frozen=True)
 class Bandit:
-    """N one-step episodes at a time: observation 0 always, reward `reward(action)`, terminated after each step.
+    """N one-step episodes: the observation is always 0, the reward is `reward(action)`, and every step terminates.
 
-    `reward` maps one action [dim] in [-1, 1] to a number; it must be hashable, so a frozen dataclass or a function.
+    `reward` maps one action [dim] in [-1, 1] to a number. It must be hashable: a frozen dataclass or a function.
     """
 
     reward: Reward = Flat()
@@ -62,11 +62,11 @@ class Bandit:
         return EnvSpec(1, self.dim, self.num_envs, 1, jittable=True)
 
     def reset(self, key: PRNGKey) -> tuple[None, Float[Array, "N 1"]]:
-        """Returns (no state, zeros); the key is not used: every episode starts alike."""
+        """Returns (no state, zeros [N, 1]); the key is unused because every episode starts alike."""
         return None, jnp.zeros((self.num_envs, 1))
 
     def step(self, state: None, action: Float[Array, "N a"]) -> tuple[None, Step]:
-        """Reward every action [N, dim] and end every episode."""
+        """Rewards every action [N, dim] and ends every episode."""
         obs = jnp.zeros((self.num_envs, 1))
         true = jnp.ones(self.num_envs, dtype=bool)
         return state, Step(obs, obs, jax.vmap(self.reward)(action), true, ~true, true)
@@ -76,7 +76,7 @@ BANDITS: dict[str, type[Flat | Linear | TwoPeak]] = {"constant": Flat, "linear":
 
 
 def check(name: str) -> tuple[str, int]:
-    """(reward, dimensions) of `linear/8`, or of `linear` with 2. Raises UserError for any other name."""
+    """Returns (reward, dimensions) for `linear/8`, or for `linear` with 2. Raises UserError for any other name."""
     reward, slash, dim = name.partition("/")
     if reward not in BANDITS or (slash and not (dim.isdecimal() and int(dim) > 0)):
         raise base.unknown_id(f"bandit:{name}", tuple(BANDITS))

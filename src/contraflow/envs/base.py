@@ -1,4 +1,4 @@
-"""What every environment promises, and what the kinds of environment share."""
+"""The interface of environments, and the code that all kinds of environment share."""
 
 import difflib
 import logging
@@ -28,46 +28,46 @@ class Env(Protocol):
     """N parallel environments.
 
     - Actions arrive in [-1, 1]^a; the adapter rescales them to the environment's own range.
-    - Observations are flat float32, or what the parts of the spec say: images, or a dict of images and vectors.
-    - `Step.next_obs` is the true successor, also at the end of an episode; `Step.obs` is what to act on next.
-    - `terminated` and `truncated` are kept apart; an ended environment is reset by the adapter itself.
-    - `jittable` environments are pure: `state` carries everything. Host environments keep the simulator on the
+    - Observations are flat float32, or as the parts of the spec say: images, or a dict of images and vectors.
+    - `Step.next_obs` is the true successor, also at the end of an episode; `Step.obs` is the one to act on next.
+    - `terminated` and `truncated` are kept apart; the adapter resets ended environments.
+    - `jittable` environments are pure, and `state` holds everything. Host environments keep the simulator on the
       adapter, and `state` is whatever they need between calls.
     - `reset` with the same key starts the same episodes.
 
-    A host environment may have more: `close()`, which may be called twice (`contraflow.envs.close` calls it where it is
-    there); `frame()`, a picture of copy 0; `holds`, True where `step(state, action, active)` can leave out copies;
-    `notes`, lines that the user should read (`contraflow.envs.notes`).
+    A host environment may have more: `close()`, which may be called twice (`contraflow.envs.close` calls it if it
+    exists); `frame()`, a picture of copy 0; `holds`, True if `step(state, action, active)` can leave out copies;
+    `notes`, lines for the user to read (`contraflow.envs.notes`).
     """
 
     @property
     def spec(self) -> EnvSpec: ...
     def reset(self, key: PRNGKey) -> tuple[Any, Any]:
-        """Start N episodes; returns (state, obs [N, ...])."""
+        """Starts N episodes; returns (state, obs [N, ...])."""
         ...
 
     def step(self, state: Any, action: Any) -> tuple[Any, Step]:
-        """Advance all N environments by `action` [N, a] in [-1, 1]."""
+        """Advances all N environments by `action` [N, a] in [-1, 1]."""
         ...
 
 
 class Kind(NamedTuple):
-    """What is behind a prefix; `name` is the id without it. Nothing imports a simulator before it is called."""
+    """The environments behind a prefix; `name` is the id without it. No simulator is imported before a call."""
 
     make: Callable[[str, int, int, bool], Env]
-    """(name, num_envs, seed, render)."""
+    """(name, num_envs, seed, render) -> environment."""
     check: Callable[[str], object]
-    """Raises UserError for a name that `make` would not know and a missing package, without building a simulator."""
+    """Raises UserError for a name that `make` does not know or a missing package, without building a simulator."""
     available: Callable[[], list[str]]
     jittable: bool | None
-    """None where only building one tells."""
+    """None if it is known only after building."""
     renders: bool = False
     most: int | None = None
     """Copies that evaluations make at the most; they then play several episodes each."""
 
 
 def from_table(prefix: str, table: Mapping[str, Callable[[int], Env]]) -> Kind:
-    """The kind whose environments are those of a table, called with num_envs."""
+    """Returns the kind for the environments of a table, whose entries are called with num_envs."""
 
     def check(name: str) -> None:
         if name not in table:
@@ -81,12 +81,12 @@ def from_table(prefix: str, table: Mapping[str, Callable[[int], Env]]) -> Kind:
 
 
 def close(env: Env) -> None:
-    """Release what a host environment holds, threads and windows; environments without `close` hold nothing."""
+    """Releases threads and windows of a host environment; does nothing for environments without `close`."""
     getattr(env, "close", lambda: None)()
 
 
 def notes(env: Env) -> tuple[str, ...]:
-    """Lines about the environment that the user should read once, known when it has been built."""
+    """Returns lines about the built environment that the user should read once."""
     return getattr(env, "notes", ())
 
 
@@ -97,7 +97,7 @@ R = TypeVar("R")
 
 
 def reports(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """A method of an adapter in which whatever a simulator raises becomes a UserError; the adapter has a `name`."""
+    """Wraps a method of an adapter, which has a `name`, so that any error of a simulator becomes a UserError."""
 
     @wraps(method)
     def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -112,12 +112,12 @@ def reports(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[An
 
 
 def not_rendered(name: str) -> UserError:
-    """What to say where a film is wanted of an environment that cannot be drawn."""
+    """Returns the error for a video of an environment that cannot be drawn."""
     return UserError(f"environment {name} cannot be rendered; leave out the video, or use envpool:, gym: or jax:")
 
 
 def failed(name: str, doing: str, error: Exception) -> UserError:
-    """`error`, which the code of an environment raised, in one line, with the place in the user's own code if any."""
+    """Returns a one-line error for `error`, raised by an environment, with its place in the user's code if any."""
     paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")] + [str(Path(__file__).parents[1])]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*paths, "<"))]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
@@ -126,8 +126,8 @@ def failed(name: str, doing: str, error: Exception) -> UserError:
 
 
 def unknown_id(name: str, known: tuple[str, ...] = ()) -> UserError:
-    """The error for an id nobody knows, naming the closest ones that exist, else those `known` of its prefix."""
-    from contraflow.envs import available  # here, because that package imports this module
+    """Returns the error for an unknown id; it names the closest existing ids, else those `known` for its prefix."""
+    from contraflow.envs import available  # imported here, because that package imports this module
 
     prefix, _, tail = name.rpartition(":")
     ids: dict[str, list[str]] = {}
@@ -135,7 +135,7 @@ def unknown_id(name: str, known: tuple[str, ...] = ()) -> UserError:
         for id in names:
             ids.setdefault(id.lower(), []).append(f"{kind}:{id}")
     close = difflib.get_close_matches(tail.lower(), ids, n=3, cutoff=0.5)
-    # The prefix that was asked for comes first: many tasks are known under several.
+    # Ids with the requested prefix come first: many tasks exist under several.
     found = sorted((full for id in close for full in ids[id]), key=lambda full: not full.startswith(prefix + ":"))
     hint = f"there are {', '.join(known)}" if known else "contraflow.envs.available() lists the known ones"
     return UserError(f"unknown environment {name}; " + (f"did you mean {', '.join(found)}?" if found else hint))
@@ -143,7 +143,7 @@ def unknown_id(name: str, known: tuple[str, ...] = ()) -> UserError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps off the screen what simulators say while they are imported, looked up and built; errors are raised."""
+    """Silences simulators while they are imported, listed and built; errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -158,19 +158,19 @@ def quiet() -> Iterator[None]:
 
 
 def check_num_envs(name: str, num_envs: int) -> None:
-    """Raise UserError when fewer than one environment is asked for."""
+    """Raises UserError for fewer than one environment."""
     if num_envs < 1:
         raise UserError(f"environment {name} needs num_envs >= 1, got {num_envs}; set num_envs to 1 or more")
 
 
 def check_obs(name: str, spec: EnvSpec, obs: Any) -> None:
-    """Raise UserError unless first observations of a host environment are as the spec says, and finite."""
+    """Raises UserError unless the first observations of a host environment match the spec and are finite."""
     _check_obs(name, "obs", spec, obs)
     _check_finite(name, "observation", obs)
 
 
 def check_shapes(name: str, spec: EnvSpec, step: Step) -> None:
-    """Raise UserError unless observations are [N, o], or as the parts of the spec say, and all else is [N]."""
+    """Raises UserError unless observations are [N, o], or match the parts of the spec, and everything else is [N]."""
     for part in ("obs", "next_obs"):
         _check_obs(name, part, spec, getattr(step, part))
     for part in ("reward", "terminated", "truncated", "valid"):
@@ -178,7 +178,7 @@ def check_shapes(name: str, spec: EnvSpec, step: Step) -> None:
 
 
 def checked(name: str, spec: EnvSpec, step: Step) -> Step:
-    """The step of a host environment, if it has the shapes of the spec and finite numbers; else UserError."""
+    """Returns the step of a host environment; raises UserError unless shapes match the spec and numbers are finite."""
     check_shapes(name, spec, step)
     _check_finite(name, "observation", step.next_obs)
     if step.obs is not step.next_obs:
@@ -211,9 +211,9 @@ def _check_finite(name: str, part: str, x: Any) -> None:
 
 
 def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...], tuple[Part, ...]]:
-    """(numbers in one observation, names of what is flattened in their order, parts) of a Gymnasium space.
+    """Returns (observation size, names of the flattened parts in order, parts) for a Gymnasium space.
 
-    Where there is an image nothing is flattened: the parts are the leaves, "view/left", as one flat dict. Raises
+    With an image among them nothing is flattened: the parts are the leaves, "view/left", as one flat dict. Raises
     UserError unless all are numeric arrays of a fixed shape, and images are [height, width, channels].
     """
     from gymnasium.spaces import Box, MultiBinary
@@ -226,7 +226,7 @@ def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...], tup
         if image and (len(part.shape) != 3 or part.shape[2] > min(part.shape[:2])):
             raise UserError(
                 f"environment {name} observes images {part.shape}, an encoder takes [height, width, channels]; wrap it "
-                "so that it returns these"
+                "to return those"
             )
         shape = part.shape if image else (int(np.prod(part.shape)),)
         parts.append(Part(key, shape, "uint8" if image and part.dtype == np.uint8 else "float32"))
@@ -235,7 +235,7 @@ def observation_layout(name: str, space: Any) -> tuple[int, tuple[str, ...], tup
 
 
 def _plain(space: Any) -> Any:
-    """A Dict space as a dict, a Tuple space as a tuple, any other as it is."""
+    """Returns a Dict space as a dict, a Tuple space as a tuple, any other space unchanged."""
     from gymnasium.spaces import Dict, Tuple
 
     if isinstance(space, Dict):
@@ -244,18 +244,18 @@ def _plain(space: Any) -> Any:
 
 
 def _is_image(shape: Any, dtype: Any) -> bool:
-    """Bytes on a grid, or numbers on two long axes and a third, as of [64, 64, 3] and [4, 84, 84]."""
+    """Returns whether this is bytes on a grid, or numbers on two long axes and a third: [64, 64, 3], [4, 84, 84]."""
     return len(shape) > 1 and (dtype == np.uint8 or (len(shape) > 2 and sorted(shape)[-2] >= 16))
 
 
 def flatten(obs: Any, n: int) -> np.ndarray:
-    """A batch of n observations as one fresh float32 array [n, o], in the order of `ordered_leaves`."""
+    """Returns a batch of n observations as one fresh float32 array [n, o], in the order of `ordered_leaves`."""
     parts = [np.asarray(leaf).reshape(n, -1) for leaf in ordered_leaves(obs)]
     return np.concatenate(parts, axis=1, dtype=np.float32, casting="unsafe")
 
 
 def arranged(obs: Any, n: int, parts: tuple[Part, ...]) -> Any:
-    """A batch of n observations as fresh arrays: `flatten`, or the parts by name."""
+    """Returns a batch of n observations as fresh arrays: flattened, or the parts by name."""
     if not parts:
         return flatten(obs, n)
     leaves = dict(zip(leaf_names(obs) or ("",), ordered_leaves(obs), strict=True))
@@ -264,7 +264,7 @@ def arranged(obs: Any, n: int, parts: tuple[Part, ...]) -> Any:
 
 
 def notes_on(name: str, obs: Any) -> tuple[str, ...]:
-    """A line for the user where float32 loses the differences between observations: from 2^24 on it skips integers."""
+    """Warns the user where float32 cannot represent observations: from 2^24 on it skips integers."""
     top = [
         np.abs(x).max(initial=0) for x in map(np.asarray, ordered_leaves(obs)) if x.dtype.kind in "iu" or x.itemsize > 4
     ]
@@ -272,15 +272,15 @@ def notes_on(name: str, obs: Any) -> tuple[str, ...]:
     if most < 2**24:
         return ()
     gap = np.spacing(np.float32(most))
-    return (f"observations of {name} reach {most:.3g}, where float32 tells apart only what differs by {gap:.3g}",)
+    return (f"observations of {name} reach {most:.3g}, where float32 resolves only differences of {gap:.3g}",)
 
 
-# The largest number whose square is a float32: what lies beyond stands for "no bound".
+# The largest number with a square in float32; anything beyond counts as "no bound".
 UNBOUNDED = float(np.sqrt(np.finfo(np.float32).max))
 
 
 def action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds of one environment's continuous action space, in its own shape and type.
+    """Returns the bounds of one environment's continuous action space, in its own shape and type.
 
     Raises UserError for any other space: discrete, integer, or without finite bounds.
     """
@@ -294,30 +294,30 @@ def action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rescale(action: Any, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Map actions [N, a] from [-1, 1] to [low, high], in the shape [N, *low.shape] and type of the bounds.
+    """Maps actions [N, a] from [-1, 1] to [low, high], in the shape [N, *low.shape] and type of the bounds.
 
-    What lies outside [-1, 1] is clipped.
+    Actions outside [-1, 1] are clipped.
     """
     unit = np.asarray(action, dtype=low.dtype).reshape(-1, *low.shape)
-    # Clipped after scaling: rounding can leave the range by one unit in the last place, which some simulators refuse.
+    # Clipped after scaling: rounding can exceed the range by one unit in the last place, which some simulators refuse.
     return np.clip(low + (unit + 1) * ((high - low) / 2), low, high)
 
 
 def with_bounds(spec: EnvSpec, low: np.ndarray, high: np.ndarray) -> EnvSpec:
-    """The spec with the range of an action, which a policy is saved with."""
+    """Returns the spec with the range of an action, which is saved with a policy."""
     return replace(spec, low=tuple(low.ravel().tolist()), high=tuple(high.ravel().tolist()))
 
 
 def derive_seed(seed: int, key: PRNGKey) -> int:
-    """A simulator seed in [0, 2^31) from the adapter's seed and a reset key, the same on every call.
+    """Returns a simulator seed in [0, 2^31) from the adapter's seed and a reset key, the same on every call.
 
-    Hashed, because simulators seed copy i with seed + i: neighbouring seeds would share most of their episodes.
+    The seed is hashed because simulators seed copy i with seed + i, so neighbouring seeds would share most episodes.
     """
     words = np.asarray(jax.random.key_data(key)).ravel().tolist()
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0] >> 1)
 
 
 def prefer_egl() -> None:
-    """Ask MuJoCo for EGL on a Linux machine without a display; must come before the first import of mujoco."""
+    """Makes MuJoCo use EGL on a Linux machine without a display; call it before the first import of mujoco."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")

@@ -1,9 +1,9 @@
-"""Several actions per decision: a chunk of `horizon` actions, of which the first `execute` are carried out.
+"""Chunks: decisions of `horizon` actions, of which the first `execute` are carried out.
 
-The policy sees one decision as one step: its action is the chunk, flat; the reward is sum_k gamma^k r_k over the
-actions carried out (gamma = 1 in DPPO, 2409.00588; that of the agent in Q-chunking, 2507.07969), and `next_obs` what
-follows the last of them. A chunk ends with its episode: the rest is not carried out, and the copy is held until the
-others have finished theirs.
+The policy sees one decision as one step. Its action is the flat chunk, and the reward is sum_k gamma^k r_k over the
+executed actions (gamma = 1 in DPPO, 2409.00588; the agent's gamma in Q-chunking, 2507.07969). `next_obs` follows the
+last of them. A chunk ends with its episode: the rest is not carried out, and the copy is held until the others have
+finished their chunks.
 """
 
 from dataclasses import dataclass, replace
@@ -20,13 +20,13 @@ from contraflow.envs.base import Env, close, notes
 
 @dataclass(frozen=True)
 class Chunked:
-    """`env` with chunks for actions, [N, horizon * a].
+    """`env` with chunks of actions [N, horizon * a].
 
-    Copies of a jittable environment are held by keeping their rows of its state: every array in it whose first axis has
-    length N, but keys. A host environment that `holds` has a `step(state, action, active)` for it.
+    A copy of a jittable environment is held by keeping its rows of the state: every array with a first axis of length
+    N, except keys. A host environment with `holds` has a `step(state, action, active)` for this.
 
-    Raises ValueError unless 1 <= execute <= horizon, and UserError for a host environment whose copies cannot be held
-    although an episode might end within a chunk.
+    Raises ValueError unless 1 <= execute <= horizon or for an environment that already takes chunks, and UserError for
+    execute > 1 in a host environment that cannot hold copies, because an episode may end within a chunk.
     """
 
     env: Env
@@ -39,7 +39,7 @@ class Chunked:
             raise ValueError(f"a chunk needs 1 <= execute <= horizon, got {self.execute} and {self.horizon}")
         spec = self.env.spec
         if spec.horizon > 1:
-            raise ValueError("the environment takes chunks already")
+            raise ValueError("the environment already takes chunks: pass the one without")
         if self.execute > 1 and not spec.jittable and not getattr(self.env, "holds", False):
             name = getattr(self.env, "name", type(self.env).__name__)
             raise UserError(
@@ -49,7 +49,7 @@ class Chunked:
 
     @property
     def spec(self) -> EnvSpec:
-        """`episode_length` counts decisions."""
+        """Sizes of chunked actions; `episode_length` counts decisions."""
         inner = self.env.spec
         length = None if inner.episode_length is None else -(-inner.episode_length // self.execute)
         return replace(
@@ -64,7 +64,7 @@ class Chunked:
         return self.env.reset(key)
 
     def step(self, state: Any, action: Any) -> tuple[Any, Step]:
-        """Carry out the first `execute` actions of each chunk; `reward` is their discounted sum."""
+        """Carries out the first `execute` actions of each chunk; `reward` is their discounted sum."""
         n = self.env.spec.num_envs
         xp: Any = jnp if self.env.spec.jittable else np
         first, *rest = self.actions(action)
@@ -82,7 +82,7 @@ class Chunked:
         return state, total
 
     def actions(self, action: Any) -> list[Any]:
-        """The actions [N, a] that a chunk [N, horizon * a] carries out in `env`, one after the other."""
+        """Returns the `execute` actions, each [N, a], that `env` receives for a chunk [N, horizon * a]."""
         xp: Any = jnp if self.env.spec.jittable else np
         chunk = xp.asarray(action).reshape(self.env.spec.num_envs, self.horizon, -1)
         return [chunk[:, i] for i in range(self.execute)]
@@ -107,18 +107,20 @@ class Chunked:
 
 
 def chunked(env: Env, horizon: int, execute: int, gamma: float = 1.0) -> Env:
-    """`env` with chunks of actions, or itself for single ones."""
+    """Returns `env` with chunks of actions, or `env` itself for horizon 1."""
     return env if horizon == 1 else Chunked(env, horizon, execute, gamma)
 
 
 def singly(env: Env, action: Any) -> tuple[Any, list[Any]]:
-    """The environment without chunks, and the actions that a decision carries out in it, for one copy: of several,
-    those whose episode ends within the chunk would run on."""
+    """Returns the environment without chunks, and the actions that a decision carries out in it, for one copy.
+
+    With several copies, those that end within the chunk would run on.
+    """
     return (env.env, env.actions(action)) if isinstance(env, Chunked) else (env, [action])
 
 
 def _joined(xp: Any, total: Step, step: Step, active: Any, weight: float) -> Step:
-    """Both as one step: what is active goes on from `total`, the reward of `step` by its weight; the rest stays."""
+    """Joins two steps: active rows continue from `total` and add the weighted reward of `step`; others stay."""
 
     def pick(new, old):
         return xp.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -144,7 +146,7 @@ def _either(one: Any, other: Any) -> Any:
 
 
 def _held(active: Bool[Array, " N"], new: Any, old: Any) -> Any:
-    """`new`, with the rows of `old` where not `active`."""
+    """Returns `new`, with the rows of `old` where not `active`."""
 
     def pick(a, b):
         rows = a.ndim > 0 and a.shape[0] == active.shape[0] and not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)

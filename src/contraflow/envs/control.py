@@ -1,6 +1,6 @@
-"""Two swing-up tasks in pure JAX, so that training is one compiled program, and many seeds of it are one as well.
+"""Two swing-up tasks in pure JAX, so that training, even on many seeds, is one compiled program.
 
-Both end by their time limit only: every end is a truncation. All randomness comes from the key of `reset`.
+Both end only by their time limit, so every end is a truncation. All randomness comes from the key of `reset`.
 """
 
 import math
@@ -18,10 +18,10 @@ from contraflow.envs.episodes import BLACK, BLUE, GREY, Disc, Path, Shape, TaskS
 
 @dataclass(frozen=True)
 class Pendulum:
-    """Gymnasium's Pendulum-v1: a rod of 1 kg and 1 m hangs from a motor too weak to lift it at once.
+    """Gymnasium's Pendulum-v1: a rod of 1 kg and 1 m hangs from a motor too weak to lift it directly.
 
     - Body [angle, speed], angle 0 upright and kept in [-pi, pi), speed within 8 rad/s; observation [cos, sin, speed].
-    - Action 1 is a torque of 2 Nm. One step is .05 s of semi-implicit Euler, as there.
+    - Action 1 is a torque of 2 Nm. One step is .05 s of semi-implicit Euler, as in Gymnasium.
     - Reward -(angle^2 + .1 speed^2 + .001 torque^2) of the state before the step; 200 steps, truncated.
     """
 
@@ -32,7 +32,7 @@ class Pendulum:
         return EnvSpec(3, 1, self.num_envs, 200, jittable=True)
 
     def start(self, key: PRNGKey) -> Float[Array, " s"]:
-        """Any angle, a speed within 1 rad/s."""
+        """Draws any angle and a speed within 1 rad/s."""
         high = jnp.array([math.pi, 1.0])
         return jr.uniform(key, (2,), minval=-high, maxval=high)
 
@@ -41,7 +41,7 @@ class Pendulum:
         return jnp.stack([jnp.cos(angle), jnp.sin(angle), speed])
 
     def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
-        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        """Returns (next body, reward) of one copy; `action` in [-1, 1]."""
         angle, speed = body
         torque = 2.0 * action[0]
         reward = -(angle**2 + 0.1 * speed**2 + 0.001 * torque**2)
@@ -55,7 +55,7 @@ class Pendulum:
         return episodes.step(self, state, action)
 
     def sketch(self, body: np.ndarray) -> list[Shape]:
-        """The rod, in metres."""
+        """Returns the shapes of motor and rod, in metres."""
         angle = float(body[0])
         tip = (math.sin(angle), math.cos(angle))
         return [Disc((0.0, 0.0), 0.06, GREY), Path(((0.0, 0.0), tip), BLUE)]
@@ -66,8 +66,9 @@ class CartpoleSwingup:
     """dm_control's cartpole swingup: a cart on a rail of 3.6 m swings a pole up and balances it at the centre.
 
     - Body [x, angle, dx, dangle], angle 0 upright and kept in [-pi, pi); observation [x, cos, sin, dx, dangle]. Both
-      as there, so that a policy of one is a policy of the other.
-    - Action 1 is a force of 10 N. One step is .01 s, one step of RK4, as there; so are the soft ends of the rail.
+      match dm_control, so that policies transfer.
+    - Action 1 is a force of 10 N. One step is .01 s, one step of RK4; this and the soft ends of the rail match
+      dm_control.
     - Reward in [0, 1] of the state after the step and the action; 1000 steps, truncated.
     """
 
@@ -78,7 +79,7 @@ class CartpoleSwingup:
         return EnvSpec(5, 1, self.num_envs, 1000, jittable=True)
 
     def start(self, key: PRNGKey) -> Float[Array, " s"]:
-        """At rest in the middle, the pole hanging, but for noise of standard deviation .01."""
+        """Draws a start at rest in the middle with the pole hanging, plus noise of standard deviation .01."""
         x, angle, dx, dangle = 0.01 * jr.normal(key, (4,))
         return jnp.stack([x, _wrap(math.pi + angle), dx, dangle])
 
@@ -87,7 +88,7 @@ class CartpoleSwingup:
         return jnp.stack([x, jnp.cos(angle), jnp.sin(angle), dx, dangle])
 
     def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
-        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        """Returns (next body, reward) of one copy; `action` in [-1, 1]."""
         force, h = 10.0 * action[0], 0.01
         k1 = cartpole_rates(body, force)
         k2 = cartpole_rates(body + 0.5 * h * k1, force)
@@ -104,7 +105,7 @@ class CartpoleSwingup:
         return episodes.step(self, state, action)
 
     def sketch(self, body: np.ndarray) -> list[Shape]:
-        """Rail, cart and pole, in metres."""
+        """Returns the shapes of rail, cart and pole, in metres."""
         x, angle = float(body[0]), float(body[1])
         tip = (x + 2 * CENTRE * math.sin(angle), 2 * CENTRE * math.cos(angle))
         cart = ((x - 0.15, 0.0), (x + 0.15, 0.0))
@@ -112,14 +113,14 @@ class CartpoleSwingup:
 
 
 # dm_control's cartpole.xml, in kg, m, s.
-CART, POLE, CENTRE = 1.0, 0.1, 0.5  # masses; from the hinge to the middle of the pole
+CART, POLE, CENTRE = 1.0, 0.1, 0.5  # masses; distance from the hinge to the middle of the pole
 GRAVITY = 9.81
 SLIDER_DAMPING, HINGE_DAMPING = 5e-4, 2e-6
-RAIL = 1.8  # the soft ends are at +- this
+RAIL = 1.8  # the soft ends are at +- RAIL
 
 
 def _capsule_inertia(mass: float, length: float, radius: float) -> float:
-    """About an axis through the middle, across; `length` without the two half spheres."""
+    """Inertia about a transverse axis through the middle; `length` excludes the two half spheres."""
     cylinder = mass * length / (length + 4 / 3 * radius)
     sides = cylinder * (radius**2 / 4 + length**2 / 12)
     return sides + (mass - cylinder) * (0.4 * radius**2 + length**2 / 4 + 3 / 8 * length * radius)
@@ -129,7 +130,7 @@ INERTIA = _capsule_inertia(POLE, 2 * CENTRE, 0.045) + POLE * CENTRE**2  # about 
 
 
 def cartpole_rates(body: Float[Array, " s"], force: Float[Array, ""]) -> Float[Array, " s"]:
-    """Time derivative of [x, angle, dx, dangle] under a force on the cart.
+    """Returns the time derivative of [x, angle, dx, dangle] under a force on the cart.
 
     Lagrange's equations with s, c = sin, cos(angle), masses M, m, centre l, inertia J about the hinge, dampings d, e:
         (M + m) ddx + m l c ddangle = force + m l s dangle^2 - d dx
@@ -151,11 +152,11 @@ def cartpole_rates(body: Float[Array, " s"], force: Float[Array, ""]) -> Float[A
 def _end_of_rail(
     x: Float[Array, ""], dx: Float[Array, ""], free: Float[Array, ""], mobility: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Force of MuJoCo's soft joint limit (its documentation, "Constraint model"); 0 inside the rail.
+    """Returns the force of MuJoCo's soft joint limit (its documentation, "Constraint model"); 0 inside the rail.
 
     `free` is the acceleration of the cart without it, `mobility` the acceleration per unit of force. The limit pulls
-    towards a critically damped return with time constant .08 (solreflimit), its share of the motion growing from .9 to
-    .95 over the first millimetre (solimp); the regularisation is scaled by the mobility of the upright pole.
+    towards a critically damped return with time constant .08 (solreflimit). Its share of the motion grows from .9 to
+    .95 over the first millimetre (solimp). The regularisation is scaled by the mobility of the upright pole.
     """
     side = jnp.sign(x)
     depth = jnp.abs(x) - RAIL
@@ -168,7 +169,7 @@ def _end_of_rail(
 
 
 def cartpole_reward(body: Float[Array, " s"], action: Float[Array, " a"]) -> Float[Array, ""]:
-    """dm_control's product of four: upright, centred, slow, and little force."""
+    """Returns dm_control's reward, a product of four factors: upright, centred, slow, and little force."""
     x, angle, _, dangle = body
     upright = (1 + jnp.cos(angle)) / 2
     centred = (1 + 0.1 ** ((x / 2) ** 2)) / 2
@@ -178,5 +179,5 @@ def cartpole_reward(body: Float[Array, " s"], action: Float[Array, " a"]) -> Flo
 
 
 def _wrap(angle: Float[Array, ""]) -> Float[Array, ""]:
-    """The same angle in [-pi, pi): float32 keeps its precision however often the pole turns."""
+    """Returns the same angle in [-pi, pi), so that float32 keeps its precision however often the pole turns."""
     return jnp.mod(angle + math.pi, 2 * math.pi) - math.pi

@@ -9,7 +9,7 @@ from contraflow.envs import base
 
 
 def check_id(id: str) -> Any:
-    """The package, once it is there and knows the id. Raises UserError if not."""
+    """Returns the EnvPool package if it is installed and knows the id. Raises UserError otherwise."""
     try:
         with base.quiet():
             import envpool
@@ -21,7 +21,7 @@ def check_id(id: str) -> Any:
 
 
 def available() -> list[str]:
-    """The continuous-control families; [] where EnvPool is not installed."""
+    """Returns the ids of the continuous-control families; [] if EnvPool is not installed."""
     try:
         import envpool
         from envpool.registration import registry
@@ -43,18 +43,18 @@ def available() -> list[str]:
 class EnvPool:
     """N copies of one EnvPool task.
 
-    - Dict observations are flattened in the order of `spec.obs_keys`; the bounds EnvPool declares for them are wrong
-      and unused.
+    - Dict observations are flattened in the order of `spec.obs_keys`. The bounds that EnvPool declares for them are
+      wrong and unused.
     - An ended copy is reset within the same `step`, so EnvPool's dummy transition after an end never happens.
-    - `truncated` marks the time limit, `terminated` the task's own end; both are True when they coincide.
-    - EnvPool seeds a pool at construction only, so `reset` builds a new pool, seeded from `seed` and its key.
+    - `truncated` marks the time limit and `terminated` the task's own end; both are True when they coincide.
+    - EnvPool seeds a pool only at construction, so `reset` builds a new pool, seeded from `seed` and its key.
 
-    Raises UserError when EnvPool is missing, the id is unknown, its actions are not continuous and bounded, it observes
-    images, or whatever goes wrong in a simulator.
+    Raises UserError when EnvPool is missing, the id is unknown, actions are not continuous and bounded, observations
+    are images, or anything goes wrong in a simulator.
     """
 
     holds: ClassVar[bool] = True
-    """`step` can leave out some copies."""
+    """`step` can leave out copies."""
 
     @base.reports
     def __init__(
@@ -71,8 +71,8 @@ class EnvPool:
     ) -> None:
         """`episode_length` None keeps the task's own limit; `num_threads` 0 means one per core.
 
-        `render_size` is (height, width) of `frame()`; `camera` None is the first of the DeepMind Control Suite, which
-        follows what walks, and elsewhere the task's default view, -1.
+        `render_size` is (height, width) of `frame()`. `camera` None is the first camera of the DeepMind Control Suite,
+        which follows the walker, and otherwise the task's default view, -1.
         """
         self.name, self._seed, self._gl = f"envpool:{id}", seed, None
         self._pool: Any = None
@@ -88,14 +88,14 @@ class EnvPool:
             self._settings |= {"render_camera_id": (0 if suite else -1) if camera is None else camera}
 
         limit = episode_length or int(envpool.make_spec(id).config.max_episode_steps)
-        # One step longer than ours: at its own limit EnvPool reports terminated = False even if the task ended there.
+        # One step longer than ours: at its own limit EnvPool reports terminated = False even for a task that ended.
         self._settings["max_episode_steps"] = limit + 1
         space, actions = self._build(0)
         obs_dim, keys, parts = base.observation_layout(self.name, space)
         if parts:
             raise UserError(
-                f"environment {self.name} observes images {parts[0].shape}, which are not read through EnvPool; take "
-                "it from Gymnasium (gym:), whose images go to an encoder, or one with states"
+                f"environment {self.name} observes images {parts[0].shape}, which EnvPool here does not support; use "
+                "the Gymnasium version (gym:) or a task that observes states"
             )
         self._low, self._high = base.action_bounds(self.name, actions)
         spec = EnvSpec(obs_dim, self._low.size, num_envs, limit, jittable=False, obs_keys=keys)
@@ -108,15 +108,15 @@ class EnvPool:
 
     @base.reports
     def reset(self, key: PRNGKey) -> tuple[None, np.ndarray]:
-        """Start N episodes that depend on the adapter's seed and `key` only; returns (None, obs [N, o])."""
+        """Starts N episodes that depend only on the adapter's seed and `key`; returns (None, obs [N, o])."""
         self._build(base.derive_seed(self._seed, key))
         return None, self._start()
 
     @base.reports
     def step(self, state: None, action: Any, active: np.ndarray | None = None) -> tuple[None, Step]:
-        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once.
+        """Advances all copies by `action` [N, a] in [-1, 1]; ended copies start their next episode at once.
 
-        Copies not `active` [N] stand still; their rows are zeros with `valid` False.
+        Copies that are not `active` [N] are held; their rows are zeros with `valid` False.
         """
         n = self._spec.num_envs
         scaled, valid = base.rescale(action, self._low, self._high), np.ones(n, bool)
@@ -142,10 +142,12 @@ class EnvPool:
         return None, base.checked(self.name, self._spec, step)
 
     def _build(self, seed: int) -> tuple[Any, Any]:
-        """A new pool in place of the old one: two would double the memory, some 30 MiB per copy of a MuJoCo task.
-        Returns its spaces."""
+        """Replaces the old pool by a new one and returns its spaces.
+
+        Two pools at once would double the memory, some 30 MiB per copy of a MuJoCo task.
+        """
         self._release()
-        with base.quiet():  # the first look at the spaces complains of EnvPool's own bounds
+        with base.quiet():  # the first access to the spaces warns about EnvPool's own bounds
             self._pool = self._make(seed=seed, **self._settings)
             return self._pool.single_observation_space, self._pool.single_action_space
 
@@ -158,15 +160,15 @@ class EnvPool:
 
     @base.reports
     def frame(self) -> np.ndarray:
-        """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""
+        """Returns a picture of copy 0, uint8 [h, w, 3]. Raises UserError unless built with render=True."""
         if self._gl is None:
             raise UserError(f"environment {self.name} was built without pictures; construct it with render=True")
         self._gl.make_current()
         return np.asarray(self._pool.render(env_ids=0))[0]
 
     def close(self) -> None:
-        """Release the simulators and the OpenGL context; may be called twice."""
-        self._release()  # its renderer must go while the context still exists
+        """Releases the simulators and the OpenGL context; may be called twice."""
+        self._release()  # the renderer must be released while the context exists
         if self._gl is not None:
             self._gl.free()
             self._gl = None
@@ -178,14 +180,14 @@ class EnvPool:
 
 
 def _placed(n: int, at: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`rows` at the places `at` of n, zeros elsewhere."""
+    """Returns an array of n rows with `rows` at the places `at` and zeros elsewhere."""
     out = np.zeros((n, *rows.shape[1:]), rows.dtype)
     out[at] = rows
     return out
 
 
 def _gl_context(width: int, height: int) -> Any:
-    """An OpenGL context made current: without one EnvPool's renderer aborts the whole process."""
+    """Returns a current OpenGL context, without which EnvPool's renderer aborts the whole process."""
     base.prefer_egl()
     try:
         import mujoco

@@ -1,7 +1,7 @@
-"""Tasks in pure JAX: how N copies of one are reset and stepped, and how one is drawn.
+"""Shared code of tasks in pure JAX: resetting, stepping and drawing N copies.
 
-A task has `num_envs`, `spec`, `start(key) -> body`, `observe(body)`, `move(body, action) -> (body, reward)`,
-`sketch(body)`, and `ended(body)` where an episode may end before its time limit.
+A task has `num_envs`, `spec`, `start(key) -> body`, `observe(body)`, `move(body, action) -> (body, reward)` and
+`sketch(body)`. It has `ended(body)` if an episode may end before its time limit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from contraflow.envs import base
 
 
 class TaskState(eqx.Module):
-    """What a task carries between steps; the key draws the states in which coming episodes start."""
+    """State of a task between steps; the key draws the first states of coming episodes."""
 
     body: Float[Array, "N s"]
     age: Int[Array, " N"]  # steps since the episode began
@@ -28,14 +28,14 @@ class TaskState(eqx.Module):
 
 
 def reset(task: Any, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
-    """Start N episodes; the key is all the randomness there is."""
+    """Starts N episodes; all randomness comes from the key."""
     k_now, k_later = jr.split(key)
     body = jax.vmap(task.start)(jr.split(k_now, task.num_envs))
     return TaskState(body, jnp.zeros(task.num_envs, jnp.int32), k_later), jax.vmap(task.observe)(body)
 
 
 def step(task: Any, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
-    """Advance all copies by actions clipped to [-1, 1]; one whose episode is over starts anew within the step."""
+    """Advances all copies by actions clipped to [-1, 1]; a copy with an ended episode restarts within the step."""
     moved, reward = jax.vmap(task.move)(state.body, jnp.clip(action, -1.0, 1.0))
     age, valid = state.age + 1, jnp.ones(task.num_envs, dtype=bool)
     terminated = jax.vmap(task.ended)(moved) if hasattr(task, "ended") else ~valid
@@ -51,17 +51,21 @@ def step(task: Any, state: TaskState, action: Float[Array, "N a"]) -> tuple[Task
 
 # pictures
 
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#BBBBBB", "#222222"  # Okabe and Ito's, for every eye
-SIZE, DPI = 3.2, 100  # inches, and dots for each: 320 x 320
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#BBBBBB", "#222222"  # Okabe and Ito's colour-blind safe palette
+SIZE, DPI = 3.2, 100  # inches, and dots per inch: 320 x 320
 
 
 class Disc(NamedTuple):
+    """A filled disc in a picture, in the units of the task."""
+
     centre: tuple[float, float]
     radius: float
     colour: str
 
 
 class Path(NamedTuple):
+    """A line through points in a picture, in the units of the task."""
+
     points: Sequence[tuple[float, float]]
     colour: str
 
@@ -70,7 +74,7 @@ Shape = Disc | Path
 
 
 class Drawn:
-    """A task that can be filmed: `frame()` is a picture of copy 0, whose latest state it keeps."""
+    """A task that can be filmed: `frame()` is a picture of copy 0 in its latest state."""
 
     def __init__(self, task: Any, reach: float):
         self.task, self.reach, self._body = task, reach, None
@@ -81,26 +85,26 @@ class Drawn:
         return replace(self.task.spec, jittable=False)
 
     def reset(self, key: PRNGKey) -> tuple[TaskState, np.ndarray]:
-        """As the task's own."""
+        """Resets the task."""
         state, obs = self._reset(key)
         self._body = np.asarray(state.body[0])
         return state, np.asarray(obs)
 
     def step(self, state: TaskState, action: Any) -> tuple[TaskState, Step]:
-        """As the task's own."""
+        """Steps the task."""
         state, step = jax.device_get(self._step(state, jnp.asarray(action)))
         self._body = np.asarray(state.body[0])
         return state, step
 
     def frame(self) -> np.ndarray:
-        """uint8 [320, 320, 3]. Raises UserError before the first reset."""
+        """Returns uint8 [320, 320, 3]. Raises UserError before the first reset."""
         if self._body is None:
             raise UserError("there is nothing to draw before the first reset")
         return picture(self.task.sketch(self._body), self.reach)
 
 
 def picture(shapes: Sequence[Shape], reach: float) -> np.ndarray:
-    """The shapes in a square of half the side `reach`, uint8 [320, 320, 3]."""
+    """Draws the shapes in a square with half side `reach`; returns uint8 [320, 320, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,7 +119,7 @@ def picture(shapes: Sequence[Shape], reach: float) -> np.ndarray:
 
 
 def draw(axes: Any, shapes: Sequence[Shape]) -> None:
-    """Discs and lines on axes of matplotlib."""
+    """Draws discs and lines on matplotlib axes."""
     from matplotlib.patches import Circle
 
     for shape in shapes:
@@ -126,7 +130,7 @@ def draw(axes: Any, shapes: Sequence[Shape]) -> None:
 
 
 def kind(prefix: str, table: Mapping[str, tuple[Callable[[int], Any], float]]) -> base.Kind:
-    """The kind whose environments are the tasks of a table, each with half the side of what its pictures show."""
+    """Returns the kind for the tasks of a table, each with half the side of its pictures."""
     plain = base.from_table(prefix, {name: task for name, (task, _) in table.items()})
 
     def make(name: str, num_envs: int, seed: int, render: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Gymnasium: any id it can make (dm_control through Shimmy included) and any vector environment of the user's."""
+"""Gymnasium: any id that it can make (dm_control through Shimmy included) and user-defined vector environments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,19 +19,19 @@ class Gymnasium:
     """N copies of a Gymnasium environment.
 
     - `env` is an id, a VectorEnv, or a callable without arguments that builds one environment or a VectorEnv.
-    - Dict and tuple observations are flattened in the order of `spec.obs_keys`; with an image among them they are one
-      flat dict of the parts, an image alone is itself.
+    - Dict and tuple observations are flattened in the order of `spec.obs_keys`. With an image among them they become
+      one flat dict of the parts; a single image stays an image.
     - Copies made here never waste a step. A VectorEnv in NEXT_STEP mode does: those rows have `valid` False.
-    - `state` is which copies a NEXT_STEP environment will reset at the coming step, [N] bool.
+    - `state` marks the copies that a NEXT_STEP environment will reset at the next step, [N] bool.
 
     Raises UserError when a package is missing, the id is unknown, actions are not continuous and bounded, observations
-    are not numeric arrays, a VectorEnv does not say how it resets ended copies, or whatever goes wrong in
-    the environment's own code.
+    are not numeric arrays, a VectorEnv does not state how it resets ended copies, or anything goes wrong in the
+    environment's own code.
     """
 
     @base.reports
     def __init__(self, env: str | Callable[[], Any] | Any, num_envs: int = 1, seed: int = 0, *, render: bool = False):
-        """`num_envs` must agree with a ready VectorEnv; `render` concerns ids (build your own with render_mode)."""
+        """`num_envs` must match a given VectorEnv; `render` applies to ids (build your own env with render_mode)."""
         self.name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self._seed, self._closed = seed, False
         base.check_num_envs(self.name, num_envs)
@@ -41,7 +41,7 @@ class Gymnasium:
             raise UserError(f'environment {env} needs Gymnasium: pip install "contraflow[mujoco]"') from error
         self._vector: Any = env
         self._mode, self._modes = None, AutoresetMode
-        self._copies: list[Any] = []  # plain environments, stepped one after the other; else there is a vector one
+        self._copies: list[Any] = []  # plain environments, stepped one after the other; empty for a vector one
         if not isinstance(env, VectorEnv):
             build = partial(_make, env, render) if isinstance(env, str) else env
             self._vector = first = build()
@@ -78,14 +78,14 @@ class Gymnasium:
 
     @base.reports
     def reset(self, key: PRNGKey) -> tuple[np.ndarray, Any]:
-        """Start N episodes that depend on the adapter's seed and `key` only; returns (state [N], obs [N, o])."""
+        """Starts N episodes that depend only on the adapter's seed and `key`; returns (state [N], obs [N, ...])."""
         return np.zeros(self._spec.num_envs, bool), self._start(base.derive_seed(self._seed, key))
 
     @base.reports
     def step(self, state: np.ndarray, action: Any, active: np.ndarray | None = None) -> tuple[np.ndarray, Step]:
-        """Advance all copies by `action` [N, a] in [-1, 1]; ended copies are reset here or by their own rule.
+        """Advances all copies by `action` [N, a] in [-1, 1]; ended copies are reset here or by the VectorEnv.
 
-        Copies not `active` [N] stand still, where `holds` is True; their rows are zeros with `valid` False.
+        If `holds` is True, copies that are not `active` [N] are held; their rows are zeros with `valid` False.
         """
         scaled = base.rescale(action, self._low, self._high)
         if self._copies:
@@ -130,14 +130,14 @@ class Gymnasium:
         return Step(obs, next_obs, reward, terminated, truncated, active, success=success)
 
     def _row(self, raw: Any) -> Any:
-        """One observation [o], or its parts. Raises UserError unless it has as many numbers as its space."""
+        """Returns one observation [o], or its parts. Raises UserError for another size than that of its space."""
         if self._spec.obs_parts:
             return _each(lambda x: x[0], base.arranged(raw, 1, self._spec.obs_parts))
         row = np.asarray(raw).reshape(-1) if self._spec.obs_keys == () else base.flatten(raw, 1)[0]
         if len(row) != self._spec.obs_dim:
             raise UserError(
                 f"environment {self.name} returned an observation of {len(row)} numbers, its observation_space has "
-                f"{self._spec.obs_dim}; fix the one or the other"
+                f"{self._spec.obs_dim}; fix one of the two"
             )
         return row
 
@@ -169,7 +169,7 @@ class Gymnasium:
 
     @base.reports
     def frame(self) -> np.ndarray:
-        """Picture of copy 0, uint8 [h, w, 3]; raises UserError unless built with render=True."""
+        """Returns a picture of copy 0, uint8 [h, w, 3]. Raises UserError unless built with render=True."""
         frame = None
         if self._vector.render_mode == "rgb_array":
             with _explained(self.name, "frame"):
@@ -180,7 +180,7 @@ class Gymnasium:
 
     @base.reports
     def close(self) -> None:
-        """Close all copies; may be called twice."""
+        """Closes all copies; may be called twice."""
         if not self._closed:
             self._closed = True
             ours = any(env is self._vector for env in self._copies)
@@ -189,12 +189,12 @@ class Gymnasium:
 
 
 def _each(function: Callable[[np.ndarray], np.ndarray], obs: Any) -> Any:
-    """Of the observations, or of each of their parts; `jax.tree.map` would take as long as a small simulator."""
+    """Applies `function` to the observations or to each part; `jax.tree.map` takes as long as a small simulator."""
     return {name: function(x) for name, x in obs.items()} if isinstance(obs, dict) else function(obs)
 
 
 def _put(obs: Any, i: Any, row: Any) -> None:
-    """Make `row` the i-th of the observations, in place."""
+    """Sets row i of the observations, in place."""
     if not isinstance(obs, dict):
         obs[i] = row
         return
@@ -203,20 +203,20 @@ def _put(obs: Any, i: Any, row: Any) -> None:
 
 
 def register_shimmy() -> None:
-    """Make Gymnasium know the `dm_control/` ids; raises ImportError where Shimmy or dm_control is missing."""
+    """Registers the `dm_control/` ids with Gymnasium. Raises ImportError if Shimmy or dm_control is missing."""
     import gymnasium
-    import shimmy  # dm_control looks for a display and says so when there is none
+    import shimmy  # dm_control looks for a display and prints a message if there is none
 
     gymnasium.register_envs(shimmy)
 
 
 def available() -> list[str]:
-    """Gymnasium's continuous control, and dm_control's suite through Shimmy; [] where Gymnasium is not installed."""
+    """Returns the ids of Gymnasium's continuous control and, through Shimmy, dm_control; [] without Gymnasium."""
     try:
         import gymnasium
     except ImportError:
         return []
-    with base.quiet(), suppress(Exception):  # also where OpenGL is broken
+    with base.quiet(), suppress(Exception):  # even if OpenGL is broken
         register_shimmy()
     suite = {id for id in gymnasium.registry if id.startswith("dm_control/") and id[11].islower()}
     small = {"Pendulum-v1", "MountainCarContinuous-v0"}
@@ -225,13 +225,13 @@ def available() -> list[str]:
 
 
 def check_id(id: str) -> None:
-    """Raise UserError when Gymnasium is missing or does not know the id."""
+    """Raises UserError when Gymnasium is missing or does not know the id."""
     with _explained(id) as gymnasium:
         gymnasium.spec(id)
 
 
 def _make(id: str, render: bool) -> Any:
-    # Not every constructor takes a render_mode. `base.checked` says in one line what Gymnasium's checker says in many.
+    # Not every constructor takes a render_mode. `base.checked` replaces Gymnasium's checker with one-line messages.
     options = {"render_mode": "rgb_array"} if render else {}
     with _explained(id) as gymnasium:
         return gymnasium.make(id, disable_env_checker=True, **options)
@@ -239,7 +239,7 @@ def _make(id: str, render: bool) -> Any:
 
 @contextmanager
 def _explained(id: str, doing: str = "init") -> Iterator[Any]:
-    """Gymnasium, which knows the id by then if it ever does; what it raises becomes a UserError with the remedy."""
+    """Yields Gymnasium with the ids of Shimmy registered if needed; turns its errors into UserErrors with a remedy."""
     try:
         with base.quiet():
             import gymnasium
@@ -253,7 +253,7 @@ def _explained(id: str, doing: str = "init") -> Iterator[Any]:
     except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
         text = " ".join(str(error).split())
         extra = "dmc" if id.startswith("dm_control/") else "mujoco" if "mujoco" in text.lower() else ""
-        remedy = f'pip install "contraflow[{extra}]"' if extra else "install what it names"
+        remedy = f'pip install "contraflow[{extra}]"' if extra else "install that package"
         raise UserError(f"environment {id} lacks a package ({text}): {remedy}") from error
     except gymnasium.error.UnregisteredEnv as error:
         raise base.unknown_id(f"gym:{id}") from error
@@ -271,10 +271,10 @@ def _explained(id: str, doing: str = "init") -> Iterator[Any]:
 
 
 def _episode_length(env: Any) -> int | None:
-    """The time limit in steps, None where there is none or where nothing tells."""
+    """Returns the time limit in steps; None if there is none or it is unknown."""
     first = env.envs[0] if getattr(env, "envs", None) else env
     limit = first.spec.max_episode_steps if first.spec is not None else None
-    if limit is None:  # Shimmy registers dm_control tasks without the limit; only the task itself holds it.
+    if limit is None:  # Shimmy registers dm_control tasks without the limit, which only the task itself holds
         limit = getattr(getattr(first.unwrapped, "_env", None), "_step_limit", None)
     return int(limit) if limit is not None and np.isfinite(limit) else None
 

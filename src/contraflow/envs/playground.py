@@ -1,6 +1,6 @@
-"""MuJoCo Playground in JAX (`impl="jax"`: any device), so that training is one compiled program.
+"""MuJoCo Playground in JAX (`impl="jax"`, on any device), so that training is one compiled program.
 
-The control suite runs as installed. Robots need models that Playground fetches with git when it first builds one; the
+The control suite runs as installed. Robots need models that Playground fetches with git when it first builds one; that
 download is left to the user.
 """
 
@@ -27,16 +27,16 @@ SUITE = (
     "FishSwim", "HopperHop", "HopperStand", "HumanoidRun", "HumanoidStand", "HumanoidWalk", "PendulumSwingup",
     "PointMass", "ReacherEasy", "ReacherHard", "SwimmerSwimmer6", "WalkerRun", "WalkerStand", "WalkerWalk",
 )  # fmt: skip
-"""The tasks of dm_control, written down because importing Playground to list them takes seconds."""
+"""The tasks of dm_control, listed here because importing Playground to list them takes seconds."""
 
 
 def available() -> list[str]:
-    """Ids of the control suite; [] where Playground is not installed. Nothing is imported."""
+    """Returns the ids of the control suite without importing Playground; [] if it is not installed."""
     return list(SUITE) if find_spec("mujoco_playground") else []
 
 
 def check_id(id: str) -> None:
-    """Raise UserError when Playground is missing, does not know the id, or lacks the models of its robot."""
+    """Raises UserError when Playground is missing, does not know the id, or lacks the models of its robot."""
     if not find_spec("mujoco_playground"):
         raise UserError(f'environment playground:{id} needs Playground: pip install "contraflow[playground]"')
     if id in SUITE:
@@ -44,7 +44,7 @@ def check_id(id: str) -> None:
     package: Any = _package()
     if id not in package.registry.ALL_ENVS:
         raise base.unknown_id(f"playground:{id}")
-    own = id in package.dm_control_suite.ALL_ENVS  # what the user registered there
+    own = id in package.dm_control_suite.ALL_ENVS  # registered there by the user
     if not own and not (Path(package.__file__).parent / "external_deps/mujoco_menagerie").exists():
         load = f"from mujoco_playground import registry; registry.load('{id}')"
         raise UserError(f'environment playground:{id} needs robot models; fetch them once with: python -c "{load}"')
@@ -56,7 +56,7 @@ def _package() -> Any:
 
 
 class PlaygroundState(eqx.Module):
-    """What the copies carry between steps; each key draws the states in which coming episodes of its copy start."""
+    """State of the copies between steps; each key draws the first states of its copy's coming episodes."""
 
     sim: Any  # Playground's State, every leaf with a leading [N]
     age: Int[Array, " N"]  # steps since the episode began
@@ -67,15 +67,14 @@ class PlaygroundState(eqx.Module):
 class Playground:
     """N copies of the Playground task `id`.
 
-    - Actions are clipped to [-1, 1], which is the range of every actuator of the control suite, and the convention of
-      the robots.
-    - Observations are Playground's own, or the entry `state` of those that are dicts: what the real robot would see.
-    - `truncated` marks the time limit, `episode_length` of the task's config in its control steps; `action_repeat`, 1
+    - Actions are clipped to [-1, 1], the range of every actuator of the control suite and the convention of the robots.
+    - Observations are Playground's own. If they are dicts, the entry `state` is used, which a real robot would observe.
+    - `truncated` marks the time limit, `episode_length` of the task's config in its control steps. `action_repeat`, 1
       in all but two robot tasks, is not applied. `terminated` is the task's `done`; both are True when they coincide.
-    - An ended copy starts anew within the step, in a state freshly drawn. Playground's wrapper would go back to the
-      first state of the copy and forget the last observation.
-    - A compiled program cannot refuse numbers that are not finite: where physics leaves them the copy terminates (as
-      Playground's own tasks have it) with reward 0, and `next_obs` is the observation before.
+    - An ended copy restarts within the step from a newly drawn state. Playground's wrapper would return to the first
+      state of the copy and discard the last observation.
+    - A compiled program cannot raise errors for numbers that are not finite. Where physics produces them the copy
+      terminates (as in Playground's own tasks) with reward 0, and `next_obs` is the previous observation.
 
     Raises UserError when Playground is missing, or the id is unknown, cannot be built, or has no flat observation.
     """
@@ -93,14 +92,14 @@ class Playground:
 
     @partial(jax.jit, static_argnums=0)
     def reset(self, key: PRNGKey) -> tuple[PlaygroundState, Float[Array, "N o"]]:
-        """Start N episodes; the key is all the randomness there is."""
+        """Starts N episodes; all randomness comes from the key."""
         keys = jr.split(key, (2, self.num_envs))
         sim = jax.vmap(partial(_start, _load(self.id)[0]))(keys[0])
         return PlaygroundState(sim, jnp.zeros(self.num_envs, jnp.int32), keys[1]), _flat(sim.obs)
 
     @partial(jax.jit, static_argnums=0)
     def step(self, state: PlaygroundState, action: Float[Array, "N a"]) -> tuple[PlaygroundState, Step]:
-        """Advance all copies; an ended one starts anew within the step."""
+        """Advances all copies; an ended copy restarts within the step."""
         env, one = _load(self.id)
         moved = jax.vmap(env.step)(state.sim, jnp.clip(action, -1.0, 1.0))
         sound = jnp.isfinite(_flat(moved.obs)).all(1) & jnp.isfinite(moved.reward)
@@ -114,15 +113,15 @@ class Playground:
 
 
 def _start(env: Any, key: PRNGKey) -> Any:
-    """A fresh episode of one copy."""
-    return env.reset(jr.key_data(key))  # the old kind of key, which Playground is written for
+    """Starts an episode of one copy."""
+    return env.reset(jr.key_data(key))  # Playground takes keys of the old kind
 
 
 def _renew(env: Any, sim: Any, key: PRNGKey, done: Bool[Array, ""]) -> tuple[Any, PRNGKey]:
-    """A fresh episode for one copy if it is done, and the key for the next.
+    """Returns a fresh episode for one copy if it is done, and the key for the next.
 
-    A loop of at most one round: under `vmap`, over copies and over seeds, it runs only if any of them is done, where a
-    `cond` would become a select that pays for a reset in every step (measured: docs/background/benchmarks.md).
+    It is a loop of at most one iteration. Under `vmap`, over copies and over seeds, the loop runs only if any copy is
+    done. A `cond` would become a select and pay for a reset in every step (measured: docs/background/benchmarks.md).
     """
 
     def renew(carry: tuple[Any, PRNGKey, Any]) -> tuple[Any, PRNGKey, Any]:
@@ -138,7 +137,7 @@ def _flat(obs: Any) -> Any:
 
 @cache
 def _load(id: str) -> tuple[Any, EnvSpec]:
-    """Playground's environment, built once per process, and the spec of one copy of it."""
+    """Returns Playground's environment, built once per process, and the spec of one copy of it."""
     check_id(id)
     registry = _package().registry
     try:

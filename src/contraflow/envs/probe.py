@@ -1,4 +1,4 @@
-"""Probe environments: one thing can go wrong in each, and the right answer is known in closed form.
+"""Probe environments: each tests one thing that can go wrong, and the right answer has a closed form.
 
 All are pure JAX, with one observation and one action dimension.
 """
@@ -19,7 +19,7 @@ from contraflow.envs.base import from_table
 
 
 class ProbeState(eqx.Module):
-    """What a probe carries between steps; the key draws the states in which coming episodes start."""
+    """State of a probe between steps; the key draws the first states of coming episodes."""
 
     obs: Float[Array, "N 1"]
     age: Int[Array, " N"]  # steps since the episode began
@@ -32,10 +32,10 @@ def _zero(_: Any) -> Float[Array, " 1"]:
 
 @dataclass(frozen=True)
 class Probe:
-    """N copies of a task: how its episodes start, move and end, and what its states are worth.
+    """N copies of a task, defined by how its episodes start, move and end and by the value of its states.
 
-    `value(obs, gamma)` is the optimal value of a state, `best_action(obs)` an optimal action, zero where every action
-    is optimal. An episode ends after `length` steps: it terminates, or is truncated.
+    `value(obs, gamma)` is the optimal value of a state. `best_action(obs)` is an optimal action, zero if every action
+    is optimal. An episode ends after `length` steps: it terminates, or is truncated if `truncates`.
     """
 
     num_envs: int = 1
@@ -54,13 +54,13 @@ class Probe:
         return EnvSpec(1, 1, self.num_envs, self.length, jittable=True)
 
     def reset(self, key: PRNGKey) -> tuple[ProbeState, Float[Array, "N o"]]:
-        """Start N episodes; the key is all the randomness there is."""
+        """Starts N episodes; all randomness comes from the key."""
         k_now, k_later = jr.split(key)
         obs = jax.vmap(self.start)(jr.split(k_now, self.num_envs))
         return ProbeState(obs, jnp.zeros(self.num_envs, jnp.int32), k_later), obs
 
     def step(self, state: ProbeState, action: Float[Array, "N a"]) -> tuple[ProbeState, Step]:
-        """Advance all copies; an ended one starts anew within the step."""
+        """Advances all copies; an ended copy restarts within the step."""
         next_obs, reward = jax.vmap(self.move)(state.obs, action)
         age = state.age + 1
         done, never = age >= self.length, jnp.zeros(self.num_envs, bool)
@@ -75,18 +75,18 @@ PERIOD = 5
 
 
 def _around(obs: Float[Array, " 1"], action: Any) -> tuple[Float[Array, " 1"], Float[Array, ""]]:
-    """The next phase 0, 1/PERIOD, ... of a cycle, and reward 1."""
+    """Returns the next phase 0, 1/PERIOD, ... of a cycle, and reward 1."""
     return jnp.mod(jnp.round(obs * PERIOD) + 1, PERIOD) / PERIOD, jnp.ones(())
 
 
 def mistaken_value(obs: Float[Array, " 1"], gamma: float) -> Float[Array, ""]:
-    """What one learns in `Truncation` by treating truncation as termination: the rewards left before the cut."""
+    """Returns the value learned in `Truncation` if truncation is treated as termination: the rewards until the cut."""
     left = PERIOD - jnp.round(obs[0] * PERIOD)
     return (1 - gamma**left) / (1 - gamma)
 
 
 Constant = partial(Probe, move=lambda s, a: (s, jnp.ones(())), value=lambda s, gamma: jnp.ones(()))
-"""Reward 1 and the end: is the loss of the value right at all?"""
+"""Reward 1, then the end: does the loss of the value work at all?"""
 
 Obs = partial(
     Probe,
@@ -121,10 +121,10 @@ ObsAction = partial(
 Truncation = partial(
     Probe, length=PERIOD, truncates=True, move=_around, value=lambda s, gamma: jnp.full((), 1 / (1 - gamma))
 )
-"""Reward 1 for ever, cut every PERIOD steps: is a time limit taken for an end?
+"""Reward 1 for ever, cut every PERIOD steps: is a time limit mistaken for an end?
 
 The observation is the phase of a cycle, so the successor of the last step is the first state again and the value
-1 / (1 - gamma) holds everywhere. Who takes the cut for an end finds `mistaken_value` instead.
+1 / (1 - gamma) holds everywhere. An agent that takes the cut for an end learns `mistaken_value` instead.
 """
 
 PROBES = {

@@ -1,6 +1,6 @@
-"""Two tasks in pure JAX that can be solved in several ways of equal value: what a policy with several modes is for.
+"""Two tasks in pure JAX with several solutions of equal value, to test policies with several modes.
 
-`blocked` closes one way with an obstacle that no observation tells of: what a policy does then shows what else it
+`blocked` closes one way with an obstacle that is not observed. The response of a policy shows which other ways it
 knows.
 """
 
@@ -20,18 +20,18 @@ START = (0.0, -1.0)
 DISTANCE = 1.5  # of every goal from the start
 DIRECTIONS = tuple(math.radians(angle) for angle in (-50, -20, 20, 50))  # from straight ahead, clockwise
 GOALS = tuple((START[0] + DISTANCE * math.sin(a), START[1] + DISTANCE * math.cos(a)) for a in DIRECTIONS)
-GOAL, MIDDLE, BLOCK = 0.1, 0.25, 0.2  # radii: of a goal, the obstacle in the middle, and one that blocks a way
+GOAL, MIDDLE, BLOCK = 0.1, 0.25, 0.2  # radii of a goal, of the obstacle in the middle, and of one that blocks a way
 
 
 @dataclass(frozen=True)
 class MultiGoal:
-    """A point runs to any of four goals at the same distance, past an obstacle straight ahead (after 1702.08165).
+    """A point runs to any of four equally distant goals, past an obstacle straight ahead (after 1702.08165).
 
-    - Body and observation: the position, at first (0, -1) but for noise of standard deviation .02.
-    - Action: a step of at most .1 in its direction. One that would end in an obstacle is not made.
-    - Reward -(distance to the nearest goal) after the step. Within .1 of a goal the episode terminates; else it is
+    - Body and observation: the position, at first (0, -1) plus noise of standard deviation .02.
+    - Action: a step of at most .1 in its direction. A step that would end in an obstacle is not made.
+    - Reward -(distance to the nearest goal) after the step. Within .1 of a goal the episode terminates; otherwise it is
       truncated after 40 steps.
-    - `blocked` i puts an obstacle of radius .2 on the straight way to goal i.
+    - `blocked` = i puts an obstacle of radius .2 on the straight way to goal i.
     """
 
     num_envs: int = 1
@@ -56,7 +56,7 @@ class MultiGoal:
         return body
 
     def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
-        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        """Returns (next body, reward) of one copy; `action` in [-1, 1]."""
         length = jnp.sqrt(jnp.sum(action**2) + 1e-12)
         there = jnp.clip(body + 0.1 * action / jnp.maximum(length, 1.0), -1.6, 1.6)
         hits = [jnp.sum((there - jnp.asarray(disc.centre)) ** 2) < disc.radius**2 for disc in self.obstacles]
@@ -64,7 +64,7 @@ class MultiGoal:
         return body, -jnp.sqrt(jnp.min(_squares_to_goals(body)) + 1e-12)
 
     def ended(self, body: Float[Array, " s"]) -> Bool[Array, ""]:
-        """Within a goal."""
+        """Returns whether the point is within a goal."""
         return jnp.min(_squares_to_goals(body)) < GOAL**2
 
     def reset(self, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
@@ -74,7 +74,7 @@ class MultiGoal:
         return episodes.step(self, state, action)
 
     def sketch(self, body: np.ndarray) -> list[Shape]:
-        """Goals, obstacles and the point."""
+        """Returns the shapes of goals, obstacles and the point."""
         goals = [Disc(goal, GOAL, ORANGE) for goal in GOALS]
         return [*goals, *self.obstacles, Disc((float(body[0]), float(body[1])), 0.05, BLUE)]
 
@@ -83,21 +83,21 @@ def _squares_to_goals(body: Float[Array, " s"]) -> Float[Array, " g"]:
     return jnp.sum((body[None] - jnp.asarray(GOALS)) ** 2, 1)
 
 
-TARGET, HINDRANCE = (0.0, 0.5), 0.1  # the tip's target; the radius of what blocks a way
+TARGET, HINDRANCE = (0.0, 0.5), 0.1  # target of the tip; radius of an obstacle that blocks a way
 
 
 @dataclass(frozen=True)
 class TwoWayArm:
-    """A planar arm of `joints` equal links, 1 m in all, stands upright and puts its tip on a target half way down.
+    """A planar arm of `joints` equal links, 1 m in total, stands upright and moves its tip to a target half way down.
 
-    It must bend to the left or to the right, and every way has its mirror image: half the best actions at first are
+    It must bend to the left or to the right, and every way has its mirror image. At first, half of the best actions are
     minus the other half, in as many dimensions as there are joints.
 
-    - Body: the angle of each link to the one before, at first 0 but for noise of standard deviation .02, and kept
-      within 2.5 rad. Observation: the angles, and tip less target.
+    - Body: the angle of each link to the previous one, at first 0 plus noise of standard deviation .02, and kept within
+      2.5 rad. Observation: the angles, and the tip minus the target.
     - Action: a turn of at most .15 rad of each joint.
     - Reward 1 / (1 + (distance of the tip from the target / .1 m)^2) after the step; 40 steps, truncated.
-    - `blocked` (x, y) puts an obstacle of radius .1 there, into which no part of the arm can move.
+    - `blocked` = (x, y) puts an obstacle of radius .1 there, into which no part of the arm can move.
     """
 
     num_envs: int = 1
@@ -112,7 +112,7 @@ class TwoWayArm:
         return 0.02 * jr.normal(key, (self.joints,))
 
     def places(self, body: Float[Array, " s"]) -> Float[Array, "j 2"]:
-        """Where the links end, the last of them at the tip."""
+        """Returns the ends of the links [j, 2], the tip last."""
         angles = jnp.cumsum(body)
         return jnp.cumsum(jnp.stack([jnp.sin(angles), jnp.cos(angles)], 1), 0) / self.joints
 
@@ -120,14 +120,14 @@ class TwoWayArm:
         return jnp.concatenate([body, self.places(body)[-1] - jnp.asarray(TARGET)])
 
     def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
-        """(next body, reward) of one copy; `action` in [-1, 1]."""
+        """Returns (next body, reward) of one copy; `action` in [-1, 1]."""
         there = jnp.clip(body + 0.15 * action, -2.5, 2.5)
         body = there if self.blocked is None else jnp.where(self.hits(there, self.blocked), body, there)
         square = jnp.sum((self.places(body)[-1] - jnp.asarray(TARGET)) ** 2)
         return body, 1.0 / (1.0 + square / 0.1**2)
 
     def hits(self, body: Float[Array, " s"], centre: tuple[float, float]) -> Bool[Array, ""]:
-        """Whether the end or the middle of a link lies in the obstacle."""
+        """Returns whether the end or the middle of a link lies in the obstacle."""
         ends = self.places(body)
         middles = (ends + jnp.concatenate([jnp.zeros((1, 2)), ends[:-1]])) / 2
         off = jnp.concatenate([ends, middles]) - jnp.asarray([centre])
@@ -140,7 +140,7 @@ class TwoWayArm:
         return episodes.step(self, state, action)
 
     def sketch(self, body: np.ndarray) -> list[Shape]:
-        """Target, obstacle and the arm."""
+        """Returns the shapes of target, obstacle and arm."""
         ends = np.asarray(self.places(jnp.asarray(body)))
         arm = [(0.0, 0.0), *((float(x), float(y)) for x, y in ends)]
         block = [Disc(self.blocked, HINDRANCE, BLACK)] if self.blocked else []

@@ -1,4 +1,4 @@
-"""All that experiments know of what a run, an agent and a trained policy are made of, in one place."""
+"""Everything that experiments need to know about the inside of runs, agents and trained policies."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -32,12 +32,15 @@ from contraflow.training.run import Run
 NETWORK = ("critic", "width", "depth", "decay_steps", "max_grad_norm")
 """Shared settings that belong to agents; the others are fields of a run or of its source."""
 BRINGS = ("agent", "pretrained", "source")
-"""What a preset brings into a comparison, but for what is shared of its source."""
+"""What a preset contributes to a comparison, except settings of its source that all cells share."""
 
 
 def cell_run(run: Run, env: str, seed: int, data: str, shared: Mapping[str, Any], own: bool, trust: Trust) -> Run:
-    """`run` on `env` with those of the `shared` settings that it, its source and, unless it keeps its `own`, its agent
-    have; from `data` where it learns from a dataset. Raises UserError, or ValueError for what does not fit."""
+    """Returns `run` on `env` with the `shared` settings that it, its source and its agent have.
+
+    An agent that keeps its `own` takes none of them. `data` is the dataset for agents that learn from one. Raises
+    UserError, or ValueError, for settings that do not fit.
+    """
     given = {"env": env, "data": data or getattr(run.source, "data", ""), "seed": seed, "trackers": (), **shared}
     parts = [{f.name: given[f.name] for f in fields(part) if f.name in given} for part in (run, run.source)]
     if parts[1].get("data") == "":
@@ -47,8 +50,10 @@ def cell_run(run: Run, env: str, seed: int, data: str, shared: Mapping[str, Any]
 
 
 def with_networks(part: Any, network: Mapping[str, Any]) -> Any:
-    """An agent with the settings of `NETWORK` wherever it has their like: its critics, the size of its actor, and the
-    optimiser of both; a value function on the side has the size of the critics."""
+    """Returns an agent with the settings of `NETWORK` where it has such parts: critics, actor size, their optimisers.
+
+    A separate value function takes the size of the critics.
+    """
     size = {name: network[name] for name in ("width", "depth") if name in network}
     steps = {name: network[name] for name in ("decay_steps", "max_grad_norm") if name in network}
     changes: dict[str, Any] = {}
@@ -72,20 +77,20 @@ def _holds_networks(part: Any) -> bool:
 
 
 def brings(run: Run, shared: Iterable[str]) -> dict[str, Any]:
-    """As JSON, what a preset brings into a comparison whose settings are `shared`."""
+    """Returns, as JSON, what a preset contributes to a comparison with the settings `shared`."""
     out = {name: to_json(getattr(run, name)) for name in BRINGS}
     out["source"] = {k: v for k, v in out["source"].items() if k not in ("env", "data", *shared)}
     return out
 
 
 def brought(old: Mapping[str, Any], trust: Trust) -> dict[str, Any]:
-    """What `brings` gave once, as it gives it now: settings of the agent that it did not know have their defaults."""
+    """Returns an earlier result of `brings` as it would be now: settings that it lacks have their defaults."""
     return {**old, "agent": to_json(from_json(old["agent"], Agent, trust, "matrix.json", classes()))}
 
 
 @cache
 def cost(agent: Any) -> dict[str, int] | None:
-    """Particles, evaluations of the actor and critic calls of one greedy action; None where that is not known."""
+    """Returns particles, actor evaluations and critic calls of one greedy action; None if they are not known."""
     spec = EnvSpec(1, 1, 1, None, True)  # an action of any other size costs the same
     found = inner(jax.eval_shape(lambda key: agent.policy(agent.init(key, spec)), jr.key(0)), "cost")
     return None if found is None else vars(found)
@@ -93,8 +98,10 @@ def cost(agent: Any) -> dict[str, int] | None:
 
 @cache
 def in_jax(env: str, trust: Trust) -> bool:
-    """Whether an environment is written in JAX; not, if asking fails, whatever the user's own code raises: its cells
-    will fail, each with the reason."""
+    """Returns whether an environment is written in JAX.
+
+    If the check fails, even in user code, the result is False: the cells will fail later, each with the reason.
+    """
     try:
         return jittable(env, trust=trust)
     except Exception:
@@ -102,17 +109,17 @@ def in_jax(env: str, trust: Trust) -> bool:
 
 
 def flat(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a run with the fields of its source beside its own; `source` is the kind of that."""
+    """Returns the JSON of a run with the fields of its source at the same level; `source` becomes its kind."""
     return {k: v for k, v in {**run, **run["source"]}.items() if k != "kind"} | {"source": run["source"]["kind"]}
 
 
 def env_steps(run: Mapping[str, Any], step: float) -> float | None:
-    """Environment steps at `step` of a run (as from `flat`); None where it never takes any."""
+    """Returns environment steps at `step` of a run (as from `flat`); None if it takes none."""
     return None if run["source"] == "Dataset" else max(0.0, step - run.get("offline_steps", 0))
 
 
 def gradient_steps(run: Mapping[str, Any], step: float) -> float | None:
-    """Gradient steps at `step` of a run (as from `flat`), those of whole rollouts; None where they are not known."""
+    """Returns gradient steps at `step` of a run (as from `flat`), by whole rollouts; None if they are not known."""
     try:
         if run["source"] == "Dataset":
             return step
@@ -127,7 +134,7 @@ def gradient_steps(run: Mapping[str, Any], step: float) -> float | None:
 
 
 def final_evaluations(folder: Path, episodes: int, seed: int, trust: Trust) -> list[dict[str, Any]]:
-    """Returns of the last policy by each of its rules, of the best policy, and of uniformly random actions."""
+    """Returns evaluations of the last policy by each of its rules, of the best policy, and of uniform actions."""
     last, best = load(folder, trust=trust), load(folder / "best", trust=trust)
     rows: list[tuple[str, str, Any]] = [("last", rule, policy) for rule, policy in variants(last).items()]
     rows += [("best", OWN, best.network), ("random", OWN, uniform_policy(last.spec.action_dim))]

@@ -1,6 +1,7 @@
-"""Which noise x0 goes with which sample x1 of a batch: straighter paths need fewer steps.
+"""Couplings: which noise x0 is paired with which sample x1 of a batch. Straighter paths need fewer steps.
 
-A coupling takes x0 and x1 [B, d] and the conditions [B, ...], and returns x0 in its new order with a weight per pair.
+A coupling takes x0 and x1 [B, d] and the conditions [B, ...]. It returns x0 [B, d] in its new order and a weight per
+pair [B].
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Conditions = PyTree[Shaped[Array, "B ..."]]
 
 @dataclass(frozen=True)
 class Independent:
-    """Pairs as they were drawn."""
+    """Keeps the pairs as drawn, with weight 1."""
 
     def __call__(self, x0: Batch, x1: Batch, cond: Conditions) -> tuple[Batch, Float[Array, " B"]]:
         return x0, jnp.ones(x0.shape[0])
@@ -26,10 +27,10 @@ class Independent:
 
 @dataclass(frozen=True)
 class Weighted:
-    """Pairs as drawn, with weights exp(-|x0 - x1| / (eps sqrt d)) of mean 1 (W-CFM, 2507.22270).
+    """Keeps the pairs as drawn, with weights exp(-|x0 - x1| / (eps sqrt d)) of mean 1 (W-CFM, 2507.22270).
 
-    Safe with conditions, which no pair crosses; but the model learns samples of x1 reweighted by their mean weight: a
-    pull towards the middle that fades as eps grows.
+    Pairs stay within their condition, so this is safe for conditional flows. The model learns samples x1 reweighted by
+    their mean weight, which pulls them towards the middle; the pull fades as eps grows. Raises ValueError for eps <= 0.
     """
 
     eps: float = 5.0
@@ -45,16 +46,22 @@ class Weighted:
 
 @dataclass(frozen=True)
 class ConditionalOT:
-    """The permutation of least sum |x0_i - x1_j|^2 + weight |c_i - c_j|^2, where x0_i was drawn beside c_i.
+    """Permutes x0 to minimise sum |x0_i - x1_j|^2 + weight |c_i - c_j|^2, where x0_i was drawn with c_i.
 
-    The relaxed cost of conditional optimal transport (2403.18705, 2404.04240; for images C2OT, 2503.10636). With weight
-    0 it is minibatch optimal transport (2302.00482), as the weight grows `Independent` among rows that differ in their
-    condition. Its bias: noise that has crossed from another condition is not N(0, I) given its new one, but tells of
-    it, where a policy starts from N(0, I) whatever it sees. The bias falls as the weight grows, and so does the gain;
-    a larger batch has nearer partners, and in many dimensions of the condition there are none. Of 256 rows, mean
-    |x0 - x1| and the share of x0's variance that the condition tells: one dimension, 1.39 as drawn, .62 and .39 at
-    weight 0, .72 and .20 at 1, .86 and .05 at 10; eight dimensions, 2.09, 1.04 and .36, 1.88 and .02, 2.09 and .00.
-    Cubic in the batch. ValueError for a weight below 0 or infinite.
+    This is the relaxed cost of conditional optimal transport (2403.18705, 2404.04240; for images C2OT, 2503.10636).
+    Weight 0 is minibatch optimal transport (2302.00482). As the weight grows the coupling becomes `Independent` among
+    rows with different conditions.
+
+    The coupling is biased: noise taken from another condition is no longer N(0, I) given its new condition, but a
+    policy starts from N(0, I) under every condition. A larger weight reduces the bias and the gain alike. A larger
+    batch has nearer partners, but in many dimensions of the condition there are none.
+
+    For 256 rows, mean |x0 - x1| and the share of x0's variance explained by the condition are: in one dimension, 1.39
+    as drawn, .62 and .39 at weight 0, .72 and .20 at 1, .86 and .05 at 10; in eight dimensions, 2.09 as drawn, 1.04 and
+    .36, 1.88 and .02, 2.09 and .00.
+
+    The cost is cubic in the batch. Raises ValueError for a weight that is negative or infinite, and UserError for
+    conditions that are not vectors.
     """
 
     weight: float = 1.0

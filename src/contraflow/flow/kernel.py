@@ -1,7 +1,7 @@
 """Generation as a Markov chain with a density: x_0 ~ N(0, I), x_{k+1} ~ N(mean_k(x_k), diag std_k^2).
 
-A method of policy optimisation through generation is a kernel (where noise enters, and how much) and the steps whose
-densities it learns from: all of them (ReinFlow, Flow-GRPO), the last few (DPPO), a window (MixGRPO).
+A method that optimises a policy through generation consists of a kernel (where noise enters, and how much) and of the
+steps whose densities it learns from: all of them (ReinFlow, Flow-GRPO), the last few (DPPO) or a window (MixGRPO).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Kernel = Callable[[Vector, Int[Array, ""]], tuple[Vector, Vector]]
 
 
 def rollout(kernel: Kernel, x0: Vector, steps: int, key: PRNGKey) -> Float[Array, "n d"]:
-    """All of x_0 ... x_steps, [steps + 1, d], x_0 given."""
+    """Returns all states x_0 ... x_steps [steps + 1, d] of the chain that starts at x0 [d]."""
 
     def step(x, inputs):
         k, noise = inputs
@@ -33,9 +33,10 @@ def rollout(kernel: Kernel, x0: Vector, steps: int, key: PRNGKey) -> Float[Array
 
 
 def log_prob(kernel: Kernel, chain: Float[Array, "n d"], learned: Sequence[int]) -> Float[Array, "l d"]:
-    """log N(x_{k+1}; mean_k(x_k), std_k^2) of each coordinate, for k in `learned` (those with std > 0).
+    """Returns log N(x_{k+1}; mean_k(x_k), std_k^2) of each coordinate, [l, d], for the l steps k in `learned`.
 
-    Sums over a row are the log-density of that step, given the one before; the chain is held fixed.
+    Every learned step needs std > 0. The sum over a row is the log-density of that step given the state before it. The
+    chain [steps + 1, d] is held fixed.
     """
     k = jnp.asarray(learned)
 
@@ -47,9 +48,10 @@ def log_prob(kernel: Kernel, chain: Float[Array, "n d"], learned: Sequence[int])
 
 
 def posterior_std(path: AbstractPath, t: Scalar, r: Scalar) -> Scalar:
-    """Standard deviation of x_r given x_t and x1, r > t: beta_r sqrt(1 - (alpha_t beta_r)^2 / (alpha_r beta_t)^2).
+    """Returns the standard deviation [] of x_r given x_t and x1, r > t:
+    beta_r sqrt(1 - (alpha_t beta_r)^2 / (alpha_r beta_t)^2).
 
-    The noise of DDPM (2006.11239, eq. 7) and of DDIM with eta = 1 (2010.02502, eq. 16), on any path.
+    On any path, this is the noise of DDPM (2006.11239, eq. 7) and of DDIM with eta = 1 (2010.02502, eq. 16).
     """
     ratio = path.alpha(t) * path.beta(r) / (path.alpha(r) * path.beta(t))
     return path.beta(r) * jnp.sqrt(jnp.maximum(1.0 - ratio**2, 0.0))

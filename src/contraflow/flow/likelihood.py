@@ -1,8 +1,8 @@
-"""log p(x1) of a flow.
+"""Log-densities log p(x1) of a flow.
 
-`log_likelihood`: the instantaneous change of variables (Chen et al. 1806.07366; Grathwohl et al. 1810.01367),
-d/dt log p_t(x_t) = -div v(x_t, t), integrated backwards from x1. `denoising_log_density`: from errors of denoising.
-`pushforward_log_density`: of a sampler in few steps, from the noise that it began with.
+`log_likelihood` integrates the instantaneous change of variables d/dt log p_t(x_t) = -div v(x_t, t) backwards from x1
+(Chen et al. 1806.07366; Grathwohl et al. 1810.01367). `denoising_log_density` integrates the denoising error.
+`pushforward_log_density` differentiates a sampler of few steps at its initial noise.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Sampler = Callable[[Vector], Vector]
 
 @dataclass(frozen=True)
 class Exact:
-    """div v as the trace of the Jacobian: d forward derivatives per evaluation."""
+    """Computes div v as the trace of the Jacobian, with d forward derivatives per evaluation."""
 
     def __call__(self, drift: Drift, x: Vector, t: Scalar, key: PRNGKey | None) -> Scalar:
         return jnp.trace(jax.jacfwd(drift)(x, t))
@@ -32,7 +32,10 @@ class Exact:
 
 @dataclass(frozen=True)
 class Hutchinson:
-    """Unbiased div v = E[e' (dv/dx) e] with Rademacher probes e, drawn once per trajectory."""
+    """Estimates div v = E[e' (dv/dx) e] without bias from Rademacher probes e, drawn once per trajectory.
+
+    Raises ValueError for fewer than one probe or a call without a key.
+    """
 
     probes: int = 1
 
@@ -43,7 +46,7 @@ class Hutchinson:
     def __call__(self, drift: Drift, x: Vector, t: Scalar, key: PRNGKey | None) -> Scalar:
         if key is None:
             raise ValueError("the Hutchinson divergence is stochastic: pass key")
-        # The same key at every step, hence the same probes: the integrand stays smooth along the trajectory.
+        # The same key at every step gives the same probes, so the integrand stays smooth along the trajectory.
         probes = jr.rademacher(jr.clone(key), (self.probes, *x.shape), x.dtype)
         return jnp.mean(jax.vmap(lambda e: e @ jax.jvp(lambda y: drift(y, t), (x,), (e,))[1])(probes))
 
@@ -61,26 +64,29 @@ def log_likelihood(
     source_scale: float = 1.0,
     key: PRNGKey | None = None,
 ) -> tuple[Scalar, Vector]:
-    """(log p(x1), x0) for x1 [d] at time t1, with x_{t0} ~ N(0, source_scale^2 I). Differentiable in x1 and `drift`."""
+    """Returns (log p(x1) [], x0 [d]) for x1 [d] at time t1, with x_{t0} ~ N(0, source_scale^2 I).
+
+    Differentiable in x1 and `drift`. Raises ValueError if the divergence is stochastic and `key` is None.
+    """
 
     def augmented(state: Vector, t: Scalar) -> Vector:
         x = state[:-1]
         return jnp.append(drift(x, t), divergence(drift, x, t, key))
 
     state = solver(augmented, jnp.append(x1, 0.0), t1, t0)
-    x0, log_det = state[:-1], state[-1]  # log_det = int_{t1}^{t0} div dt, negative of the forward one
+    x0, log_det = state[:-1], state[-1]  # log_det = int_{t1}^{t0} div dt, the negative of the forward integral
     return log_normal(x0, jnp.zeros_like(x0), jnp.asarray(source_scale)) + log_det, x0
 
 
 def denoising_log_density(
     x0_mean: Drift, path: AbstractPath, x1: Vector, t0: Time, t1: Time, levels: int, probes: int, key: PRNGKey
 ) -> Scalar:
-    """log p(x1) from how well noise is told from x_t (Kong et al. 2302.03792; MaxEntDP 2502.11612):
+    """Estimates log p(x1) [] from how well x_t reveals its noise (Kong et al. 2302.03792; MaxEntDP 2502.11612):
 
-        -d/2 log(2 pi e) + 1/2 int [d sigmoid(l) - E|x0 - E[x0 | x_t(l)]|^2] dl,   l the log signal-to-noise ratio,
+        -d/2 log(2 pi e) + 1/2 int [d sigmoid(l) - E|x0 - E[x0 | x_t(l)]|^2] dl,   l the log signal-to-noise ratio.
 
-    by the midpoint rule on `levels` values of l between the times t0 and t1, with `probes` noises at each. `x0_mean`
-    (x_t, t) is E[x0 | x_t]. Unbiased in the noises; what lies beyond t0 and t1 is left out.
+    The midpoint rule uses `levels` values of l between the times t0 and t1, with `probes` noises at each.
+    `x0_mean(x_t, t)` is E[x0 | x_t]. The estimate is unbiased in the noises but omits what lies beyond t0 and t1.
     """
     ends = path.log_snr(jnp.asarray(t0, x1.dtype)), path.log_snr(jnp.asarray(t1, x1.dtype))
     width = (ends[1] - ends[0]) / levels
@@ -97,10 +103,10 @@ def denoising_log_density(
 
 
 def pushforward_log_density(sampler: Sampler, x0: Vector, source_scale: float = 1.0) -> Scalar:
-    """log p(f(x0)) [] = log N(x0; 0, source_scale^2 I) - log |det df/dx0| of a sampler f [d] -> [d] and noise x0 [d].
+    """Returns log p(f(x0)) [] = log N(x0; 0, source_scale^2 I) - log |det df/dx0| for a sampler f [d] -> [d].
 
-    Exact for an f that is one to one, however few its steps, where the change of variables along v is right for many
-    only (change of variables as in 1505.05770, eq. 5). d forward derivatives of f; inf where f is flat.
+    Exact for a one-to-one f with any number of steps, whereas integrating div v is accurate only for many steps
+    (change of variables as in 1505.05770, eq. 5). Costs d forward derivatives of f; returns inf where f is flat.
     """
     _, log_det = jnp.linalg.slogdet(jax.jacfwd(sampler)(x0))
     return log_normal(x0, jnp.zeros_like(x0), jnp.asarray(source_scale)) - log_det
@@ -108,13 +114,13 @@ def pushforward_log_density(sampler: Sampler, x0: Vector, source_scale: float = 
 
 @dataclass(frozen=True)
 class ChangeOfVariables:
-    """`log_likelihood` of a flow: its velocity is followed back from x1 over [margin, 1 - margin]."""
+    """`log_likelihood` of a flow, by integrating its velocity backwards from x1 over [margin, 1 - margin]."""
 
     solver: ODESolver = Euler(10)
     divergence: Divergence = Hutchinson()
 
     def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
-        """log p(x1) [] for the end x1 [d]."""
+        """Returns log p(x1) [] for the end x1 [d]."""
         spec, drift = flow.spec, lambda x, t: flow.velocity(x, t, cond)
         times = spec.margin, 1 - spec.margin
         return log_likelihood(drift, x1, *times, self.solver, self.divergence, spec.path.source_scale, key)[0]
@@ -122,7 +128,7 @@ class ChangeOfVariables:
 
 @dataclass(frozen=True)
 class Denoising:
-    """`denoising_log_density` of a flow, from its errors of denoising between margin and 1 - margin."""
+    """`denoising_log_density` of a flow, from its denoising errors between margin and 1 - margin."""
 
     levels: int = 20
     probes: int = 50
@@ -131,7 +137,7 @@ class Denoising:
         check_positive(self, "levels", "probes")
 
     def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
-        """log p(x1) [] for the end x1 [d]."""
+        """Returns log p(x1) [] for the end x1 [d]."""
         spec = flow.spec
         x0_mean = lambda x, t: spec.path.x0_from_velocity(flow.velocity(x, t, cond), x, t)
         times = spec.margin, 1 - spec.margin
@@ -140,10 +146,10 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Pushforward:
-    """`pushforward_log_density` of a flow's own sampler, which must not add noise."""
+    """`pushforward_log_density` of the flow's sampler, which must be deterministic."""
 
     def __call__(self, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
-        """log p(x1) [] for the noise x0 [d] that ended in x1."""
+        """Returns log p(x1) [] for the noise x0 [d] that the flow maps to x1."""
         return pushforward_log_density(lambda x: flow.sample(x, cond), x0, flow.spec.path.source_scale)
 
 
@@ -151,5 +157,5 @@ FlowDensity = ChangeOfVariables | Denoising | Pushforward
 
 
 def action_log_prob(density: FlowDensity, flow: Flow, cond: Condition, x0: Vector, x1: Vector, key: PRNGKey) -> Scalar:
-    """log pi(a) [] of the action that the end x1 [d] of x0 [d] stands for."""
+    """Returns log pi(a) [] of the action a that the support maps the end x1 [d] of x0 [d] to."""
     return density(flow, cond, x0, x1, key) - flow.spec.support.log_det(x1)

@@ -1,4 +1,4 @@
-"""Regression targets of a flow, for one sample: pairs of ends, posterior means, and smaller steps."""
+"""Regression errors of a flow for one sample, against pairs of ends, posterior means or smaller steps."""
 
 from dataclasses import replace
 
@@ -12,14 +12,20 @@ from contraflow.flow.path import Scalar, Vector
 
 
 def matching_error(flow: Flow, cond: Obs, x0: Vector, x1: Vector, t: Scalar) -> Vector:
-    """f(x_t, t) - f*, x_t = alpha_t x1 + beta_t x0: f* is alpha' x1 + beta' x0, x0 or x1 (2210.02747; 2006.11239)."""
+    """Returns f(x_t, t) - f* [d] at x_t = alpha_t x1 + beta_t x0 (2210.02747; 2006.11239).
+
+    f* is alpha' x1 + beta' x0, x0 or x1, depending on whether the network predicts velocity, noise or data.
+    """
     path, predict = flow.spec.path, flow.spec.predict
     targets = {"noise": lambda: x0, "data": lambda: x1, "velocity": lambda: path.d_alpha(t) * x1 + path.d_beta(t) * x0}
     return flow.output(path.perturb(x0, x1, t), t, cond) - targets[predict]()
 
 
 def posterior_error(flow: Flow, cond: Obs, mean: Vector, x_t: Vector, t: Scalar) -> Vector:
-    """f(x_t, t) - f*, f* what the mean E[x1 | x_t] implies, which is held fixed (2601.08136, section 3)."""
+    """Returns f(x_t, t) - f* [d], with f* implied by the estimate `mean` [d] of E[x1 | x_t] (2601.08136, section 3).
+
+    No gradient flows through `mean`.
+    """
     path = flow.spec.path
     convert = {"velocity": path.velocity, "noise": path.x0_from_x1, "data": lambda x1, x_t, t: x1}
     target = jax.lax.stop_gradient(convert[flow.spec.predict](mean, x_t, t))
@@ -38,10 +44,11 @@ def consistency_error(
     velocity: Vector | None = None,
     slow_cond: Obs | None = None,
 ) -> Vector:
-    """u(x_t, t, r) - u* of a step of random size between x0 and x1; u* is made of smaller steps (flow/fewstep.py).
+    """Returns u(x_t, t, r) - u* [d] for a step of random size between x0 and x1; smaller steps make up u*
+    (flow/fewstep.py).
 
-    `velocity` is what MeanFlow's target takes for dx/dt, x1 - x0 of a pair; None is the flow's own, without noise.
-    `slow_cond` is the condition of the slow copy where `cond` is one that only `flow` can have encoded.
+    `velocity` [d] is dx/dt in MeanFlow's target, x1 - x0 for a pair; None uses the flow's own velocity, which has no
+    noise. `slow_cond` is the condition of the slow copy, needed where `cond` is already encoded by `flow`.
     """
     assert not isinstance(objective, Matching)
     t, r = objective.interval(k_interval)
@@ -53,15 +60,15 @@ def consistency_error(
 
 
 def square(error: Vector) -> Scalar:
-    """mean_j e_j^2."""
+    """Returns mean_j e_j^2 []."""
     return jnp.mean(error**2)
 
 
 def with_objective(spec: FlowSpec, objective: Objective) -> FlowSpec:
-    """The settings of a flow that this objective trains, averaged if it trains averages.
+    """Returns the settings of the flow that this objective trains: averaged if the objective learns average velocities.
 
-    Raises ValueError for an averaged flow and plain matching, which would spoil its longer steps.
+    Raises ValueError for an averaged flow with plain matching, which would spoil its longer steps.
     """
     if spec.averaged and not objective.averaged:
-        raise ValueError("the flow is an averaged velocity: choose an objective that ties steps, such as MeanFlow()")
+        raise ValueError("an averaged flow needs an objective that makes steps consistent: use MeanFlow(), for example")
     return spec if spec.averaged == objective.averaged else replace(spec, averaged=True)

@@ -1,7 +1,7 @@
-"""The one conditional flow: a network, the path it was trained on, what it predicts and how it is solved.
+"""The conditional flow: its network, its path, what the network predicts and how the flow is solved.
 
-From x_0 ~ N(0, source_scale^2 I) at t = 0 to x_1 at t = 1, which the support makes an action. Policies of imitation, of
-fine-tuning and of RL from scratch, and samplers of densities, are all this; so each can start from any other.
+A flow maps x_0 ~ N(0, source_scale^2 I) at t = 0 to x_1 at t = 1, and the support turns x_1 into an action. Imitation,
+fine-tuning, RL from scratch and sampling from densities all use this one class, so each can start from any other.
 """
 
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ Network = Any
 """A module with a `dim` that takes (x [d], t, cond [c]) to [d], and has `features` (its last hidden layer)."""
 Predict = Literal["velocity", "noise", "data"]
 """What a network returns: dx/dt, E[x0 | x_t] or E[x1 | x_t]."""
-CLOCK = 5.0  # lengths of steps reach their embedding as [0, 5]: at [0, 100] the derivative of MeanFlow blows up
-EDGE = 1e-3  # some paths have no x1 at t = 0 or velocity at t = 1
+CLOCK = 5.0  # the embedding sees step lengths scaled to [0, 5]: with [0, 100] the derivative in MeanFlow blows up
+EDGE = 1e-3  # some paths have no x1 at t = 0 or no velocity at t = 1
 
 
 @dataclass(frozen=True)
 class Ddim:
-    """x_r = alpha_r x1 + beta_r x0 with the ends predicted at x_t (2010.02502), over the whole of [0, 1].
+    """Solves the flow on [0, 1] by x_r = alpha_r x1 + beta_r x0, with both ends predicted at x_t (2010.02502).
 
-    For a velocity on the linear path that is Euler's step.
+    For a velocity on the linear path this is Euler's step. Raises ValueError unless `steps` is positive.
     """
 
     steps: int = 10
@@ -75,8 +75,9 @@ class Ddpm:
 class FlowSpec:
     """Settings of a flow.
 
-    Raises ValueError for a margin outside [0, .5), a stochastic solver of another path, and an averaged velocity that
-    is not one on the linear path, or with a solver other than Ddim and Euler.
+    Raises ValueError for a margin outside [0, .5), a clock or clip that is not positive, a stochastic solver on another
+    path, and an averaged flow that does not predict the velocity of the linear path or has a solver other than Ddim
+    and Euler.
     """
 
     path: Path = Linear()
@@ -84,44 +85,47 @@ class FlowSpec:
     support: Support = Box()
     solver: Solver | Ddim | Ddpm = Ddim(10)
     averaged: bool = False
-    """The network also takes the time at which a step ends, and returns the velocity of the whole step."""
+    """The network also takes the time at which a step ends and returns the average velocity over that step."""
     clip: float | None = None
-    """Bound of the predicted x1 within a step; usual where noise is predicted."""
+    """Bound on |x1| as predicted within a step; usual when the network predicts noise."""
     margin: float = 0.0
-    """Solvers other than Ddim and Ddpm run over [margin, 1 - margin], in which times of training are drawn."""
+    """Training times lie in [margin, 1 - margin], and solvers other than Ddim and Ddpm integrate over that interval."""
     clock: float = 5.0
     """The network sees clock * t."""
     unit_input: bool = False
     """The network sees x_t / sqrt(alpha_t^2 + beta_t^2)."""
     network: ResidualMLP | ChunkTransformer = ResidualMLP()
     pixels: Pixels = Pixels()
-    """Of observations with images."""
+    """The encoder of image observations."""
 
     def __post_init__(self):
         if not 0 <= self.margin < 0.5:
             raise ValueError(f"margin must lie in [0, 0.5), got {self.margin}")
         check_positive(self, "clock", *(["clip"] if self.clip is not None else []))
         if isinstance(self.solver, EulerMaruyama) and self.solver.path != self.path:
-            raise ValueError(f"the solver's path {self.solver.path} is not the flow's {self.path}")
+            raise ValueError(f"the solver's path {self.solver.path} is not the flow's {self.path}: use one for both")
         if self.averaged:
             if self.predict != "velocity" or not isinstance(self.path, Linear):
-                raise ValueError("an averaged velocity lives on the linear path: use predict='velocity' and Linear()")
+                raise ValueError("an averaged velocity needs the linear path: use predict='velocity' and Linear()")
             if not isinstance(self.solver, Ddim | Euler):
-                raise ValueError(f"an averaged velocity makes its steps itself: use Ddim(n), not {self.solver}")
+                raise ValueError(f"an averaged velocity defines its own steps: use Ddim(n), not {self.solver}")
 
     def init(self, key: PRNGKey, dim: int, cond: Observation, horizon: int = 1, more: int = 0) -> "Flow":
-        """A fresh flow of vectors [dim], chunks of `horizon` actions, under vectors [cond] or other observations, and
-        `more` numbers behind them."""
+        """Returns a flow with fresh weights for vectors [dim] that hold chunks of `horizon` actions.
+
+        `cond` describes the condition, a vector [c] or another observation; `more` numbers are appended to its
+        encoding.
+        """
         encoder, size = encoder_for(cond, self.pixels, key)
         size += more + self.network.embedding * self.averaged
         return Flow(self.network.init(key, dim, size, horizon), self, encoder)
 
 
 class Flow(eqx.Module):
-    """A flow that one calls; shapes are those of one sample.
+    """A conditional flow, called on one sample; `vmap` it over batches.
 
-    A condition is a vector [c], or an observation that `encode` makes one. Every method does that by itself; whoever
-    calls one in a loop of its own encodes before it.
+    A condition is a vector [c], or an observation that `encode` turns into one. Every method encodes its condition, so
+    encode once beforehand when you call a method in a loop.
     """
 
     net: Network
@@ -133,15 +137,15 @@ class Flow(eqx.Module):
         return self.net.dim
 
     def encode(self, cond: Obs) -> Condition:
-        """The condition as the network gets it; one that is encoded already passes."""
+        """Returns the condition as the network takes it; an encoded condition passes through unchanged."""
         return encode(self.encoder, cond)
 
     def output(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Vector:
-        """What the network returns at (x_t, t); of an averaged flow for a step to r, t itself where none is given."""
+        """Returns the network's output [d] at (x_t, t); for an averaged flow, over the step to r (default: r = t)."""
         return self.net(*self._inputs(x, t, cond, r))
 
     def features(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Float[Array, " w"]:
-        """The last hidden layer of the network."""
+        """Returns the last hidden layer [w] of the network."""
         return self.net.features(*self._inputs(x, t, cond, r))
 
     def _inputs(
@@ -156,23 +160,23 @@ class Flow(eqx.Module):
         return x, spec.clock * t, cond
 
     def average(self, x: Vector, t: Scalar, r: Scalar, cond: Obs) -> Vector:
-        """u(x_t, t, r) = (x_r - x_t) / (r - t) of an averaged flow."""
+        """Returns u(x_t, t, r) = (x_r - x_t) / (r - t) [d] of an averaged flow."""
         return self.output(x, t, cond, r)
 
     def velocity(self, x: Vector, t: Scalar, cond: Obs) -> Vector:
-        """dx/dt at (x_t, t), whatever the network predicts."""
+        """Returns dx/dt [d] at (x_t, t), whatever the network predicts."""
         if self.spec.predict == "velocity" and self.spec.clip is None:
             return self.output(x, t, cond)
         return self.spec.path.velocity(self.ends(x, t, cond)[0], x, t)
 
     def ends(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> tuple[Vector, Vector]:
-        """(x1, x0) predicted at x_t; of an averaged flow, those that its step to r implies."""
+        """Returns (x1, x0), each [d], predicted at x_t; for an averaged flow, the pair implied by its step to r."""
         spec, out = self.spec, self.output(x, t, cond, r)
         path, inner = spec.path, jnp.maximum(t, EDGE)
         if spec.predict == "velocity":
             t = (
                 t if isinstance(path, Linear) else jnp.where(path.wronskian(t) > 0, t, inner)
-            )  # 0 at t = 0 of Polynomial
+            )  # the Wronskian of Polynomial is 0 at t = 0
             x1, x0 = path.x1_from_velocity(out, x, t), path.x0_from_velocity(out, x, t)
         elif spec.predict == "noise":
             x1, x0 = path.x1_from_x0(out, x, inner), out
@@ -184,7 +188,7 @@ class Flow(eqx.Module):
         return x1, x0
 
     def step(self, x: Vector, t: Scalar, r: Scalar, cond: Obs) -> Vector:
-        """x_r from x_t by Ddim, or by the averaged velocity."""
+        """Returns x_r [d], one step from x_t by Ddim or by the average velocity."""
         spec = self.spec
         if spec.averaged or (spec.predict == "velocity" and spec.clip is None and isinstance(spec.path, Linear)):
             return x + (r - t) * self.output(x, t, cond, r)
@@ -192,11 +196,11 @@ class Flow(eqx.Module):
         return spec.path.alpha(r) * x1 + spec.path.beta(r) * x0
 
     def noise(self, key: PRNGKey, *shape: int) -> Float[Array, "*shape d"]:
-        """Draws of x_0 [*shape, d]."""
+        """Returns draws of x_0 ~ N(0, source_scale^2 I), [*shape, d]."""
         return self.spec.path.source_scale * jr.normal(key, (*shape, self.dim))
 
     def sample(self, x0: Vector, cond: Obs, key: PRNGKey | None = None, steps: int | None = None) -> Vector:
-        """x_1 from x_0; `key` is for solvers that add noise, `steps` takes the place of those of `Ddim`."""
+        """Returns x_1 [d] from x_0 [d]. Stochastic solvers need `key`; `steps` replaces the number of Ddim steps."""
         spec, solver, cond = self.spec, self.spec.solver, self.encode(cond)
         if spec.averaged:
             return sample_average_velocity(lambda x, t, r: self.average(x, t, r, cond), x0, steps or solver.nfe)
@@ -229,11 +233,11 @@ class Flow(eqx.Module):
         return kernel
 
     def particles(self, cond: Obs, key: PRNGKey, n: int) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
-        """n noises x_0 [n, d] and their ends x_1 [n, d]."""
+        """Returns n noises x_0 [n, d] and the ends x_1 [n, d] that the flow maps them to."""
         x0, cond = self.noise(key, n), self.encode(cond)
-        keys = jr.split(jr.fold_in(key, 1), n)  # for solvers that add noise
+        keys = jr.split(jr.fold_in(key, 1), n)  # used by stochastic solvers
         return x0, jax.vmap(lambda x, k: self.sample(x, cond, k))(x0, keys)
 
     def action(self, x1: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-        """The action that an end stands for."""
+        """Returns the action that the support maps an end to."""
         return self.spec.support.action(x1)

@@ -1,11 +1,12 @@
-"""Paths x_t = alpha_t x1 + beta_t x0 from noise (t = 0, x0 ~ N(0, I)) to data (t = 1), and all their conversions.
+"""Paths x_t = alpha_t x1 + beta_t x0 from noise (t = 0, x0 ~ N(0, I)) to data (t = 1), with all their conversions.
 
-One posterior mean in four guises, with D_t = alpha'_t beta_t - alpha_t beta'_t > 0 (conversions are linear and exact):
+Velocity, score, E[x0 | x_t] and E[x1 | x_t] are the same posterior mean in four forms. With
+D_t = alpha'_t beta_t - alpha_t beta'_t > 0 the conversions are linear and exact:
 
     velocity v = alpha' E[x1] + beta' E[x0],   x1 = (beta v - beta' x_t) / D,   x0 = (alpha' x_t - alpha v) / D,
     score = -E[x0] / beta.
 
-A new path is a frozen dataclass with `alpha` and `beta`; derivatives come from `jax.jvp`.
+To add a path, write a frozen dataclass with `alpha` and `beta`. `jax.jvp` supplies the derivatives.
 Sources: Lipman et al. 2210.02747; Albergo et al. 2303.08797.
 """
 

@@ -1,7 +1,7 @@
-"""Fixed-step solvers: policies need a known number of network evaluations, `jit`, `vmap` and gradients.
+"""Fixed-step solvers, so that the number of network evaluations is known and `jit`, `vmap` and gradients work.
 
-`solver(drift, x, t0, t1, key=None) -> x1`, with drift(x [d], t []) -> [d]. `order` is the declared order of
-convergence; `nfe` the number of drift evaluations.
+Call `solver(drift, x, t0, t1, key=None) -> x1` with drift(x [d], t []) -> [d]. `order` is the order of convergence and
+`nfe` the number of evaluations of the drift.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,10 @@ Time = float | Scalar
 class RungeKutta:
     """`steps` steps x + dt sum_i b_i k_i with k_i = v(x + dt sum_j a_ij k_j, t + dt sum_j a_ij).
 
-    A method is its tableau: the rows (a_i1, ..., a_i,i-1) of its stages, the first of which is (), then the row b.
-    Step i of n begins at t0 + (t1 - t0) (1 - (1 - i / n)^power): equal steps for power 1, shorter ones towards the data
-    above it, where the field of a narrow distribution is steep.
+    A subclass defines its tableau: the rows (a_i1, ..., a_i,i-1) of its stages, starting with (), then the row b.
+    Step i of n begins at t0 + (t1 - t0) (1 - (1 - i / n)^power). Power 1 gives equal steps. A larger power gives
+    shorter steps near the data, where the field of a narrow distribution is steep. Raises ValueError for steps < 1 or
+    power <= 0.
     """
 
     steps: int
@@ -53,7 +54,7 @@ class RungeKutta:
         times = t0 + (jnp.asarray(t1, x.dtype) - t0) * jnp.asarray(places, x.dtype)
 
         def moved(x, row, slopes, dt):
-            # A weight of 0 costs nothing, not even a sum.
+            # Skip terms of weight 0, and the sum itself if all are 0.
             return x + sum(dt * a * k for a, k in zip(row, slopes, strict=True) if a) if any(row) else x
 
         def step(x, ends):
@@ -122,7 +123,7 @@ class DecayingNoise:
 
 
 class Chain(eqx.Module):
-    """Every state of a stochastic solver and the log-density of every transition."""
+    """Every state xs [S+1, d] of a stochastic solver and the log-density [S] of every transition."""
 
     xs: Float[Array, "steps_plus_1 d"]
     log_prob: Float[Array, " steps"]
@@ -130,9 +131,10 @@ class Chain(eqx.Module):
 
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """dx = [v + sigma^2/2 score] dt + sigma dW: the same marginals as the ODE for any noise schedule sigma_t >= 0.
+    """dx = [v + sigma^2/2 score] dt + sigma dW, with the ODE's marginals for any noise schedule sigma_t >= 0.
 
-    The score is read off the velocity along `path`, so the times must keep beta_t > 0.
+    The score is computed from the velocity along `path`, which needs beta_t > 0 at every step. Raises ValueError for
+    steps < 1 or a call without a key.
     """
 
     steps: int = 20
@@ -151,7 +153,10 @@ class EulerMaruyama:
         return self.chain(drift, x, t0, t1, key).xs[-1]
 
     def chain(self, drift: Drift, x: Vector, t0: Time, t1: Time, key: PRNGKey | None) -> Chain:
-        """xs [S+1, d] and the Gaussian log-density of each of the S transitions; undefined where sigma = 0."""
+        """Returns the states xs [S+1, d] and the Gaussian log-density of each of the S transitions.
+
+        The density is undefined where sigma = 0. Raises ValueError without a key.
+        """
         if key is None:
             raise ValueError("EulerMaruyama is stochastic: pass key")
         dt = (jnp.asarray(t1, x.dtype) - t0) / self.steps

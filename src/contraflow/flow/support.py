@@ -1,4 +1,4 @@
-"""How the unbounded end u of a flow becomes an action in [-1, 1]^a, and back."""
+"""Maps between the unbounded end u of a flow and an action in [-1, 1]^a."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -23,25 +23,25 @@ class Tanh:
         return jnp.tanh(u)
 
     def latent(self, action: Vectors) -> Vectors:
-        """atanh a; what lies at the edge of the box is moved 1e-4 inside."""
+        """Returns atanh a, with actions at the edge of the box moved 1e-4 inside."""
         return jnp.arctanh(jnp.clip(action, -1 + 1e-4, 1 - 1e-4))
 
     def uniform(self, key: PRNGKey, *shape: int) -> Vectors:
-        """Latents [*shape] of uniform actions: logistic of scale 1/2; drawn so, an action cannot round to +-1."""
+        """Returns latents [*shape] of uniform actions: logistic with scale 1/2, so no action can round to +-1."""
         return 0.5 * jr.logistic(key, shape)
 
     def holds(self, u: Float[Array, " a"]) -> Bool[Array, ""]:
-        """Whether u stands for an action: everywhere."""
+        """Returns whether u is the latent of an action: true for every u."""
         return jnp.array(True)
 
     def log_det(self, u: Float[Array, " a"]) -> Float[Array, ""]:
-        """log |da/du|: an action has the log-density of u less this."""
+        """Returns log |da/du| []; the log-density of an action is that of u minus this."""
         return jnp.sum(log_sech2(u))
 
 
 @dataclass(frozen=True)
 class Box:
-    """a = u within the box, the nearest point of it beyond."""
+    """a = clip(u, -1, 1), the point of the box nearest to u."""
 
     name: ClassVar[Literal["box"]] = "box"
 
@@ -52,11 +52,11 @@ class Box:
         return action
 
     def uniform(self, key: PRNGKey, *shape: int) -> Vectors:
-        """Uniform actions [*shape]."""
+        """Returns uniform actions [*shape]."""
         return jr.uniform(key, shape, minval=-1.0)
 
     def holds(self, u: Float[Array, " a"]) -> Bool[Array, ""]:
-        """Whether u lies in the box."""
+        """Returns whether u lies in the box."""
         return jnp.all(jnp.abs(u) <= 1.0)
 
     def log_det(self, u: Float[Array, " a"]) -> Float[Array, ""]:
@@ -65,7 +65,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Real:
-    """a = u in R^d: for densities on the whole space (`contraflow.sampling`)."""
+    """a = u in R^d, for densities on the whole space (`contraflow.sampling`)."""
 
     name: ClassVar[Literal["real"]] = "real"
 

@@ -19,8 +19,8 @@ Values = Float[Array, " m"]
 Weights = Float[Array, " m"]
 Scalar = Float[Array, ""]
 Block = Literal["plain", "normalised", "residual"]
-"""Hidden layers of a critic: relu(W h + b); with layer norm before relu; or h + W relu(V norm(h)), of four times the
-width inside (SimBa, 2410.09754)."""
+"""Hidden layers of a critic: `plain`, relu(W h + b); `normalised`, with layer norm before relu; or `residual`,
+h + W relu(V norm(h)) with four times the width inside (SimBa, 2410.09754)."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,22 @@ class Min:
 
 @dataclass(frozen=True)
 class Mean:
-    """mean_i Q_i - rho std_i Q_i: the mean, or a lower confidence bound."""
+    """mean_i Q_i - rho std_i Q_i: the mean for rho = 0, a lower confidence bound for rho > 0."""
 
     rho: float = 0.0
 
     def __call__(self, q: Values, key: PRNGKey | None = None) -> tuple[Weights, Scalar]:
         m = q.shape[0]
-        spread = jnp.sqrt(jnp.var(q) + 1e-12) if self.rho else jnp.zeros(())  # the root of 0 has no gradient
+        spread = jnp.sqrt(jnp.var(q) + 1e-12) if self.rho else jnp.zeros(())  # sqrt has no gradient at 0
         return jnp.full(m, 1.0 / m), -self.rho * spread
 
 
 @dataclass(frozen=True)
 class SubsetMin:
-    """The minimum over `size` members drawn for each update (REDQ, 2101.05982): needs a key, so for backups only."""
+    """The minimum over `size` members drawn at each update (REDQ, 2101.05982); it needs a key, so use it for backups.
+
+    Raises ValueError for size < 1.
+    """
 
     size: int = 2
 
@@ -60,11 +63,11 @@ class SubsetMin:
 
 
 Reduce = Min | Mean
-"""How the values of several critics become one: weights that sum to 1, and what is added."""
+"""Reduces the values of several critics to one: returns weights that sum to 1, and a number to add."""
 
 
 class Critic(eqx.Module):
-    """Outputs of a head at (s, a): a network whose first layer has one weight for the action and one for the state."""
+    """Outputs of a head [k] at (s, a). The first layer has separate weights for the action and the state."""
 
     first: SplitLinear
     hidden: tuple[Linear | Residual, ...]
@@ -86,7 +89,7 @@ class Critic(eqx.Module):
         pixels: Pixels = Pixels(),
         key: PRNGKey,
     ):
-        """depth: hidden layers in all, or residual blocks after the first layer."""
+        """`depth` counts all hidden layers, or the residual blocks after the first layer."""
         residual = block == "residual"
         k_first, k_last, *k_hidden = jr.split(key, depth + 1 + residual)
         self.encoder, size = encoder_for(obs, pixels, key)
@@ -111,10 +114,10 @@ class Critic(eqx.Module):
 
 
 class QEnsemble(eqx.Module):
-    """m critics with stacked parameters and independent initialisations, and how they make one value.
+    """m critics with stacked parameters and independent initialisations, and the reduction of their values to one.
 
-    Evaluation is unrolled over the members: on a CPU one matrix product after another is twice as fast as one batched
-    product, and m is small.
+    Evaluation loops over the members: on a CPU separate matrix products are twice as fast as one batched product, and m
+    is small.
     """
 
     members: Critic
@@ -142,14 +145,16 @@ class QEnsemble(eqx.Module):
         self.num, self.head, self.reduce = num, head, reduce
 
     def encode(self, obs: Obs) -> Obs:
-        """The observation as the members see it, [m, c], which may stand in place of it: to be called once before a
-        loop over actions. A vector is what it is."""
+        """Returns the observation as the members see it, [m, c]; a vector observation is returned unchanged.
+
+        The other methods accept the result in place of the observation, so encode once before a loop over actions.
+        """
         if self.members.encoder is None or getattr(obs, "ndim", None) == 2:
             return obs
         return jnp.stack([encode(member.encoder, obs) for member in self._each()])
 
     def outputs(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, "m k"]:
-        """What the head makes of, member by member."""
+        """Returns the outputs of every member [m, k], from which the head computes values."""
         seen = self.encode(obs)
         rows: Any = [obs] * self.num if self.members.encoder is None else seen
         return jnp.stack([member(row, action) for member, row in zip(self._each(), rows, strict=True)])
@@ -158,11 +163,11 @@ class QEnsemble(eqx.Module):
         return [jax.tree.map(lambda leaf, i=i: leaf[i], self.members) for i in range(self.num)]
 
     def __call__(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, " m"]:
-        """Q_i(s, a)."""
+        """Returns Q_i(s, a) [m]."""
         return jax.vmap(self.head.mean)(self.outputs(obs, action))
 
     def value(self, obs: Obs, action: Float[Array, " a"]) -> Float[Array, ""]:
-        """Q(s, a), one number for all: what policies climb and choose by."""
+        """Returns Q(s, a) [], the reduced value that policies climb and select by."""
         q = self(obs, action)
         weights, shift = self.reduce(q)
         return weights @ q + shift

@@ -1,4 +1,4 @@
-"""Observations as vectors: what stands in front of every network whose observations are more than a vector."""
+"""Encoders, which turn image and dict observations into vectors in front of a network."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +20,17 @@ Vector = Float[Array, " c"]
 
 @dataclass(frozen=True)
 class Pixels:
-    """How images are encoded: convolutions without padding, each followed by relu; a linear map, layer norm and tanh.
+    """Settings of the image encoder: unpadded convolutions with relu, then a linear map, layer norm and tanh.
 
-    The encoder of SAC-AE (1910.01741), DrQ (2004.13649) and DrQ-v2 (2107.09645). Raises ValueError for sizes that are
-    not positive, and unless there is a stride for each layer.
+    This is the encoder of SAC-AE (1910.01741), DrQ (2004.13649) and DrQ-v2 (2107.09645). Raises ValueError for sizes
+    that are not positive, or unless every layer has a stride.
     """
 
     channels: tuple[int, ...] = (32, 32, 32, 32)
     strides: tuple[int, ...] = (2, 1, 1, 1)
     kernel: int = 3
     features: int = 50
-    """Numbers that an image becomes."""
+    """Size of the vector that an image is encoded to."""
 
     def __post_init__(self):
         check_count(self, 1, "kernel", "features")
@@ -38,25 +38,25 @@ class Pixels:
             raise ValueError(f"{self}: needs a positive number of channels and a positive stride for each layer")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width that the convolutions leave, n -> floor((n - kernel) / stride) + 1 in each layer.
+        """Returns the height and width after the convolutions, n -> floor((n - kernel) / stride) + 1 in each layer.
 
-        Raises UserError for an image on which a kernel has no room.
+        Raises UserError for an image smaller than a kernel.
         """
         sides = height, width
         for stride in self.strides:
             if min(sides) < self.kernel:
                 raise UserError(
                     f"images of {height} x {width} are too small for {len(self.strides)} convolutions with strides "
-                    f"{self.strides}: give fewer of them, or smaller strides (pixels.channels, pixels.strides)"
+                    f"{self.strides}: use fewer convolutions or smaller strides (pixels.channels, pixels.strides)"
                 )
             sides = tuple((n - self.kernel) // stride + 1 for n in sides)
         return sides[0], sides[1]
 
 
 class Convolutions(eqx.Module):
-    """One image [H, W, C] to `features` numbers in (-1, 1); bytes are divided by 255.
+    """Encodes one image [H, W, C] as `features` numbers in (-1, 1); bytes are divided by 255.
 
-    A convolution is written as the matrix product of its patches [h w, k k c] with a weight [k k c, out]: XLA's own is
+    A convolution is the matrix product of its patches [h w, k k c] with a weight [k k c, out]. XLA's own convolution is
     nine times slower within a compiled loop on a CPU, where training happens, and as slow under `vmap` over members.
     """
 
@@ -82,7 +82,7 @@ class Convolutions(eqx.Module):
 
 
 def patches(x: Float[Array, "H W C"], kernel: int, stride: int) -> Float[Array, "h w p"]:
-    """What lies under a kernel at each of its places, row by row: p = kernel^2 C numbers."""
+    """Returns the patches under a kernel at each of its places, row by row, with p = kernel^2 C numbers each."""
     h, w = ((n - kernel) // stride + 1 for n in x.shape[:2])
     ends = stride * (h - 1) + 1, stride * (w - 1) + 1
     places = [(i, j) for i in range(kernel) for j in range(kernel)]
@@ -90,8 +90,10 @@ def patches(x: Float[Array, "H W C"], kernel: int, stride: int) -> Float[Array, 
 
 
 class Encoder(eqx.Module):
-    """The parts of an observation as one vector, in the order of `core/flatten.py`: vectors as they are, images by
-    `Convolutions`."""
+    """Concatenates the parts of an observation to one vector [c], in the order of `core/flatten.py`.
+
+    Vectors are taken as they are, and images are encoded by `Convolutions`.
+    """
 
     images: tuple[Convolutions | None, ...]  # None for a vector
     parts: tuple[Part, ...] = eqx.field(static=True)
@@ -109,7 +111,7 @@ class Encoder(eqx.Module):
 
 
 def encoder_for(observation: Observation, pixels: Pixels, key: PRNGKey) -> tuple[Encoder | None, int]:
-    """(encoder, size of what it returns); a vector needs none. `key` may have been used for other weights."""
+    """Returns an encoder (None for a vector) and the size of its output; `key` may also serve other weights."""
     if isinstance(observation, int):
         return None, observation
     size = sum(pixels.features if part.image else part.size for part in observation)
@@ -117,6 +119,8 @@ def encoder_for(observation: Observation, pixels: Pixels, key: PRNGKey) -> tuple
 
 
 def encode(encoder: Encoder | None, obs: Any) -> Any:
-    """The observation as a vector [c]. What is one already passes: no observation that needs an encoder is a vector, so
-    a network may be handed what it has encoded before, outside of a loop."""
+    """Returns the observation as a vector [c]; a vector is returned unchanged.
+
+    An observation that needs an encoder is never a vector, so a network also accepts an encoding made outside a loop.
+    """
     return obs if encoder is None or getattr(obs, "ndim", None) == 1 else encoder(obs)

@@ -1,7 +1,8 @@
-"""What the last layer of a critic says: a value, or the law of the return.
+"""Heads of a critic: the last layer represents a value, or the distribution of the return.
 
-A head turns the outputs [k] of one network into a mean, mixes those of several networks into one law, moves that law by
-a step of the Bellman equation, r + discount (Z' + shift), and measures how far a network's outputs are from the result.
+A head turns the outputs [k] of one network into a mean and mixes those of several networks into one distribution. It
+applies the Bellman update r + discount (Z' + shift) to that distribution, and it measures the error of a network's
+outputs from the result.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Weights = Float[Array, " m"]
 
 @dataclass(frozen=True)
 class Point:
-    """One number, by its square error."""
+    """One number, learned by its squared error."""
 
     bounds: ClassVar[None] = None
 
@@ -29,19 +30,19 @@ class Point:
         return 1
 
     def mean(self, out: Outputs) -> Scalar:
-        """E[Z] of one network's outputs [k]."""
+        """Returns E[Z] [] for one network's outputs [k]."""
         return out[0]
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
-        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
+        """Returns the distribution [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ outs
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
-        """The target [k]: the law of reward + discount (Z + shift)."""
+        """Returns the target [k]: the distribution of reward + discount (Z + shift)."""
         return reward + discount * (law + shift)
 
     def loss(self, out: Outputs, target: Outputs) -> Scalar:
-        """(Q - y)^2."""
+        """Returns (Q - y)^2 []."""
         return (out[0] - target[0]) ** 2
 
 
@@ -66,7 +67,7 @@ class Expectile(Point):
 
 @dataclass(frozen=True)
 class Quantile:
-    """`outputs` quantiles of the return at (i + 1/2) / outputs, by quantile Huber regression (1710.10044).
+    """`outputs` quantiles of the return at (i + 1/2) / outputs, learned by quantile Huber regression (1710.10044).
 
     Several networks are mixed quantile by quantile. Raises ValueError for fewer than one quantile or huber <= 0.
     """
@@ -81,19 +82,19 @@ class Quantile:
             raise ValueError(f"{self}: needs at least one quantile and a positive Huber threshold")
 
     def mean(self, out: Outputs) -> Scalar:
-        """E[Z] of one network's outputs [k]."""
+        """Returns E[Z] [] for one network's outputs [k]."""
         return out.mean()
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
-        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
+        """Returns the distribution [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ outs
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
-        """The target [k]: the law of reward + discount (Z + shift)."""
+        """Returns the target [k]: the distribution of reward + discount (Z + shift)."""
         return reward + discount * (law + shift)
 
     def loss(self, out: Outputs, target: Outputs) -> Scalar:
-        """sum_i mean_j |tau_i - 1{u_ij < 0}| huber(u_ij) / kappa, u_ij = y_j - theta_i."""
+        """Returns sum_i mean_j |tau_i - 1{u_ij < 0}| huber(u_ij) / kappa [], u_ij = y_j - theta_i."""
         level = (jnp.arange(self.outputs) + 0.5) / self.outputs
         gap = target[None, :] - out[:, None]
         size = jnp.abs(gap)
@@ -103,13 +104,14 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Categorical:
-    """Probabilities of `outputs` returns, evenly spaced over [low, high], by cross-entropy.
+    """Probabilities of `outputs` returns, evenly spaced over [low, high], learned by cross-entropy.
 
-    `target` says what they are to match: `c51` the projected law of r + discount Z' (1707.06887); `two-hot` and
-    `hl-gauss` its mean alone, between two neighbours or as a normal law of `smoothing` spacings (2403.03950), for
-    which the returns go on for three of its deviations beyond both ends: cut off there it would have another mean.
-    Returns beyond the range are clipped to it. Several networks are mixed as laws.
-    Raises ValueError for fewer than two returns within the range, an empty range or smoothing <= 0.
+    `target` names the target distribution. `c51` projects the distribution of r + discount Z' (1707.06887). `two-hot`
+    and `hl-gauss` use its mean only: `two-hot` splits it between two neighbours, and `hl-gauss` takes a normal
+    distribution with a standard deviation of `smoothing` spacings (2403.03950). Its returns extend three deviations
+    beyond both ends, because cutting it off there would change its mean. Returns beyond the range are clipped to it.
+    Several networks are mixed by averaging their probabilities. Raises ValueError for fewer than two returns within
+    the range, an empty range or smoothing <= 0.
     """
 
     outputs: int = 101
@@ -124,7 +126,7 @@ class Categorical:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The range of returns that can be told apart; those of the other heads have none."""
+        """The range of returns that can be represented; other heads have no bounds."""
         return self.low, self.high
 
     @property
@@ -147,15 +149,15 @@ class Categorical:
         return jnp.linspace(self.low - beyond, self.high + beyond, self.outputs)
 
     def mean(self, out: Outputs) -> Scalar:
-        """E[Z] of one network's outputs [k]."""
+        """Returns E[Z] [] for one network's outputs [k]."""
         return jax.nn.softmax(out) @ self._returns
 
     def mix(self, outs: Several, weights: Weights) -> Outputs:
-        """The law [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
+        """Returns the distribution [k] of several networks' outputs [m, k] with weights [m] that sum to 1."""
         return weights @ jax.nn.softmax(outs, axis=-1)
 
     def bellman(self, law: Outputs, reward: Scalar, discount: Scalar, shift: Scalar) -> Outputs:
-        """The target [k]: the law of reward + discount (Z + shift)."""
+        """Returns the target [k]: the distribution of reward + discount (Z + shift), or its smoothed mean."""
         moved = jnp.clip(reward + discount * (self._returns + shift), self.low, self.high)
         if self.target == "c51":
             return law @ jax.vmap(self._two_hot)(moved)
@@ -171,7 +173,7 @@ class Categorical:
         return jnp.maximum(0.0, 1.0 - jnp.abs(y - self._returns) / self._spacing)
 
     def loss(self, out: Outputs, target: Outputs) -> Scalar:
-        """- sum_i p_i log q_i."""
+        """Returns - sum_i p_i log q_i []."""
         return -target @ jax.nn.log_softmax(out)
 
 

@@ -15,7 +15,7 @@ from contraflow.nets.layers import Activation, Linear, activation_function
 
 
 class MLP(eqx.Module):
-    """`depth` hidden layers of `width`, then a linear map; of an observation, and `more` numbers behind it."""
+    """`depth` hidden layers of `width`, then a linear map, applied to an observation followed by `more` numbers."""
 
     hidden: tuple[Linear, ...]
     last: Linear
@@ -42,7 +42,7 @@ class MLP(eqx.Module):
         self.activation = activation
 
     def encode(self, obs: Obs) -> Obs:
-        """The observation as a vector, which may stand in place of it."""
+        """Returns the observation as a vector, which the network accepts in its place."""
         return encode(self.encoder, obs)
 
     def __call__(self, obs: Obs, *more: Float[Array, " _"]) -> Float[Array, " out"]:
@@ -62,12 +62,12 @@ class MLPSpec:
     depth: int = 2
     activation: Activation = "relu"
     pixels: Pixels = Pixels()
-    """Of observations with images."""
+    """The encoder of image observations."""
 
     def __post_init__(self):
         check_positive(self, "width", "depth")
 
     def init(self, key: PRNGKey, into: Observation, out: int, more: int = 0) -> MLP:
-        """A fresh network from an observation, and `more` numbers behind it, to [out]."""
+        """Returns a fresh network from an observation, followed by `more` numbers, to [out]."""
         sizes = into, out, self.width, self.depth
         return MLP(*sizes, more=more, activation=self.activation, pixels=self.pixels, key=key)

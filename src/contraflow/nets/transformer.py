@@ -1,4 +1,4 @@
-"""The velocity field of a policy over long chunks: attention between the actions of a chunk."""
+"""The velocity network for long chunks: attention between the actions of a chunk."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,10 @@ from contraflow.nets.layers import Linear, layer_norm, time_embedding
 
 
 class Block(eqx.Module):
-    """Attention and a feed-forward layer, each after a layer norm that the condition scales and shifts, and gated by it
-    (adaLN-Zero, 2212.09748): the identity at first."""
+    """Attention and a feed-forward layer, each after a layer norm (adaLN-Zero, 2212.09748).
+
+    The condition scales and shifts the norms and gates both layers. The block is the identity at first.
+    """
 
     modulate: Linear
     mix: Linear  # queries, keys and values
@@ -68,7 +70,7 @@ class Transformer(eqx.Module):
         embedding: int = 128,
         key: PRNGKey,
     ):
-        """dim: size of the chunk, `horizon` actions long; the others as in `Velocity`."""
+        """`dim` is the size of the chunk of `horizon` actions; the other arguments are those of `Velocity`."""
         k_embed, k_place, k_time, k_cond, k_last, *k_blocks = jr.split(key, depth + 5)
         self.embed = Linear(dim // horizon, width, key=k_embed)
         self.place = 0.02 * jr.normal(k_place, (horizon, width))
@@ -86,7 +88,7 @@ class Transformer(eqx.Module):
         return jax.vmap(self.last)(self._tokens(x, t, cond)).reshape(-1)
 
     def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
-        """The last hidden layer, mean over the tokens."""
+        """Returns the last hidden layer [w], averaged over the tokens."""
         return self._tokens(x, t, cond).mean(0)
 
     def _tokens(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, "h w"]:
@@ -110,9 +112,9 @@ class ChunkTransformer:
     def __post_init__(self):
         check_positive(self, "width", "depth", "embedding", "heads")
         if self.width % self.heads:
-            raise ValueError(f"the width of a transformer is a multiple of its {self.heads} heads, got {self.width}")
+            raise ValueError(f"a transformer's width must be a multiple of its {self.heads} heads, got {self.width}")
 
     def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> Transformer:
-        """A fresh network for chunks [dim] of `horizon` actions under conditions [cond]."""
+        """Returns a fresh network for chunks [dim] of `horizon` actions under conditions [cond]."""
         sizes = dim, cond, self.width, self.depth
         return Transformer(*sizes, horizon=horizon, heads=self.heads, embedding=self.embedding, key=key)

@@ -1,4 +1,4 @@
-"""The network of a flow: (x [d], t, cond [c]) to a vector [d]."""
+"""The network of a flow, from (x [d], t, cond [c]) to a vector [d]."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_f
 
 
 class Velocity(eqx.Module):
-    """v(x, t, cond): a residual MLP, h <- h + act(W h + b), with one first-layer weight for each of x, t and cond."""
+    """v(x, t, cond): a residual MLP, h <- h + act(W h + b), with separate first-layer weights for x, t and cond."""
 
     first: SplitLinear
     blocks: tuple[Linear, ...]
@@ -47,7 +47,7 @@ class Velocity(eqx.Module):
         return self.last(self.features(x, t, cond))
 
     def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
-        """The last hidden layer."""
+        """Returns the last hidden layer [w]."""
         act = activation_function(self.activation)
         h = act(self.first(x, time_embedding(t, self.embedding), cond))
         for block in self.blocks:
@@ -68,5 +68,5 @@ class ResidualMLP:
         check_positive(self, "width", "depth", "embedding")
 
     def init(self, key: PRNGKey, dim: int, cond: int, horizon: int = 1) -> Velocity:
-        """A fresh network for vectors [dim] under conditions [cond]."""
+        """Returns a fresh network for vectors [dim] under conditions [cond]."""
         return Velocity(dim, cond, self.width, self.depth, embedding=self.embedding, key=key)

@@ -1,7 +1,7 @@
-"""A policy as files to share: safetensors for its arrays, JSON for everything else, no pickle.
+"""Policies as files to share: safetensors for the arrays, JSON for everything else, no pickle.
 
-The JSON says what the policy is made of, module by module: `kind` is the class, arrays are named by their path, static
-fields are settings. So a policy is read without the agent that trained it.
+The JSON describes the policy module by module. `kind` is the class, arrays are named by their path, and static fields
+are settings. A policy can therefore be loaded without the agent that trained it.
 """
 
 import importlib
@@ -25,7 +25,7 @@ ROOT = "contraflow."
 
 
 def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
-    """Write `folder`/model.safetensors and config.json."""
+    """Writes `folder`/model.safetensors and `folder`/config.json; `env` is the environment id."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     config = {"schema": SCHEMA, "env": env, "spec": to_json(spec), "policy": _describe(policy, "", arrays)}
@@ -35,9 +35,9 @@ def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
 
 
 def load_policy(folder: Path, trust: Trust = "") -> tuple[Any, EnvSpec, str]:
-    """(policy, spec, env id) of a saved policy.
+    """Returns (policy, spec, env id) of a saved policy. `trust` names modules outside the library to import.
 
-    Raises UserError naming what is missing or does not fit; `trust` names modules outside the library.
+    Raises UserError that names what is missing or does not fit.
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -64,16 +64,16 @@ def load_policy(folder: Path, trust: Trust = "") -> tuple[Any, EnvSpec, str]:
 
 
 def policy_folder(path: Path) -> Path:
-    """The policy in a run folder, or the folder itself."""
+    """Returns `path`/policy for a run folder, and `path` itself for any other."""
     return path / "policy" if (path / "policy").is_dir() else path
 
 
 class _Unfit(Exception):
-    """What does not fit, as the rest of a sentence."""
+    """Says what does not fit, as the rest of a sentence."""
 
 
 def _describe(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
-    """JSON for a part of a policy; its arrays are put into `arrays`."""
+    """Returns JSON for a part of a policy and puts its arrays into `arrays`."""
     if isinstance(value, eqx.Module):
         out: dict[str, Any] = {"kind": _kind(type(value))}
         for field in fields(value):

@@ -1,12 +1,12 @@
-"""What a policy is: a pytree that one calls. It is what gets evaluated, saved, served, exported and composed.
+"""The interface of policies. A policy is a callable pytree that can be evaluated, saved, served, exported and composed.
 
-Array leaves are what was learned, everything else is static; policies are made of policies (`Normalised`, `Noisy`,
-`BestOf`). What some of them can do beside acting is asked for by name:
+Array leaves are learned and everything else is static. Policies can wrap policies (`Normalised`, `Noisy`, `BestOf`).
+Callers look up optional abilities by name:
 
-    cost                                            what one greedy action costs (`Cost`)
-    ablations() -> {rule: policy}                   what is left without a part: one particle, no actor
+    cost                                            the cost of one greedy action (`Cost`)
+    ablations() -> {rule: policy}                   the policy without one of its parts: one particle, no actor
     particles(obs, key, n) -> actions [n, a]        n candidates for one observation
-    sample(obs, key) -> (action, extras)            an action while exploring, and what a gradient must know of it
+    sample(obs, key) -> (action, extras)            an exploring action, and the data a policy gradient needs about it
     flow                                            the `Flow` that acts, for fine-tuning and composition
 """
 
@@ -27,14 +27,14 @@ from contraflow.core.types import PRNGKey
 
 @runtime_checkable
 class Policy(Protocol):
-    """One action in [-1, 1]^a for one observation; batches by `vmap`. `greedy` False is the rule of exploration."""
+    """Maps one observation to an action in [-1, 1]^a; `vmap` it over batches. `greedy=False` explores."""
 
     def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]: ...
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one action: `particles` candidates, `nfe` evaluations of the actor for each, `critic_calls` in all."""
+    """Cost of one action: `particles` candidates, `nfe` actor evaluations for each, `critic_calls` in total."""
 
     particles: int
     nfe: int
@@ -42,7 +42,7 @@ class Cost:
 
 
 class Noisy(eqx.Module):
-    """clip(policy(s) + unit * scale * e, -1, 1), e ~ N(0, I), while exploring; the policy itself otherwise."""
+    """Explores with clip(policy(s) + unit * scale * e, -1, 1), e ~ N(0, I); acts as the policy itself when greedy."""
 
     policy: Any
     scale: Float[Array, ""] | None
@@ -65,17 +65,17 @@ class Noisy(eqx.Module):
 
 
 def mapped_ablations(policy: Any, wrap: Callable[[Any], Policy]) -> dict[str, Policy]:
-    """The ablations of a policy within a wrapper."""
+    """Returns the ablations of a policy, each inside a wrapper."""
     return {name: wrap(part) for name, part in ablations(policy).items()}
 
 
 def ablations(policy: Any) -> dict[str, Policy]:
-    """What is left of a policy without its parts, by rule; {} for one that has none."""
+    """Returns the ablated variants of a policy by rule; {} if it has none."""
     return getattr(policy, "ablations", dict)()
 
 
 def inner(policy: Any, name: str) -> Any:
-    """The attribute `name` of a policy or, failing that, of the policy within it; None if none has it."""
+    """Returns the attribute `name` of the policy or of the first wrapped policy that has it; None if none has."""
     while policy is not None:
         if (found := getattr(policy, name, None)) is not None:
             return found
@@ -84,7 +84,7 @@ def inner(policy: Any, name: str) -> Any:
 
 
 def innermost(policy: Any) -> Any:
-    """The policy within all wrappers."""
+    """Returns the policy inside all wrappers."""
     while (within := getattr(policy, "policy", None)) is not None:
         policy = within
     return policy
@@ -92,6 +92,6 @@ def innermost(policy: Any) -> Any:
 
 @partial(jax.jit, static_argnames=("greedy",))
 def act_batch(policy: Policy, obs: Any, key: PRNGKey, first: Any, greedy: bool = True) -> Any:
-    """Actions [N, a] for observations [N, ...]; the number of row r is first + r, and its key is folded from `key`."""
+    """Returns actions [N, a] for observations [N, ...]; the key of row r is `key` folded with first + r."""
     keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(rows(obs)))
     return jax.vmap(lambda o, k: policy(o, k, greedy))(obs, keys)

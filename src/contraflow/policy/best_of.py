@@ -1,4 +1,4 @@
-"""Best of n: candidate actions of a policy, of which one is taken by its value."""
+"""Best of n: draw candidate actions from a policy and pick one by its value."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ def _check(particles: int) -> None:
 
 @dataclass(frozen=True)
 class Softmax:
-    """Index i with probability ~ exp(score_i)."""
+    """Picks index i with probability ~ exp(score_i). Raises ValueError for fewer than one particle."""
 
     particles: int = 32
 
@@ -35,7 +35,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Argmax:
-    """The best of n."""
+    """Picks the best of n. Raises ValueError for fewer than one particle."""
 
     particles: int = 32
 
@@ -48,7 +48,10 @@ class Argmax:
 
 @dataclass(frozen=True)
 class First:
-    """The first, no choice: the policy itself. More than one particle only where others are of use too."""
+    """Picks the first candidate, so the policy acts alone. Use more than one particle only if others need them.
+
+    Raises ValueError for fewer than one particle.
+    """
 
     particles: int = 1
 
@@ -63,7 +66,7 @@ Selector = Softmax | Argmax | First
 
 
 def chooses(selector: Selector) -> bool:
-    """Whether scores matter: no critic needs to be asked otherwise."""
+    """Returns whether the selector uses scores; if not, the critic need not be evaluated."""
     return selector.particles > 1 and not isinstance(selector, First)
 
 
@@ -75,9 +78,10 @@ def pick(
     actions: Float[Array, "n a"],
     lam: Float[Array, ""] | None,
 ) -> Int[Array, ""]:
-    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0 (None is 1), among actions [n, a] at `obs`.
+    """Returns the index in [0, n) that `selector` picks by Q(s, a) / lam among actions [n, a] at `obs`, with lam > 0
+    (None is 1).
 
-    Without a choice it is the first, and no critic is needed.
+    A selector that uses no scores picks index 0 and needs no critic.
     """
     if not chooses(selector):
         return jnp.zeros((), jnp.int32)
@@ -90,7 +94,7 @@ ONE, UNIFORM = "one particle", "uniform actions"
 
 
 class BestOf(eqx.Module):
-    """Of n particles of `policy` the one picked by Q(s, a) / temperature, by a rule for exploring or a greedy one."""
+    """Picks one of n particles of `policy` by Q(s, a) / temperature, with separate rules for `explore` and `greedy`."""
 
     policy: Any
     critic: QEnsemble
@@ -102,13 +106,13 @@ class BestOf(eqx.Module):
         return self.select(obs, key, self.greedy if greedy else self.explore)
 
     def select(self, obs: Any, key: PRNGKey, selector: Selector) -> Float[Array, " a"]:
-        """The action that `selector` takes."""
+        """Returns the action [a] that `selector` picks."""
         k_draw, k_pick = jr.split(key)
         actions = self.policy.particles(obs, k_draw, selector.particles)
         return actions[pick(selector, k_pick, self.critic, obs, actions, self.temperature)]
 
     def ablations(self) -> dict[str, Policy]:
-        """One particle; and as many uniform actions (32 for one particle) by the same critic, which then acts alone."""
+        """Returns one particle without the critic, and n uniform actions (32 if n = 1) picked by the critic alone."""
         if isinstance(self.policy, BetaActions):
             return {}
         n = self.greedy.particles

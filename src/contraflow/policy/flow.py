@@ -1,4 +1,4 @@
-"""A flow as a policy: an action is the end of the flow from random noise."""
+"""A flow as a policy: the action is the end of the flow from random noise."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -13,21 +13,21 @@ from contraflow.policy.base import Cost
 
 
 class FlowPolicy(eqx.Module):
-    """a = support(x_1), x_1 the end of the flow from x_0 ~ N(0, I), under s and, where given, the temperature."""
+    """a = support(x_1) with x_1 the end of the flow from x_0 ~ N(0, I), conditioned on s and any `temperature`."""
 
     flow: Flow
     temperature: Scalar | None = None
 
     def condition(self, obs: Obs) -> Condition:
-        """What the flow is conditioned on."""
+        """Returns the condition of the flow [c]."""
         return condition(self.flow, obs, self.temperature)
 
     def from_noise(self, obs: Obs, x0: Vector, key: PRNGKey | None = None) -> Float[Array, " a"]:
-        """The action of x_0 [a]; `key` is for solvers that add noise."""
+        """Returns the action [a] that the flow maps x_0 [a] to. Stochastic solvers need `key`."""
         return self.flow.action(self.flow.sample(x0, self.condition(obs), key))
 
     def particles(self, obs: Obs, key: PRNGKey, n: int) -> Float[Array, "n a"]:
-        """n independent actions."""
+        """Returns n independent actions [n, a]."""
         return self.flow.action(self.flow.particles(self.condition(obs), key, n)[1])
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
@@ -39,7 +39,7 @@ class FlowPolicy(eqx.Module):
 
 
 def condition(flow: Flow, obs: Obs, temperature: Scalar | None) -> Condition:
-    """The observation encoded, with features of the temperature behind it where one is given."""
+    """Returns the encoded observation, followed by features of the temperature unless it is None."""
     cond = flow.encode(obs)
     if temperature is None:
         return cond

@@ -15,18 +15,18 @@ Scalar = Float[Array, ""]
 
 
 class SquashedGaussian(eqx.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)^2), log std within `log_std`; tanh of the mean where greedy (1801.01290)."""
+    """a = tanh(u), u ~ N(mean(s), std(s)^2), with log std clipped to `log_std`; greedy: tanh(mean) (1801.01290)."""
 
     net: MLP
     log_std: tuple[float, float] = eqx.field(static=True)
 
     def moments(self, obs: Obs) -> tuple[Action, Action]:
-        """(mean, std) of u."""
+        """Returns the mean and the standard deviation of u, each [a]."""
         mean, log_std = jnp.split(self.net(obs), 2)
         return mean, jnp.exp(jnp.clip(log_std, *self.log_std))
 
     def draw(self, obs: Obs, key: PRNGKey) -> tuple[Action, Scalar]:
-        """An action and log pi(a) = log N(u) - sum log sech^2 u."""
+        """Returns an action a [a] and log pi(a) = log N(u) - sum log sech^2 u []."""
         mean, std = self.moments(obs)
         u = mean + std * jr.normal(key, mean.shape)
         return jnp.tanh(u), log_normal(u, mean, std) - jnp.sum(log_sech2(u))
@@ -40,26 +40,26 @@ class SquashedGaussian(eqx.Module):
 
 
 class Draw(eqx.Module):
-    """What a clipped Gaussian remembers of an action: x before it was clipped, and its log-density."""
+    """Data a policy gradient needs about a clipped Gaussian action: x before clipping, and its log-density."""
 
     action: Float[Array, "*batch a"]
     log_prob: Float[Array, "*batch"]
 
 
 class ClippedGaussian(eqx.Module):
-    """a = clip(x, -1, 1), x ~ N(mean(s), std^2) with a std of its own; the clipped mean where greedy."""
+    """a = clip(x, -1, 1), x ~ N(mean(s), std^2), with a learned std that does not depend on s; greedy: clip(mean)."""
 
     mean: MLP
     log_std: Float[Array, " a"]
 
     def sample(self, obs: Obs, key: PRNGKey) -> tuple[Action, Draw]:
-        """An action while exploring, and what a policy gradient needs to know of it."""
+        """Returns an exploring action [a] and the data a policy gradient needs about it."""
         mean, std = self.mean(obs), jnp.exp(self.log_std)
         x = mean + std * jr.normal(key, mean.shape)
         return jnp.clip(x, -1.0, 1.0), Draw(x, log_normal(x, mean, std))
 
     def log_prob(self, obs: Obs, x: Action) -> Scalar:
-        """log N(x; mean(s), std^2)."""
+        """Returns log N(x; mean(s), std^2) []."""
         return log_normal(x, self.mean(obs), jnp.exp(self.log_std))
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Action:

@@ -1,4 +1,4 @@
-"""Running moments of observations, and a policy that sees its observations through them."""
+"""Running moments of observations, and a policy that normalises its observations with them."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from contraflow.policy.base import Policy, mapped_ablations
 
 
 class RunningMoments(eqx.Module):
-    """Mean and variance of all rows so far, per dimension."""
+    """Mean and variance per dimension of all rows seen so far."""
 
     mean: Float[Array, " d"]
     var: Float[Array, " d"]
@@ -19,11 +19,11 @@ class RunningMoments(eqx.Module):
 
     @classmethod
     def start(cls, dim: int) -> "RunningMoments":
-        """As if one row had been seen, of mean 0 and variance 1: the identity at first, soon forgotten."""
+        """Starts from one virtual row with mean 0 and variance 1: the identity at first, with little weight later."""
         return cls(jnp.zeros(dim), jnp.ones(dim), jnp.ones(()))
 
     def update(self, rows: Float[Array, "n d"], valid: Bool[Array, " n"]) -> "RunningMoments":
-        """Joined with the valid rows (Chan et al. 1979)."""
+        """Returns the moments with the valid rows included (Chan et al. 1979)."""
         weight = valid[:, None].astype(rows.dtype)
         n = weight.sum()
         mean = jnp.sum(weight * rows, 0) / jnp.maximum(n, 1.0)
@@ -33,7 +33,7 @@ class RunningMoments(eqx.Module):
         return RunningMoments(self.mean + gap * n / total, var, total)
 
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        """(x - mean) / std, within 10."""
+        """Returns (x - mean) / std [d], clipped to [-10, 10]."""
         return jnp.clip((x - self.mean) / jnp.sqrt(self.var + 1e-8), -10.0, 10.0)
 
 
@@ -58,5 +58,5 @@ class Normalised(eqx.Module):
 
 
 def normalised(stats: RunningMoments | None, policy: Policy) -> Policy:
-    """The policy behind these statistics; itself where there are none."""
+    """Returns the policy with its observations normalised, or the policy itself if `stats` is None."""
     return policy if stats is None else Normalised(stats, policy)

@@ -1,4 +1,4 @@
-"""Actions that no observation changes: of a fixed distribution, the actor of agents without one, and zero."""
+"""Policies that ignore observations: a fixed distribution, used by agents without an actor, and zero actions."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from contraflow.policy.base import Cost
 
 
 class BetaActions(eqx.Module):
-    """a = 2 b - 1, b ~ Beta(kappa, kappa)^a; kappa = 1 is uniform, below 1 favours the faces of the box."""
+    """a = 2 b - 1, b ~ Beta(kappa, kappa)^a. kappa = 1 is uniform; kappa < 1 favours the faces of the box."""
 
-    like: Float[Array, " a"]  # zeros; carries the size of an action
+    like: Float[Array, " a"]  # zeros; holds the size of an action
     kappa: float = eqx.field(static=True, default=1.0)
 
     def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
@@ -33,24 +33,25 @@ class BetaActions(eqx.Module):
 
 
 def symmetric_beta(key: PRNGKey, kappa: float, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Draws of 2 b - 1 in [-1, 1], b ~ Beta(kappa, kappa), kappa > 0, of that shape.
+    """Draws 2 b - 1 in [-1, 1], b ~ Beta(kappa, kappa), kappa > 0, in the given shape.
 
     With u, v uniform: cos(2 pi v) / sqrt(cos(2 pi v)^2 + 1 / (u^(-1 / kappa) - 1)) (Devroye, Random variate generation
-    in one line of code, Winter Simulation Conference 1996). `jax.random.beta` rejects: fifteen times as long on a CPU.
+    in one line of code, Winter Simulation Conference 1996). `jax.random.beta` uses rejection and takes fifteen times as
+    long on a CPU.
     """
     k_size, k_angle = jr.split(key)
     cos = jnp.cos(2.0 * jnp.pi * jr.uniform(k_angle, shape))
-    odds = jnp.expm1(-jnp.log(jr.uniform(k_size, shape, minval=1e-37)) / kappa) * cos**2  # inf for a small kappa is 1
+    odds = jnp.expm1(-jnp.log(jr.uniform(k_size, shape, minval=1e-37)) / kappa) * cos**2  # inf (small kappa) gives +-1
     return jnp.sign(cos) / jnp.sqrt(1.0 + 1.0 / odds)
 
 
 def uniform_policy(action_dim: int) -> BetaActions:
-    """Uniformly random actions."""
+    """Returns the policy of uniformly random actions [action_dim]."""
     return BetaActions(jax.device_put(jnp.zeros(action_dim)))
 
 
 class NoAction(eqx.Module):
-    """a = 0, the middle of the range of each action; greedy or not."""
+    """a = 0, the middle of the range of each action, greedy or not."""
 
     like: Float[Array, " a"]
 
@@ -59,5 +60,5 @@ class NoAction(eqx.Module):
 
 
 def still_policy(action_dim: int) -> NoAction:
-    """Zero actions [action_dim], whatever is observed."""
+    """Returns the policy of zero actions [action_dim]."""
     return NoAction(jax.device_put(jnp.zeros(action_dim)))

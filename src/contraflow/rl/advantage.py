@@ -16,11 +16,11 @@ def gae(
     gamma: float,
     lam: float,
 ) -> Rows:
-    """Generalised advantage estimates (1506.02438, eq. 16).
+    """Returns generalised advantage estimates [T, N] (1506.02438, eq. 16).
 
     delta_t = r_t + gamma (1 - terminated_t) V(s_{t+1}) - V(s_t), and A_t = delta_t + gamma lam (1 - end_t) A_{t+1}.
-    `next_value` is that of the true successor: a truncated episode is bootstrapped there, and neither it nor a
-    terminated one takes anything from the episode that follows in the same row.
+    `next_value` is the value of the true successor, so a truncated episode bootstraps from it. No advantage is carried
+    from one episode into the one before it in the same row.
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
     carry_on = gamma * lam * (1.0 - (terminated | truncated).astype(reward.dtype))
@@ -34,7 +34,7 @@ def gae(
 
 
 def normalise(x: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, " B"]:
-    """(x - mean) / std, moments weighted by `weight`."""
+    """Returns (x - mean) / std [B], with moments weighted by `weight`."""
     total = jnp.maximum(weight.sum(), 1.0)
     mean = jnp.sum(weight * x) / total
     var = jnp.sum(weight * (x - mean) ** 2) / total

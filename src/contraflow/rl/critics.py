@@ -1,4 +1,4 @@
-"""Temporal-difference learning of an ensemble of critics: what all off-policy agents share."""
+"""Temporal-difference learning of an ensemble of critics, shared by all off-policy agents."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -22,28 +22,30 @@ Over = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Critics:
-    """Settings of the critics: networks, what they say, how several make one value, how they learn.
+    """Settings of the critics: their networks and outputs, how several values become one, and how they learn.
 
-    y = r + discount (Z'(s', a') + bonus), discount = gamma^span (1 - terminated), Z' the distribution that `backup`
-    makes of the target networks, which follow at the rate tau. A truncated episode is bootstrapped like any other step.
+    y = r + discount (Z'(s', a') + bonus), discount = gamma^span (1 - terminated). `backup` forms the distribution Z'
+    from the target networks, which follow at rate tau. A truncated episode bootstraps like any other step. Raises
+    ValueError for gamma outside [0, 1], tau outside (0, 1], a size that is not positive, or a subset of more members
+    than there are.
     """
 
     members: int = 2
     head: Head = Point()
     reduce: Reduce = Min()
-    """What policies climb and choose by."""
+    """Reduction for the value that policies climb and select by."""
     backup: Reduce | SubsetMin = Min()
-    """What targets are made of."""
+    """Reduction for the targets."""
     width: int = 64
     depth: int = 2
     block: Block = "plain"
     pixels: Pixels = Pixels()
-    """Of observations with images."""
+    """The encoder of image observations."""
     gamma: float = 0.99
-    """Discount, which the sampler of batches applies."""
+    """Discount per environment step; the batch sampler applies it."""
     tau: float = 0.005
     optim: Optim = Optim(1e-3, max_grad_norm=10.0)
-    """Of each member by itself."""
+    """Optimiser of each member; gradients are clipped member by member."""
 
     def __post_init__(self):
         if not 0 <= self.gamma <= 1:
@@ -55,10 +57,10 @@ class Critics:
             raise ValueError(f"backup takes {self.backup.size} of {self.members} critics; raise `members`")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> tuple[QEnsemble, QEnsemble, PyTree]:
-        """(critic, its copy as target, one optimiser state per member)."""
+        """Returns the critic, a copy of it as target, and one optimiser state per member."""
         sizes = self.members, spec.observation, spec.action_dim, self.width, self.depth
         critic = QEnsemble(*sizes, head=self.head, reduce=self.reduce, block=self.block, pixels=self.pixels, key=key)
-        # A copy, because a donated state must not hold one buffer twice.
+        # A copy, because a donated state must not contain a buffer twice.
         target = jax.tree.map(jnp.copy, critic)
         return critic, target, jax.vmap(self.optim.init)(critic.members)
 
@@ -73,11 +75,11 @@ class Critics:
         bonus: Float[Array, " B"] | float = 0.0,
         over: Over = "mean",
     ) -> tuple[QEnsemble, QEnsemble, PyTree, Metrics]:
-        """(critic, target, opt, metrics) after one step of every member on its own loss and one of the target.
+        """Returns (critic, target, opt, metrics) after one step of every member on its own loss and one of the target.
 
-        next_action: a' ~ policy(. | s'), or n of them, of which each member takes the mean or the best before `backup`
-        makes one value of all members; bonus: what is added to the value of s', -lambda log pi(a' | s') in soft
-        backups. Gradients are clipped member by member. `key` decides which members make the backup, if that is drawn.
+        next_action [B, a] or [B, n, a]: a' ~ policy(. | s'), or n of them, of which each member takes the mean or the
+        best before `backup` makes one value of all members. bonus [B]: added to the value of s', which is
+        -lambda log pi(a' | s') in soft backups. `key` draws the members of the backup where `backup` draws a subset.
         """
         targets, y = self.td_targets(target, batch, next_action, key, bonus, over)
 
@@ -104,16 +106,16 @@ class Critics:
         bonus: Float[Array, " B"] | float = 0.0,
         over: Over = "mean",
     ) -> tuple[Float[Array, "B k"], Float[Array, " B"]]:
-        """(what the head is to learn [B, k], its mean y [B]); arguments as in `learn`."""
+        """Returns the targets of the head [B, k] and their means y [B]; arguments as in `learn`."""
 
         def one(row, action, bonus):
-            """(target, its mean) of one row."""
+            """Returns the target of one row and its mean."""
             seen, several = target.encode(row.next_obs), action if action.ndim == 2 else action[None]
             n = len(several)
             # One action as it is: a batched product of one rounds in another way.
             q_of = partial(target.outputs, seen)
             outs = q_of(several[0])[None] if n == 1 else jax.vmap(q_of)(several)  # [n, m, k]
-            # What follows the end does not count, whatever it is: 0 times infinity would.
+            # Outputs after the end are masked, not multiplied by 0: 0 times infinity is not 0.
             ended, discount = row.discount == 0, row.discount
             outs, bonus = jnp.where(ended, 0.0, outs), jnp.where(ended, 0.0, bonus)
             q = jax.vmap(jax.vmap(self.head.mean))(outs)  # [n, m]
@@ -135,5 +137,5 @@ def follow(average: PyTree, net: PyTree, step: Int[Array, ""], decay: float) -> 
 
 
 def polyak(online: PyTree, target: PyTree, tau: float) -> PyTree:
-    """target + tau (online - target), leaf by leaf."""
+    """Returns target + tau (online - target), leaf by leaf."""
     return optax.incremental_update(online, target, tau)

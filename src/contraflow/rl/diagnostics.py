@@ -1,4 +1,4 @@
-"""How good the regression targets of a posterior estimator are."""
+"""Quality of the regression targets of a posterior estimator."""
 
 from collections.abc import Callable
 
@@ -27,11 +27,12 @@ def target_quality(
     support: Float[Array, "B n a"],
     key: PRNGKey,
 ) -> dict[str, Float[Array, ""]]:
-    """Means over the observations, for t in {.1, .3, .5, .7, .9}.
+    """Returns means over observations [B, ...] of diagnostics at t in {.1, .3, .5, .7, .9}.
 
-    `ess/t`, `eta/t`; `target_bias/t`, the root mean square in units of x1 of the mean target over 16 repeats against
-    4096 candidates; `reference_ess/t`, how many of those count (with few of them `target_bias` is an error of the
-    reference). `support` holds endpoints of the policy, the first of which is noised.
+    `ess/t` and `eta/t` are those of the estimator. `target_bias/t` is the root mean square difference, in units of x1,
+    between the mean target of 16 repeats and an estimate from 4096 candidates. `reference_ess/t` is the effective size
+    of those candidates; if it is small, `target_bias` measures the error of the reference. `support` [B, n, a] holds
+    endpoints of the policy, the first of which is noised.
     """
     k_x0, k_repeat, k_reference = jr.split(key, 3)
     n, x1 = support.shape[0], support[:, 0]
@@ -62,7 +63,7 @@ def value_gap(
     action_dim: int,
     key: PRNGKey,
 ) -> Float[Array, ""]:
-    """mean over observations of (max Q - min Q) / lambda over 64 uniform actions."""
+    """Returns the mean over observations of (max Q - min Q) / lambda over 64 uniform actions [action_dim]."""
     actions = jr.uniform(key, (64, action_dim), minval=-1.0, maxval=1.0)
     q = jax.vmap(lambda o: jax.vmap(lambda a: value(o, a))(actions))(obs)
     return jnp.mean(q.max(1) - q.min(1)) / lam

@@ -1,4 +1,4 @@
-"""The target law of a maximum-entropy policy, as a density over latent actions u; a = tanh(u), or u within its box."""
+"""Target density of a maximum-entropy policy over latent actions u, with a = tanh(u) or a = u in the box."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from contraflow.flow.targets import LogDensity, log_sech2
 def boltzmann(
     q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""], base: float = 1.0
 ) -> LogDensity:
-    """log pi(u) = Q(tanh u) / lam + base * sum_j log sech^2 u_j (2601.08136, section 4).
+    """Returns log pi(u) = Q(tanh u) / lam + base * sum_j log sech^2 u_j (2601.08136, section 4), a function of u [a].
 
     base = 1 is exactly exp(Q / lam) over actions a in (-1, 1)^d; base < 1 favours the faces of the box.
     """
@@ -24,10 +24,11 @@ def boltzmann(
 
 
 def boltzmann_in_box(q: Callable[[Float[Array, " a"]], Float[Array, ""]], lam: Float[Array, ""]) -> LogDensity:
-    """log pi(u) = Q(clip(u)) / lam: exp(Q / lam) on [-1, 1]^d for candidates drawn inside, as `TruncatedNoise` does.
+    """Returns log pi(u) = Q(clip(u)) / lam, which is exp(Q / lam) on [-1, 1]^d for candidates drawn inside the box.
 
-    Beyond the box value and gradient are those of the nearest action: no critic is asked about what no action is, and
-    laws of u given x_t exist, though there is no integral over all u (SDAC, 2502.00361, clips so).
+    Outside the box, value and gradient are those of the nearest action, so the critic is never evaluated off the box.
+    There is no integral over all u, but the posterior of u given x_t exists. SDAC (2502.00361) clips the same way, and
+    `TruncatedNoise` draws inside the box.
     """
 
     def log_pi(u: Float[Array, " a"]) -> Float[Array, ""]:

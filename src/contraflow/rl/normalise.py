@@ -1,4 +1,4 @@
-"""Normalisation in training: statistics of observations that move or are frozen, and the scale of rewards."""
+"""Normalisation in training: running or frozen statistics of observations, and the scale of rewards."""
 
 from typing import Literal
 
@@ -12,13 +12,15 @@ from contraflow.core.types import Batch, EnvSpec, Obs, UserError
 from contraflow.policy.normalise import RunningMoments
 
 NormaliseObs = Literal["off", "running", "frozen"]
-"""Observations as they are; less the mean and divided by the deviation of all replayed so far; or by statistics that
-came with a pretrained policy or dataset and stay."""
+"""`off` leaves observations unchanged. `running` subtracts the mean and divides by the deviation of all observations
+replayed so far. `frozen` uses the statistics of a pretrained policy or dataset and does not update them."""
 
 
 def initial_moments(mode: NormaliseObs, spec: EnvSpec) -> RunningMoments | None:
-    """Statistics of observations before any was seen; None where they are not wanted. Raises UserError
-    where observations have parts."""
+    """Returns statistics before any observation was seen; None for "off".
+
+    Raises UserError for observations that are not vectors.
+    """
     if mode != "off" and spec.obs_parts:
         raise UserError(
             f"observations of {shown(spec.observation)} cannot be normalised: set normalise_obs to off (images are "
@@ -28,19 +30,19 @@ def initial_moments(mode: NormaliseObs, spec: EnvSpec) -> RunningMoments | None:
 
 
 def pretrained_mode(mode: NormaliseObs, stats: RunningMoments | None) -> NormaliseObs:
-    """Statistics that a pretrained policy brought stay as they are, unless they were told to move."""
+    """Returns the mode after loading a pretrained policy: its statistics stay frozen unless the mode is "running"."""
     return "frozen" if mode == "off" and stats is not None else mode
 
 
 def normalise(stats: RunningMoments | None, obs: Obs) -> Obs:
-    """The observation as networks get it."""
+    """Returns the observation as the networks take it."""
     return obs if stats is None else stats(obs)
 
 
 def update_and_normalise(
     stats: RunningMoments | None, batch: Batch, mode: NormaliseObs
 ) -> tuple[RunningMoments | None, Batch]:
-    """(statistics, joined with the batch [B] where they move; the batch as networks get it)."""
+    """Returns the statistics, updated with the batch [B] if running, and the batch as the networks take it."""
     if stats is None:
         return None, batch
     if mode == "running":
@@ -55,12 +57,12 @@ def unit_scale(q: Float[Array, "*n"]) -> Float[Array, ""]:
 
 
 class ReturnScale(eqx.Module):
-    """Standard deviation of the discounted return, by which rewards are divided: values are then of order one.
+    """Divides rewards by the standard deviation of the discounted return, so that values are of order one.
 
-    Rewards are not clipped: a level that all rewards share would saturate there and the signal be lost.
+    Rewards are not clipped: an offset that all rewards share would saturate, and the signal would be lost.
     """
 
-    running: Float[Array, " N"]  # discounted return so far of each environment's episode
+    running: Float[Array, " N"]  # discounted return so far of each environment's current episode
     stats: RunningMoments
 
     @classmethod
@@ -70,7 +72,7 @@ class ReturnScale(eqx.Module):
     def update(
         self, reward: Float[Array, "T N"], done: Bool[Array, "T N"], valid: Bool[Array, "T N"], gamma: float
     ) -> "ReturnScale":
-        """Joined with the returns g_t = gamma g_{t-1} + r_t of a rollout, which start anew after an end."""
+        """Returns the scale updated with the returns g_t = gamma g_{t-1} + r_t of a rollout; g restarts after ends."""
 
         def step(g, inputs):
             reward, done = inputs
@@ -81,9 +83,9 @@ class ReturnScale(eqx.Module):
         return ReturnScale(running, self.stats.update(returns.reshape(-1, 1), valid.reshape(-1)))
 
     def cut(self) -> "ReturnScale":
-        """The same statistics; what comes next starts new episodes."""
+        """Returns the same statistics with all episodes restarted."""
         return ReturnScale(jnp.zeros_like(self.running), self.stats)
 
     def __call__(self, reward: Float[Array, "T N"]) -> Float[Array, "T N"]:
-        """reward / std of the return."""
+        """Returns reward / std of the return."""
         return reward / jnp.sqrt(self.stats.var[0] + 1e-8)

@@ -1,7 +1,7 @@
-"""Proximal policy optimisation (1707.06347) around any policy: what PPO, ReinFlow, DPPO and FPO have in common.
+"""Proximal policy optimisation (1707.06347) for any policy: the part that PPO, ReinFlow, DPPO and FPO share.
 
-An agent brings `sample`, which acts and remembers, and a surrogate, which says how much better a new policy is on what
-was remembered. Values, advantages, epochs and minibatches are here.
+An agent supplies `sample`, which acts and records, and a surrogate, which scores a new policy on the recorded data.
+This file handles values, advantages, epochs and minibatches.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,18 @@ from contraflow.rl.normalise import normalise as normalise_obs
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """What all agents on this page share. Raises ValueError naming the field for values outside their range."""
+    """Settings that all on-policy agents share. Raises ValueError that names the field outside its range."""
 
     gamma: float = 0.99
     lam: float = 0.95
-    """Of generalised advantage estimates."""
+    """Decay of generalised advantage estimation."""
     epochs: int = 5
     """Passes over a rollout."""
     minibatches: int = 8
     target_kl: float | None = None
-    """Approximate KL(old, new) after which a rollout is not used any further; None always goes through."""
+    """Approximate KL(old, new) above which the rest of the passes is skipped; None never stops early."""
     normalise_obs: NormaliseObs = "off"
-    """A pretrained policy brings statistics of its own, which stay ("frozen") unless told to go on ("running")."""
+    """A pretrained policy comes with statistics, which stay "frozen" unless this is "running"."""
     scale_reward: bool = True
     """Rewards are divided by the standard deviation of the return."""
     critic: MLPSpec = MLPSpec(256, 3, "silu")
@@ -53,6 +53,8 @@ class PPOSettings:
 
 
 class PPOState(eqx.Module):
+    """Everything that an on-policy agent learns, and the number of rollouts learned from."""
+
     actor: Any
     critic: MLP  # V(s) of normalised observations and scaled rewards
     actor_opt: PyTree
@@ -60,11 +62,11 @@ class PPOState(eqx.Module):
     stats: RunningMoments | None
     scale: ReturnScale
     step: Int[Array, ""]  # rollouts learned from
-    reference: Any = None  # a network that stays as it was pretrained, where an agent keeps one
+    reference: Any = None  # a frozen copy of the pretrained network, for agents that keep one
 
 
 class Samples(eqx.Module):
-    """Rows of a rollout with what learning needs; `obs` normalised, `weight` 0 for rows that do not count."""
+    """Rows of a rollout with the data for learning: `obs` normalised, `weight` 0 for rows that do not count."""
 
     obs: PyTree[Array]  # leaves [*batch, ...]
     extras: Any
@@ -77,7 +79,7 @@ Surrogate = Callable[[Any, Samples, PRNGKey], tuple[Float[Array, ""], Metrics]]
 
 
 def first_state(settings: PPOSettings, actor: Any, spec: EnvSpec, key: PRNGKey, reference: Any = None) -> PPOState:
-    """The state of an agent with this actor: a fresh value network, and nothing seen of observations and rewards."""
+    """Returns the first state with this actor: a fresh value network and no statistics of observations or rewards."""
     critic = settings.critic.init(key, spec.observation, 1)
     opts = settings.actor_optim.init(actor), settings.critic_optim.init(critic)
     stats, scale = initial_moments(settings.normalise_obs, spec), ReturnScale.start(spec.num_envs)
@@ -87,14 +89,14 @@ def first_state(settings: PPOSettings, actor: Any, spec: EnvSpec, key: PRNGKey, 
 def improve(
     settings: PPOSettings, state: PPOState, rollout: Rollout, key: PRNGKey, surrogate: Surrogate
 ) -> tuple[PPOState, Metrics]:
-    """The state after `epochs` passes over the rollout [T, N], in `minibatches` each; metrics are scalars.
+    """Returns the state after `epochs` passes over the rollout [T, N] in `minibatches` each, and scalar metrics.
 
-    `surrogate(actor, samples, key)` is the loss of the actor with metrics, of which
-    `kl` may stop the passes; the critic is regressed on A + V. Statistics of observations move afterwards, so that the
-    first minibatch sees the policy that acted.
+    `surrogate(actor, samples, key)` returns the loss of the actor and metrics, of which `kl` may stop the passes. The
+    critic is regressed on A + V. Statistics of observations are updated last, so that the first minibatch sees the
+    policy that acted.
     """
     done = rollout.terminated | rollout.truncated
-    # The scale is that of the rewards themselves, so it may already know them.
+    # The scale divides the rewards themselves, so it may already include them.
     scale, reward = state.scale, rollout.reward
     if settings.scale_reward:
         scale = scale.update(reward, done, rollout.valid, settings.gamma)
@@ -128,7 +130,7 @@ def improve(
 
 
 def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gamma: float, lam: float) -> Samples:
-    """Rows [T N] in one, with normalised advantages."""
+    """Returns the rows [T N] along one axis, with normalised advantages."""
     obs, next_obs = (
         jax.vmap(jax.vmap(partial(normalise_obs, state.stats)))(x) for x in (rollout.obs, rollout.next_obs)
     )
@@ -148,10 +150,11 @@ def passes(
     minibatches: int,
     target_kl: float | None = None,
 ) -> tuple[Any, Metrics]:
-    """`count` passes over the rows [B] of `data`, each in a new order and in equal minibatches (a rest is left out).
+    """Makes `count` passes over the rows [B] of `data`, each in a new order and in equal minibatches.
 
-    `step(nets, minibatch, key)` is one gradient step. Once the `kl` of one exceeds `target_kl`, nothing moves any more.
-    Metrics are means over the steps taken; `updates` is their number. Raises UserError for fewer rows than minibatches.
+    Leftover rows of a pass are skipped. `step(nets, minibatch, key)` is one gradient step. Once its `kl` exceeds
+    `target_kl`, all further steps are skipped. Metrics are means over the steps taken, and `updates` is their number.
+    Raises UserError for fewer rows than minibatches.
     """
     rows = jax.tree.leaves(data)[0].shape[0]
     size = rows // minibatches
@@ -163,7 +166,7 @@ def passes(
     names = jax.eval_shape(step, nets, jax.tree.map(lambda x: x[:size], data), key)[1]
 
     def one(carry, inputs):
-        """One minibatch, unless the passes were stopped."""
+        """One minibatch, skipped once the passes have stopped."""
         nets, stopped, sums, taken = carry
         index, key = inputs
 
@@ -189,18 +192,18 @@ def passes(
 def clipped(
     log_ratio: Float[Array, "*s"], advantage: Float[Array, "*s"], clip: Float[Array, "*s"] | float
 ) -> Float[Array, "*s"]:
-    """max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(log_ratio) (1707.06347, eq. 7): to be minimised."""
+    """Returns max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), rho = exp(log_ratio), to minimise (1707.06347, eq. 7)."""
     ratio = jnp.exp(log_ratio)
     return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1.0 - clip, 1.0 + clip))
 
 
 def ratio_metrics(log_ratio: Float[Array, "B ..."], clip: float, weight: Float[Array, " B"]) -> Metrics:
-    """`kl` E[rho - 1 - log rho] >= 0, an estimate of KL(old, new); `clip_share` of ratios outside of the interval."""
+    """Returns `kl`, E[rho - 1 - log rho] >= 0, which estimates KL(old, new), and `clip_share`, the clipped fraction."""
     ratio = jnp.exp(log_ratio)
     mean = lambda x: weighted_mean(x.reshape(x.shape[0], -1).mean(1), weight)
     return {"kl": mean(ratio - 1.0 - log_ratio), "clip_share": mean(jnp.abs(ratio - 1.0) > clip)}
 
 
 def weighted_mean(x: Float[Array, " B"], weight: Float[Array, " B"]) -> Float[Array, ""]:
-    """sum_i w_i x_i / sum_i w_i for weights of 0 and 1; 0 if all are 0."""
+    """Returns sum_i w_i x_i / sum_i w_i [] for weights of 0 and 1; 0 if all are 0."""
     return jnp.sum(weight * x) / jnp.maximum(weight.sum(), 1.0)

@@ -1,7 +1,7 @@
-"""The temperature lambda: constant, a function of the update count, or tuned to an entropy.
+"""The temperature lambda: constant, scheduled by the number of updates, or tuned to an entropy.
 
-`first()` is lambda before the first update; `following(lam, step, entropy)` the one after an update at which it was
-`lam` and something had `entropy`, `step` updates having been made.
+`first()` is lambda before the first update. `following(lam, step, entropy)` is lambda after an update that used `lam`
+and measured `entropy`, with `step` updates made so far.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Scalar = Float[Array, ""]
 
 @dataclass(frozen=True)
 class Constant:
-    """lambda = value > 0."""
+    """lambda = value. Raises ValueError unless value > 0."""
 
     of: ClassVar[None] = None
 
@@ -35,7 +35,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Anneal:
-    """Log-linear from `start` to `end` over `steps` updates, constant afterwards."""
+    """Log-linear from `start` to `end` over `steps` updates, then constant.
+
+    Raises ValueError unless both temperatures are positive and steps >= 1.
+    """
 
     of: ClassVar[None] = None
 
@@ -57,13 +60,16 @@ class Anneal:
 
 @dataclass(frozen=True)
 class Tuned:
-    """lambda such that something has `entropy` nats: log lambda += rate (entropy - what it has now).
+    """Tunes lambda until a measured entropy is `entropy` nats: log lambda += rate (entropy - measured entropy).
 
-    - of="actions": the policy's actions, per dimension, as SAC tunes its own (1812.05905), here told by particles
-      (`nearest_entropy`). On [-1, 1] uniform is log 2 = .69, exp(4.5 a) has -.5, whatever the scale of rewards.
-    - of="weights": the weights of n candidates, log n where all are alike. For the estimators of RFM it is the
-      logarithm of the effective sample size 1 / sum w^2 (the entropy of order two), mean over queries: x_t has a part
-      in these weights too, so that log n may be out of reach however hot.
+    - of="actions": the entropy of the policy's actions per dimension, as in SAC (1812.05905), but estimated from
+      particles (`nearest_entropy`). On [-1, 1] a uniform distribution has log 2 = .69 and exp(4.5 a) has -.5, whatever
+      the scale of rewards.
+    - of="weights": the entropy of the weights of n candidates, log n if all are equal. For the estimators of RFM it is
+      the logarithm of the effective sample size 1 / sum w^2 (the entropy of order two), averaged over queries. These
+      weights also depend on x_t, so log n may be out of reach at any temperature.
+
+    Raises ValueError for a target entropy of weights <= 0, a rate <= 0, or unless 0 < low <= start <= high.
     """
 
     entropy: float = -0.5
@@ -87,11 +93,12 @@ class Tuned:
 
 
 def nearest_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
-    """mean over coordinates j and draws i of log(2 |x_ij - its nearest|) + digamma(n) - digamma(1): nats, n >= 2.
+    """Returns mean over coordinates j and draws i of log(2 |x_ij - its nearest|) + digamma(n) - digamma(1), in nats.
 
-    The mean entropy of the coordinates (Kozachenko & Leonenko 1987, in one dimension). Where the distribution has one
-    mode, four draws are enough: .02 off for exp(c a) on [-1, 1], .05 for a Gaussian, .1 for a uniform one. With two or
-    three modes, all of whose draws must have a neighbour, four are .17 to .6 too high and sixteen within .04.
+    This estimates the mean entropy of the coordinates from n >= 2 draws (Kozachenko & Leonenko 1987, in one dimension).
+    Four draws suffice for a distribution with one mode: the error is .02 for exp(c a) on [-1, 1], .05 for a Gaussian
+    and .1 for a uniform distribution. With two or three modes every draw needs a neighbour in its mode: four draws
+    overestimate by .17 to .6, sixteen are within .04.
     """
     ends = jnp.full_like(actions[:1], jnp.inf)
     gaps = jnp.diff(jnp.sort(actions, axis=0), axis=0)
@@ -100,9 +107,9 @@ def nearest_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
 
 
 def gaussian_entropy(actions: Float[Array, "n a"]) -> Float[Array, ""]:
-    """mean_j log(std_j sqrt(2 pi e)) of n >= 2 draws, unbiased where they are Gaussian; above the entropy elsewhere.
+    """Returns mean_j log(std_j sqrt(2 pi e)) of n >= 2 draws: unbiased for Gaussian draws, otherwise too high.
 
-    The logarithm of a sample variance is too low by log k - digamma(k), k = (n - 1) / 2.
+    It corrects the logarithm of a sample variance, which is too low by log k - digamma(k), k = (n - 1) / 2.
     """
     k = (actions.shape[0] - 1) / 2
     log_var = jnp.log(actions.var(0, ddof=1) + 1e-12) + jnp.log(k) - digamma(k)

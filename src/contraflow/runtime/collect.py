@@ -1,4 +1,4 @@
-"""A policy rolled out, and what happened kept as a dataset."""
+"""Rolling out a policy and recording its episodes as a dataset."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +17,17 @@ from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
 
 COPIES = 16  # environments stepped together
-Rows = dict[str, Any]  # arrays, or dicts of them for observations
+Rows = dict[str, Any]  # arrays, or dicts of arrays for observations
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How the actions differ from those of evaluation: exploring as in training, with Gaussian noise of standard
-    deviation `noise`, and in that order a `random` share of the steps with a uniform action instead."""
+    """How recorded actions differ from those of evaluation.
+
+    `explore` uses the policy's exploration as in training. `noise` is the standard deviation of Gaussian noise added to
+    its actions. A `random` share of the steps then takes a uniform action instead. Raises ValueError for negative noise
+    or a share outside [0, 1].
+    """
 
     explore: bool = False
     noise: float = 0.0
@@ -32,7 +36,7 @@ class Behaviour:
     def __post_init__(self):
         if not (0 <= self.noise < np.inf and 0 <= self.random <= 1):
             raise ValueError(
-                f"noise must not be negative and random a share in [0, 1], got {self.noise}, {self.random}"
+                f"noise must not be negative and random must lie in [0, 1], got {self.noise}, {self.random}"
             )
 
 
@@ -46,10 +50,11 @@ def record(
     trust: Trust = "",
     max_steps: int = 100_000,
 ) -> Dataset:
-    """Whole episodes in the policy's environment or `env`, with the actions that the environment got.
+    """Records whole episodes in the policy's environment or in `env`, with the actions that the environment received.
 
-    Each copy of the environment contributes the same number of episodes, so that short ones are not favoured. Chunks of
-    actions are recorded one by one. Raises UserError when sizes or ranges differ or no episode ends within `max_steps`.
+    Each copy of the environment contributes the same number of episodes, so short episodes are not favoured. Chunks of
+    actions are recorded action by action. Raises UserError when sizes or ranges differ or no episode ends within
+    `max_steps`.
     """
     id = env or policy.env
     world = make(id, min(episodes, COPIES), seed, trust=trust)
@@ -63,7 +68,7 @@ def record(
 
 
 def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:
-    """Flat columns of the episodes that started first: the k-th of every copy before the k+1-st of any."""
+    """Returns flat columns of the episodes that started first: the k-th of every copy before the k+1-st of any."""
     copies = world.spec.num_envs
     quota, done = -(-episodes // copies), np.zeros(copies, int)
     step = jax.jit(world.step) if world.spec.jittable else world.step
@@ -77,7 +82,7 @@ def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed:
         state, out = step(state, action)
         row = {"obs": obs, "action": action, "reward": out.reward, "next_obs": out.next_obs}
         row |= {"terminated": out.terminated, "truncated": out.truncated, "valid": out.valid}
-        steps.append(jax.tree.map(np.array, row))  # copies: an adapter may use its own again
+        steps.append(jax.tree.map(np.array, row))  # copies, because an adapter may reuse its arrays
         ended = steps[-1]["valid"] & (steps[-1]["terminated"] | steps[-1]["truncated"])
         done += ended
         act.reset(ended | ~steps[-1]["valid"])
@@ -87,7 +92,7 @@ def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed:
 
 
 def _first(table: Rows, episodes: int, quota: int) -> Rows:
-    """From [T, N] tables to flat columns, without dummy steps and what no longer counts."""
+    """Flattens [T, N] tables to columns, without dummy steps and surplus episodes."""
     end = table["valid"] & (table["terminated"] | table["truncated"])
     spans: list[list[np.ndarray]] = []
     for e in range(end.shape[1]):
@@ -100,10 +105,10 @@ def _first(table: Rows, episodes: int, quota: int) -> Rows:
 
 
 class _Actor:
-    """Actions [N, a] of one step, as the environment gets them."""
+    """Computes the actions [N, a] of one step as the environment receives them."""
 
     def __init__(self, policy: Policy, behaviour: Behaviour, copies: int, seed: int):
-        fresh = Policy(policy.network, policy.spec, policy.env, seed)  # numbers its observations from 0
+        fresh = Policy(policy.network, policy.spec, policy.env, seed)  # counts its observations from 0
         self._plans, self._behaviour, self._rng = Receding(fresh, copies), behaviour, np.random.default_rng(seed)
 
     def __call__(self, obs: Any) -> np.ndarray:
@@ -115,5 +120,5 @@ class _Actor:
         return np.clip(action, -1, 1).astype(np.float32)
 
     def reset(self, copies: np.ndarray) -> None:
-        """These copies begin another episode."""
+        """Starts another episode in these copies."""
         self._plans.reset(copies)

@@ -16,12 +16,13 @@ from contraflow.policy.artifact import load_policy, policy_folder
 
 
 class Policy:
-    """`policy(obs)` with obs [o] or [N, o] gives actions [a] or [N, a] in [-1, 1], of chunks [h, a] or [N, h, a].
+    """`policy(obs)` maps observations [o] or [N, o] to actions [a] or [N, a] in [-1, 1], or chunks [h, a] or [N, h, a].
 
-    Where the policy sees more than a vector, obs is an image [H, W, C] or a dict of parts, or N of them.
+    If the policy takes more than a vector, obs is an image [H, W, C] or a dict of parts, or N of them.
 
-    Observations are numbered: the noise of an action depends on `seed` and that number only, so a fresh Policy repeats
-    itself. `network` is what acts, a pytree (`contraflow.policy.base.Policy`).
+    Observations are numbered. The noise of an action depends only on `seed` and that number, so a fresh Policy repeats
+    itself. `network` is the acting pytree (`contraflow.policy.base.Policy`). Raises UserError for observations of
+    another shape.
     """
 
     def __init__(self, network: base.Policy, spec: EnvSpec, env: str, seed: int = 0):
@@ -37,7 +38,7 @@ class Policy:
         return actions if many else actions[0]
 
     def _batch(self, obs: Any) -> tuple[bool, Any]:
-        """Whether there are many observations, and all of them, of one the only. Raises UserError for other shapes."""
+        """Returns whether there are many observations, and the batch of them. Raises UserError for other shapes."""
         if not (parts := self.spec.obs_parts):
             obs = np.asarray(obs, np.float32)
             if obs.shape[-1:] != (self.spec.obs_dim,) or obs.ndim > 2:
@@ -59,9 +60,10 @@ class Policy:
         return f"Policy({kind} for {self.env}: {shown(spec.observation)} observations, {actions} actions{chunk})"
 
     def raw(self, action: Any) -> np.ndarray:
-        """Actions [..., a] of this policy in the range of the environment or the data that it was trained on.
+        """Maps actions [..., a] of this policy to the range of the environment or data that it was trained on.
 
-        Our own environments take [-1, 1] and need this not; a robot does. [-1, 1] stays where no other range is known.
+        A robot needs this. The environments of this library take [-1, 1] themselves. Without a known range, actions
+        are returned unchanged.
         """
         action, spec = np.asarray(action), self.spec
         if not spec.low:
@@ -71,14 +73,15 @@ class Policy:
 
 
 def _array(x: Any) -> np.ndarray:
-    """Floats as float32. Bytes stay bytes: an image in [0, 1] where they are meant, or the reverse, is refused."""
+    """Converts numbers to float32 but keeps bytes, so that images of bytes and of floats in [0, 1] are not confused."""
     array = np.asarray(x)
     return array.astype(np.float32) if array.dtype.kind in "biuf" and array.dtype != np.uint8 else array
 
 
 def load(path: str | Path, seed: int = 0, trust: Trust = "") -> Policy:
-    """The policy in a run folder or a policy folder. Raises UserError if there is none or it is damaged.
+    """Returns the policy in a run folder or a policy folder.
 
-    `trust` names modules outside the library that may be imported for parts of the policy, separated by commas.
+    `trust` names modules outside the library that may be imported for parts of the policy, separated by commas. Raises
+    UserError if there is no policy or it is damaged.
     """
     return Policy(*load_policy(policy_folder(Path(path)), trust), seed=seed)

@@ -1,4 +1,4 @@
-"""Receding-horizon execution: single actions from a policy whose decisions are chunks of them."""
+"""Receding-horizon execution: single actions from a policy that plans chunks of actions."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from contraflow.runtime.policy import Policy
 
 
 class Receding:
-    """`act(obs)` gives the actions [N, a] of one step for observations [N, o] of N copies of an environment.
+    """`act(obs)` returns the actions [N, a] of one step for observations [N, o] of N copies of an environment.
 
-    - A chunk is planned, its first `execute` actions are carried out, and the next one is planned (2303.04137).
-    - With `ensemble` = m a chunk is planned at every step, and the action is the mean of all that were ever planned for
-      that step and copy, weighted by exp(-m i), i = 0 the oldest (ACT, 2304.13705). It blurs what has several modes.
-    - `reset(copies)` forgets the plans of copies that begin an episode.
+    - A chunk is planned, its first `execute` actions are carried out, and the next chunk is planned (2303.04137).
+    - With `ensemble` = m a chunk is planned at every step. The action is the mean of all actions planned for that step
+      and copy, weighted by exp(-m i), with i = 0 the oldest (ACT, 2304.13705). The mean blurs multimodal actions.
+    - `reset(copies)` discards the plans of copies that begin an episode.
 
     Raises UserError for `execute` beyond the horizon, and for observations of another number of copies.
     """
@@ -28,7 +28,7 @@ class Receding:
         self._policy, self._decay = policy, ensemble
         shape = copies, horizon, policy.spec.action_dim // horizon
         self._total, self._weight = np.zeros(shape, np.float32), np.zeros((*shape[:2], 1), np.float32)
-        self._planned = np.zeros((*shape[:2], 1), np.float32)  # plans that each coming step already has
+        self._planned = np.zeros((*shape[:2], 1), np.float32)  # number of plans so far for each coming step
         self._age = np.full(copies, self._execute)  # steps since the copy's last plan
 
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
@@ -46,7 +46,7 @@ class Receding:
         return action
 
     def reset(self, copies: Any = slice(None)) -> None:
-        """Forget the plans of these copies (a mask, indices or a slice)."""
+        """Discards the plans of these copies (a mask, indices or a slice)."""
         self._age[copies] = self._execute
         for plans in (self._total, self._weight, self._planned):
             plans[copies] = 0

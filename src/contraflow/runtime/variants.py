@@ -1,4 +1,4 @@
-"""A trained policy beside what is left of it without its parts, in the environment that it was made for."""
+"""A trained policy and its ablations, in the environment that it was trained for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ OWN = "own"
 
 
 def variants(policy: Policy) -> dict[str, base.Policy]:
-    """Policies by rule: `own`, and what is left without a part of it (`contraflow.policy.base.ablations`)."""
+    """Returns policies by rule: `own`, and the ablations of it (`contraflow.policy.base.ablations`)."""
     return {OWN: policy.network} | base.ablations(policy.network)
 
 
@@ -23,7 +23,7 @@ def variants(policy: Policy) -> dict[str, base.Policy]:
 def environment(
     policy: Policy, id: str, num_envs: int, seed: int, trust: Trust = "", render: bool = False
 ) -> Iterator[Env]:
-    """The environment `id` for the policy, closed afterwards. Raises UserError where they do not fit."""
+    """Yields the environment `id` for the policy and closes it. Raises UserError if they do not fit."""
     env = chunked(make(id, num_envs, seed, trust=trust, render=render), policy.spec.horizon, policy.spec.execute)
     try:
         check_fit(policy.spec, env.spec, "the policy", id, policy.env)

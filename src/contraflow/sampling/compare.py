@@ -1,4 +1,4 @@
-"""Flows trained to one unnormalised density by several methods, with equal density calls, against exact samples."""
+"""Comparison of methods that train flows on one unnormalised density, with equal density calls and exact samples."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -40,22 +40,22 @@ class Settings:
     batch: int = 64
     """Queries per update."""
     solver_steps: tuple[int, ...] = (20, 100)
-    """Euler steps when sampling; every flow is judged at each number."""
+    """Euler steps when sampling; every flow is evaluated at each number."""
     seeds: int = 1
     seed: int = 0
     """The first seed."""
     points: int = 4000
-    """Samples compared with as many exact ones."""
+    """Samples of the flow, compared with the same number of exact samples."""
     width: int = 64
     learning_rate: float = 3e-3
     bounded: bool = True
-    """Project estimates of E[x1 | x_t] into the box (not fab, which has none)."""
+    """Project estimates of E[x1 | x_t] into the box (not for fab, which makes none)."""
     box: float = 4.0
-    """Half the side of a square around 0 that holds the target; also the noise that idem-ve starts from."""
+    """Half the side of a square around 0 that holds the target; idem-ve also starts from noise of this scale."""
     out: Path | None = None
     """Folder for samples.png and results.json; default runs/sample-TARGET."""
     trust: Trust = ""
-    """Modules of yours that may be imported, separated by commas; `all` allows any."""
+    """Modules outside the library that may be imported, separated by commas; `all` allows any."""
     progress: bool = True
 
     def __post_init__(self):
@@ -67,11 +67,11 @@ class Settings:
             self.trainer(method)  # raises ValueError for values out of range
 
     def trainer(self, method: str) -> Trainer:
-        """The method of that name with these settings."""
+        """Returns the trainer of that method with these settings."""
         chosen = METHODS[method].with_samples(self.samples)
         if isinstance(chosen.method, Estimated):
             chosen = replace(chosen, method=replace(chosen.method, bounded=self.bounded))
-        if isinstance(chosen.path, VE):  # its noise must cover the target
+        if isinstance(chosen.path, VE):  # the noise must cover the target
             chosen = replace(chosen, path=VE(self.box / 400, self.box))
         return replace(
             chosen,
@@ -88,7 +88,7 @@ class Settings:
 
 
 def equal_calls(trainers: dict[str, Trainer]) -> int:
-    """The number of density calls that all trainers make; ValueError if they differ."""
+    """Returns the number of density calls that all trainers make. Raises ValueError if they differ."""
     calls = {name: trainer.critic_calls for name, trainer in trainers.items()}
     if len(set(calls.values())) != 1:
         raise ValueError(f"a comparison needs equal density calls, got {calls}")
@@ -98,8 +98,10 @@ def equal_calls(trainers: dict[str, Trainer]) -> int:
 def judge(
     target: Target, trainer: Trainer, state: FlowState, solver_steps: int, points: int, keys: PRNGKeys
 ) -> list[dict[str, float]]:
-    """Distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn afresh for each, and the
-    share of modes found where the target says what they are."""
+    """Returns the distances of each flow in `state` (leading axis S, keys [S]) to exact samples, drawn anew for each.
+
+    If the target knows its modes, each row also has the fraction of modes found.
+    """
     scores = []
     for i, key in enumerate(keys):
         flow = jax.tree.map(lambda leaf, i=i: leaf[i], state.flow)
@@ -111,7 +113,7 @@ def judge(
 
 
 def floor(target: Target, points: int, key: PRNGKey, pairs: int = 5) -> list[dict[str, float]]:
-    """Distances between two sets of exact samples: what a perfect sampler would score."""
+    """Returns distances between two sets of exact samples, which a perfect sampler would reach."""
     rows = []
     for k in jr.split(key, pairs):
         k_x, k_y, k_slices = jr.split(k, 3)
@@ -120,7 +122,7 @@ def floor(target: Target, points: int, key: PRNGKey, pairs: int = 5) -> list[dic
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile bootstrap interval; (mean, mean, mean) for one value. Infinite values stay so."""
+    """Returns the mean and its 95 % percentile bootstrap interval; one value gives itself, infinite values stay."""
     x = np.asarray(values, float)
     draws = np.random.default_rng(0).choice(x, (2000, len(x))).mean(1)
     if not np.isfinite(x).all():
@@ -130,7 +132,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def trajectories(field: Drift, x: Any, steps: int = 100):
-    """States [n, steps + 1, d] of the flow from x [n, d] at t = 0 to t = 1."""
+    """Returns states [n, steps + 1, d] of the flow from x [n, d] at t = 0 to t = 1."""
     times = jnp.arange(steps) / steps
 
     def one(x):
@@ -144,7 +146,7 @@ def trajectories(field: Drift, x: Any, steps: int = 100):
 
 
 def exact_field(target: Target, trainer: Trainer) -> Drift | None:
-    """The velocity that carries the noise to the target, where it is known."""
+    """Returns the velocity that carries the noise to the target; None if it is not known."""
     posterior_mean = target.posterior_mean
     if posterior_mean is None:
         return None
@@ -157,7 +159,10 @@ def exact_field(target: Target, trainer: Trainer) -> Drift | None:
 
 
 def compare(settings: Settings, report: Callable[[str, int, float], None] | None = None) -> dict[str, Any]:
-    """Train and judge every method; writes `settings.folder`/results.json and samples.png and returns the results."""
+    """Trains and evaluates every method; writes `settings.folder`/results.json and samples.png, returns the results.
+
+    Raises UserError for an unknown method or target, a missing package, or a folder that already holds results.
+    """
     require_ott()
     for name in settings.methods:
         if name not in METHODS:
@@ -168,7 +173,7 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
         raise UserError(f"{folder} already holds results; choose another --out")
     trainers = {name: settings.trainer(name) for name in dict.fromkeys(settings.methods)}
     calls = equal_calls(trainers)
-    make_folder(folder)  # before the work
+    make_folder(folder)  # before training starts
 
     seeds = range(settings.seed, settings.seed + settings.seeds)
     keys = [jr.split(jr.key(seed)) for seed in seeds]
@@ -183,7 +188,7 @@ def compare(settings: Settings, report: Callable[[str, int, float], None] | None
     rows, log_zs = [], {"exact": target.log_z}
     for name, trainer in trainers.items():
         progress = None if report is None else partial(report, name)
-        k_same = jr.clone(k_train)  # for all methods
+        k_same = jr.clone(k_train)  # the same keys for all methods
         state = train(trainer, target.log_density, k_same, dim=target.dim, progress=progress)
         log_z = jax.vmap(Buffer.log_z)(state.memory).tolist() if isinstance(state.memory, Buffer) else []
         log_zs |= {name: log_z} if log_z else {}

@@ -1,6 +1,6 @@
-"""Distances between two sets of samples x [n, d] and y [m, d]; each is near 0 when both come from the same law.
+"""Distances between two sets of samples x [n, d] and y [m, d]; each is near 0 if both have the same distribution.
 
-What two finite sets of exact samples have between them is the floor: nothing measured below it means anything.
+Two finite sets of exact samples differ by the floor. A measured distance below the floor has no meaning.
 """
 
 from functools import partial
@@ -20,9 +20,9 @@ BANDWIDTHS = (0.25, 0.5, 1.0, 2.0)
 
 @partial(jax.jit, static_argnames="projections")
 def sliced_wasserstein(key: PRNGKey, x: Points, y: Points, projections: int = 256) -> Float[Array, ""]:
-    """sqrt(mean over unit directions e of W2^2(x.e, y.e)), W2 in one dimension by sorting. ValueError unless n = m.
+    """Returns sqrt(mean over unit directions e of W2^2(x.e, y.e)) [], with W2 in one dimension by sorting.
 
-    For laws that differ by a shift this is |shift| / sqrt d.
+    For distributions that differ by a shift this is |shift| / sqrt d. Raises ValueError unless n = m.
     """
     if x.shape != y.shape:
         raise ValueError(f"sliced Wasserstein pairs sorted samples: shapes {x.shape} and {y.shape} must be equal")
@@ -33,10 +33,10 @@ def sliced_wasserstein(key: PRNGKey, x: Points, y: Points, projections: int = 25
 
 @jax.jit
 def mmd2(x: Points, y: Points) -> Float[Array, ""]:
-    """Unbiased MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y), x and x' different points; it can come out below 0.
+    """Returns the unbiased MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y) [], with x and x' different points.
 
-    k(u, v) = mean over h in BANDWIDTHS of exp(-|u - v|^2 / (d h^2)), so that points of unit spread are as alike in any
-    dimension d as in the plane. Lies in [-2, 2].
+    k(u, v) = mean over h in BANDWIDTHS of exp(-|u - v|^2 / (d h^2)), so that points of unit spread are equally similar
+    in any dimension d. The result lies in [-2, 2] and can be negative.
     """
 
     unit = 0.5 * x.shape[1]
@@ -60,7 +60,7 @@ def _sinkhorn(x: Points, y: Points, epsilon: float) -> Float[Array, ""]:
 
 
 def require_ott() -> None:
-    """UserError if ott-jax is not installed."""
+    """Raises UserError if ott-jax is not installed."""
     try:
         import ott  # noqa: F401
     except ImportError:
@@ -68,11 +68,10 @@ def require_ott() -> None:
 
 
 def sinkhorn(x: Points, y: Points, epsilon: float = 0.1) -> Float[Array, ""]:
-    """Sinkhorn divergence OT_e(x, y) - OT_e(x, x) / 2 - OT_e(y, y) / 2 with cost |u - v|^2: W2^2 as epsilon -> 0.
+    """Returns the Sinkhorn divergence OT_e(x, y) - OT_e(x, x) / 2 - OT_e(y, y) / 2 with cost |u - v|^2.
 
-    e = epsilon d / 2, as costs grow with the dimension.
-
-    Raises UserError if ott-jax is not installed.
+    It tends to W2^2 as epsilon -> 0. e = epsilon d / 2, because costs grow with the dimension. Raises UserError if
+    ott-jax is not installed.
     """
     require_ott()
     with jax.numpy_rank_promotion("allow"):  # ott broadcasts
@@ -80,7 +79,7 @@ def sinkhorn(x: Points, y: Points, epsilon: float = 0.1) -> Float[Array, ""]:
 
 
 def modes_found(x: Points, y: Points, modes: GaussianMixture) -> float:
-    """Share of `modes` that hold, within 3 std of the mean, at least half as many of x as of y, exact samples."""
+    """Returns the share of `modes` with at least half as many points of x within 3 std as of the exact samples y."""
 
     def counts(points: Points) -> Float[Array, " m"]:
         near = lambda mean, std: jnp.sum(jnp.sum((points - mean[None]) ** 2, 1) < (3.0 * std) ** 2)
@@ -90,9 +89,9 @@ def modes_found(x: Points, y: Points, modes: GaussianMixture) -> float:
 
 
 def distances(key: PRNGKey, x: Points, y: Points, sinkhorn_points: int = 1000) -> dict[str, float]:
-    """Sliced Wasserstein, MMD^2 and Sinkhorn divergence, the last, which is slow, on the first `sinkhorn_points`.
+    """Returns sliced Wasserstein, MMD^2 and, on the first `sinkhorn_points` because it is slow, Sinkhorn divergence.
 
-    All are infinite if a sample is not finite, or so far out (1e6) that the flow has plainly diverged.
+    All are infinite if a sample is not finite, or beyond 1e6, where the flow has diverged.
     """
     if not bool(jnp.all(jnp.abs(x) < 1e6)):  # False for NaN
         return dict.fromkeys(DISTANCES, float("inf"))

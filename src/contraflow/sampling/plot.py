@@ -1,4 +1,4 @@
-"""A picture of a comparison: the density with samples on it, and the paths that the samples took."""
+"""The picture of a comparison: samples on the density, and the trajectories of the samples."""
 
 from collections.abc import Sequence
 from pathlib import Path as File
@@ -14,8 +14,10 @@ INK, DOT, START, ROUTE = "#1b2a41", "#c8102e", "#7a869a", "#3f6fb5"
 
 
 def plot_comparison(file: File, target: Target, panels: Sequence[tuple[str, Any, Any]], box: float) -> None:
-    """Write a PNG with one column per panel (title, samples [n, d], trajectories [m, steps + 1, d] or None), in the two
-    coordinates that the target shows."""
+    """Writes a PNG with one column per panel (title, samples [n, d], trajectories [m, steps + 1, d] or None).
+
+    The axes are the two coordinates that the target shows.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,6 +55,6 @@ def plot_comparison(file: File, target: Target, panels: Sequence[tuple[str, Any,
 
 
 def _view(target: Target, box: float) -> float:
-    """Half the side of the smallest square that holds the target and the noise, within the box."""
+    """Returns half the side of the smallest square that holds the target and the noise, at most `box`."""
     points = jnp.abs(target.sample(jax.random.key(0), 2000)[:, target.shown])
     return min(box, max(2.8, 1.05 * float(jnp.max(points))))

@@ -1,4 +1,4 @@
-"""Densities to draw from, each with exact samples to compare with."""
+"""Densities to sample from, with exact samples for comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ GRID = 512
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """`log_density` x [d] -> [] is all that training sees; `sample(key, n)` -> [n, d] is exact and for evaluation only.
+    """`log_density` x [d] -> [] is all that training sees; `sample(key, n)` -> [n, d] is exact and only for evaluation.
 
-    The rest is None where it is not known: `posterior_mean(path, x_t, t)` in closed form, `log_z`, the log of the
-    integral of exp(log_density), and `modes`, a mixture each of whose components is a mode. Pictures show two
-    coordinates, `shown`, on `plane` [2] -> [], the log density of these two.
+    The other fields are None if unknown: `posterior_mean(path, x_t, t)` in closed form, `log_z`, the log of the
+    integral of exp(log_density), and `modes`, a mixture with one component per mode. Pictures show the two coordinates
+    `shown` on `plane` [2] -> [], their log density.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Target:
 
 
 def from_mixture(name: str, mixture: GaussianMixture, modes: bool = True) -> Target:
-    """A mixture in the plane; `modes` says whether each component is a mode."""
+    """Returns the target of a mixture in the plane; `modes` says whether each component is a mode."""
     log_density = mixture_log_density(mixture)
     sample = jax.jit(lambda key, n: mixture.sample(key, n), static_argnums=1)
     known = mixture if modes else None
@@ -50,8 +50,8 @@ def from_mixture(name: str, mixture: GaussianMixture, modes: bool = True) -> Tar
 def many_well(wells: int = 16) -> Target:
     """Independent pairs (x_1, x_2): log p = sum over pairs of -x_1^4 + 6 x_1^2 + x_1 / 2 - x_2^2 / 2, d = 2 `wells`.
 
-    Two modes per pair, near x_1 = 1.76 (with .844 of the mass) and -1.70, so 65,536 in 32 dimensions (Noe et al. 2019;
-    FAB, 2208.01893). Exact samples by the inverse of the cumulative sum of 8001 points; log Z by the same sum.
+    Each pair has two modes, near x_1 = 1.76 (with .844 of the mass) and -1.70, which makes 65,536 in 32 dimensions (Noe
+    et al. 2019; FAB, 2208.01893). The cumulative sum of 8001 points gives exact samples and log Z.
     """
     grid = np.linspace(-4.0, 4.0, 8001)
     mass = np.exp(-(grid**4) + 6 * grid**2 + 0.5 * grid)
@@ -69,7 +69,7 @@ def many_well(wells: int = 16) -> Target:
         first = jnp.interp(jr.uniform(k_well, (n, wells)), cumulative, places)
         return jnp.stack([first, jr.normal(k_normal, (n, wells))], -1).reshape(n, 2 * wells)
 
-    # The two-well coordinates of two pairs: four modes to see.
+    # Shows the two-well coordinates of two pairs: four modes.
     return Target(
         f"many-well-{2 * wells}",
         log_density,
@@ -82,7 +82,7 @@ def many_well(wells: int = 16) -> Target:
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
-    # 16 Gaussians on each moon rather than 64: four times cheaper, with a ripple of .6 % along the arcs.
+    # 16 Gaussians on each moon, not 64: four times cheaper, with a ripple of .6 % along the arcs.
     "two-moons": lambda: from_mixture("two-moons", two_moons(points=16), modes=False),
     "eight-gaussians": lambda: from_mixture("eight-gaussians", eight_gaussians()),
     "forty": lambda: from_mixture("forty", forty_gaussians()),
@@ -91,9 +91,9 @@ TARGETS: dict[str, Callable[[], Target]] = {
 
 
 def find_target(name: str, box: float, trust: Trust = "") -> Target:
-    """A named target, or the user's `module:function` (x [2] -> log density []), if `trust` names the module.
+    """Returns a named target, or a user-defined `module:function` (x [2] -> log density []) that `trust` allows.
 
-    Raises UserError for an unknown name and for a function that is no log density on the box [-box, box]^2.
+    Raises UserError for an unknown name and for a function that is not a log density on the box [-box, box]^2.
     """
     if ":" in name:
         log_density = import_path(name, trust)
@@ -108,7 +108,7 @@ def find_target(name: str, box: float, trust: Trust = "") -> Target:
 
 
 def mixture_log_density(mixture: GaussianMixture) -> LogDensity:
-    """The same as `mixture`, through inner products: ten times faster, gradient included.
+    """Returns the log density of `mixture` by inner products, ten times faster, gradient included.
 
     log pi = log sum_i w_i (2 pi s_i^2)^(-d/2) exp((m_i.x - |x|^2 / 2 - |m_i|^2 / 2) / s_i^2).
     """
@@ -119,12 +119,15 @@ def mixture_log_density(mixture: GaussianMixture) -> LogDensity:
 
 
 def from_function(name: str, log_density: LogDensity, box: float, grid: int = GRID) -> Target:
-    """A target whose exact samples come from a `grid` x `grid` table of the density: a cell, then a point in it."""
+    """Returns a target with exact samples from a `grid` x `grid` table of the density: a cell, then a point in it.
+
+    Raises UserError for a function that fails, is not finite where it should be, or has mass at the edge of the box.
+    """
     centre = (jnp.arange(grid) + 0.5) * (2 * box / grid) - box
     points = jnp.stack(jnp.meshgrid(centre, centre), -1).reshape(-1, 2)
     try:
         log_p = jax.jit(jax.vmap(log_density))(points)
-    except Exception as error:  # anything may go wrong in a user's function
+    except Exception as error:  # a user-defined function may raise anything
         first = str(error).partition("\n")[0]
         raise UserError(f"{name} failed on a JAX array of shape [2]: {type(error).__name__}: {first}") from None
     if getattr(log_p, "shape", None) != (grid * grid,):

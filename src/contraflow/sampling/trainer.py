@@ -1,14 +1,13 @@
-"""Train a flow to an unnormalised density log pi(x1), x1 in R^d, without samples of it.
+"""Train a flow on an unnormalised density log pi(x1), x1 in R^d, without samples of it.
 
-The velocity that carries N(0, I) to pi is v*(x_t, t) = E[alpha' x1 + beta' x0 | x_t], and an estimate of E[x1 | x_t]
-from K calls of log pi is all that a regression needs:
+The velocity that carries N(0, I) to pi is v*(x_t, t) = E[alpha' x1 + beta' x0 | x_t]. With an estimate of E[x1 | x_t]:
 
     min over v of  E | v(x_t, t) - v^(x_t, t) |^2,    v^ = (beta'/beta) x_t + (D/beta) m^(x_t),   m^ ~ E[x1 | x_t].
 
-The minimum is pointwise, so x_t may come from any law that reaches everywhere; it only decides where errors count.
-Here x_t = alpha x1 + beta x0 with x1 from the current flow or, with probability `uniform`, uniform in a box: the first
-puts queries where samples will pass, the second keeps modes that the flow has not found yet in play. Most methods of
-the literature differ by the estimator of m^ alone; `methods.py` has them all.
+The minimum is pointwise, so x_t may have any distribution with full support, which only weights the errors. Here
+x_t = alpha x1 + beta x0 with x1 from the current flow or, with probability `uniform`, uniform in a box. The flow puts
+queries where samples will pass, and the box covers modes that the flow has not found yet. Most published methods differ
+only in the estimator of m^; `methods.py` lists them.
 """
 
 from collections.abc import Callable
@@ -35,11 +34,11 @@ from contraflow.flow.targets import LogDensity
 from contraflow.nets.velocity import ResidualMLP
 
 PRNGKeys = Key[Array, " s"]
-NOTHING = jnp.zeros(0)  # what a flow without conditions is conditioned on
+NOTHING = jnp.zeros(0)  # the condition of an unconditional flow
 
 
 class FlowState(eqx.Module):
-    """A flow in training; `rate` is the learning rate at the start, `step` counts updates, `memory` is the method's."""
+    """A flow in training; `rate` is the initial learning rate, `step` counts updates, `memory` is the method's."""
 
     flow: Flow
     opt: optax.OptState
@@ -50,46 +49,47 @@ class FlowState(eqx.Module):
 
 @runtime_checkable
 class Method(Protocol):
-    """How a round finds endpoints and what the flow is fitted to there: frozen settings."""
+    """Settings of a method: how a round finds endpoints, and what the flow is fitted to there."""
 
     def with_samples(self, samples: int) -> "Method":
-        """The same method at K = `samples` density calls per query point."""
+        """Returns the same method with K = `samples` density calls per query point."""
         ...
 
     def calls(self, trainer: "Trainer", updates: int) -> int:
-        """Density calls of a round with so many updates."""
+        """Returns the density calls of a round with this many updates."""
         ...
 
     def memory(self, trainer: "Trainer", key: PRNGKey, dim: int) -> PyTree:
-        """`FlowState.memory` before the first round."""
+        """Returns `FlowState.memory` before the first round."""
         ...
 
     def round(
         self, trainer: "Trainer", log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey
     ) -> tuple[FlowState, Scalar]:
-        """`updates` updates with new endpoints; the mean loss."""
+        """Makes `updates` updates with new endpoints; returns the state and the mean loss."""
         ...
 
 
 @dataclass(frozen=True)
 class Estimated:
-    """Regression on estimates of E[x1 | x_t]: `estimator.samples` density calls for every query point.
+    """Regresses on estimates of E[x1 | x_t], with `estimator.samples` density calls for every query point.
 
-    x1 comes from the `endpoints` drawn from the flow in each of the last rounds, some uniform in the box.
+    x1 is one of the `endpoints` drawn in each of the last rounds, from the flow or uniform in the box. Raises
+    ValueError unless endpoints and particles are positive and uniform lies in [0, 1].
     """
 
     estimator: Reverse = Reverse(control=MinVariance())
     uniform: float = 0.25
     """Share of endpoints drawn from the box rather than from the flow."""
     bounded: bool = False
-    """Project estimates of E[x1 | x_t] into the box: rare wild estimates cannot spoil the regression, at some bias."""
+    """Project estimates of E[x1 | x_t] into the box: this protects the regression from outliers, at some bias."""
     endpoints: int = 512
     particles: int = 32
-    """Support of the proposal `Particles`; not used by others."""
+    """Support points of the proposal `Particles`; unused by others."""
 
     def __post_init__(self):
         if not (self.endpoints > 0 and self.particles > 0 and 0 <= self.uniform <= 1):
-            raise ValueError(f"needs endpoints and particles above 0 and uniform in [0, 1]: {self}")
+            raise ValueError(f"Estimated needs endpoints and particles above 0 and uniform in [0, 1]: {self}")
 
     def with_samples(self, samples: int) -> "Estimated":
         return replace(self, estimator=replace(self.estimator, samples=samples))
@@ -103,7 +103,7 @@ class Estimated:
     def round(
         self, trainer: "Trainer", log_pi: LogDensity, updates: int, state: FlowState, key: PRNGKey
     ) -> tuple[FlowState, Scalar]:
-        """New endpoints from the flow, then `updates` updates; the mean loss."""
+        """Draws new endpoints from the flow, makes `updates` updates, returns the state and the mean loss."""
         k_pool, k_updates = jr.split(key)
         pool = jnp.concatenate([self.draw(trainer, state.flow, k_pool), state.memory])[: trainer.kept * self.endpoints]
 
@@ -114,11 +114,11 @@ class Estimated:
         return state, jnp.mean(losses)
 
     def draw(self, trainer: "Trainer", flow: Flow, key: PRNGKey) -> Float[Array, "n d"]:
-        """Endpoints of one round."""
+        """Returns the endpoints [n, d] of one round."""
         k_flow, k_box, k_which = jr.split(key, 3)
         ends = draw(trainer, flow, Euler(10), k_flow, self.endpoints)
         box = jr.uniform(k_box, ends.shape, minval=-trainer.box, maxval=trainer.box)
-        # A sample outside the box, or one that has diverged, is of no use as a query.
+        # A sample outside the box, or one that has diverged, is useless as a query.
         keep = (jr.uniform(k_which, (self.endpoints,)) >= self.uniform) & jnp.all(jnp.abs(ends) <= trainer.box, 1)
         return jax.vmap(jnp.where)(keep, ends, box)
 
@@ -136,9 +136,9 @@ class Estimated:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A method, and what all of them share: network, regression and the loop of rounds, of `every` updates each.
+    """A method, and the parts that all methods share: network, regression and the loop of rounds of `every` updates.
 
-    ValueError for settings out of range, or that the method cannot share its density calls among.
+    Raises ValueError for settings out of range, or density calls that the method cannot divide evenly.
     """
 
     method: Method = Estimated()
@@ -151,29 +151,32 @@ class Trainer:
     """Query points per update."""
     width: int = 64
     depth: int = 2
-    learning_rate: float = 3e-3  # at the start; falls to 0 along a cosine
+    learning_rate: float = 3e-3  # initial; falls to 0 along a cosine
     max_grad_norm: float = 1.0
     box: float = 4.0
     """Half the side of the cube that holds the target."""
     t_min: float = 0.01
     """Times are uniform on (t_min, 1 - t_min)."""
     every: int = 50
-    """Updates between two drawings of endpoints."""
+    """Updates between two draws of endpoints."""
     kept: int = 1
-    """Rounds whose endpoints are remembered."""
+    """Number of rounds with endpoints in memory."""
 
     def __post_init__(self):
         for name in ("steps", "batch", "width", "depth", "every", "kept"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (self.learning_rate > 0 and self.box > 0 and 0 < self.t_min < 0.5):
-            raise ValueError(f"needs learning_rate > 0, box > 0 and t_min in (0, .5): {self}")
+            raise ValueError(f"Trainer needs learning_rate > 0, box > 0 and t_min in (0, .5): {self}")
         _ = self.critic_calls
 
     @property
     def flow(self) -> FlowSpec:
-        """Of the flow on R^d. Its network sees inputs of size 1 where x1 is, and 10 t: its time features are slow,
-        sin(w t) with w <= 1, and with 10 t it fits exact targets up to a third closer."""
+        """Settings of the flow on R^d.
+
+        The network sees inputs scaled to unit size and 10 t. Its time features are slow, sin(w t) with w <= 1, and with
+        10 t it fits exact targets up to a third more closely.
+        """
         network = ResidualMLP(self.width, self.depth, 128)
         return FlowSpec(self.path, self.predict, Real(), Euler(10), clock=10.0, unit_input=True, network=network)
 
@@ -185,17 +188,17 @@ class Trainer:
 
     @property
     def critic_calls(self) -> int:
-        """Calls of the density in all; one that also gives the gradient counts as one."""
+        """Total number of density calls; a call that also returns the gradient counts once."""
         return sum(self.method.calls(self, updates) for updates in self.rounds)
 
     def with_samples(self, samples: int) -> "Trainer":
-        """The same at K = `samples` density calls per query point."""
+        """Returns the same trainer with K = `samples` density calls per query point."""
         return replace(self, method=self.method.with_samples(samples))
 
 
 @partial(jax.jit, static_argnames=("trainer", "dim"))
 def start(trainer: Trainer, keys: PRNGKeys, rates: Float[Array, " s"] | None = None, dim: int = 2) -> FlowState:
-    """Fresh flows on R^dim, one per key; `rates` take the place of `trainer.learning_rate`."""
+    """Returns fresh flows on R^dim, one per key; `rates` [S] replace `trainer.learning_rate`."""
 
     def one(key: PRNGKey, rate: Scalar) -> FlowState:
         flow: Any = trainer.flow.init(key, dim, 0)
@@ -211,20 +214,20 @@ def _optimizer(trainer: Trainer, rate: Scalar) -> optax.GradientTransformation:
 
 
 def field(flow: Flow) -> Drift:
-    """v(x, t) of the flow, whatever its network predicts."""
+    """Returns the velocity v(x, t) of the flow, whatever its network predicts."""
     return lambda x, t: flow.velocity(x, t, NOTHING)
 
 
 @partial(jax.jit, static_argnames=("trainer", "solver", "n"))
 def draw(trainer: Trainer, flow: Flow, solver: ODESolver, key: PRNGKey, n: int) -> Float[Array, "{n} d"]:
-    """n samples of the flow."""
+    """Returns n samples of the flow [n, d]."""
     return jax.vmap(lambda x: solver(field(flow), x, 0.0, 1.0))(flow.noise(key, n))
 
 
 def regress(
     trainer: Trainer, state: FlowState, x1: Float[Array, "b d"], x_t: Float[Array, "b d"], t: Float[Array, " b"]
 ) -> tuple[FlowState, Scalar]:
-    """One update of the network towards the velocity (or noise) of the means `x1` of x_t; the loss."""
+    """Makes one update of the network towards the velocity (or noise) implied by the means `x1`; returns the loss."""
 
     def loss(flow: Flow) -> Scalar:
         one = lambda x1, x_t, t: square(posterior_error(flow, NOTHING, x1, x_t, t))
@@ -235,7 +238,7 @@ def regress(
 
 
 def noised(trainer: Trainer, k_x0: PRNGKey, k_t: PRNGKey, x1: Float[Array, "b d"]):
-    """(x_t [b, d], t [b]) for endpoints x1 at random times."""
+    """Returns (x_t [b, d], t [b]) for endpoints x1 [b, d] at random times."""
     t = jr.uniform(k_t, x1.shape[:1], minval=trainer.t_min, maxval=1.0 - trainer.t_min)
     return jax.vmap(trainer.path.perturb)(jr.normal(k_x0, x1.shape), x1, t), t
 
@@ -248,10 +251,10 @@ def train(
     dim: int = 2,
     progress: Callable[[int, float], None] | None = None,
 ) -> FlowState:
-    """Flows for the typed keys [S], trained side by side; every leaf of the result has the leading axis S.
+    """Trains flows for the typed keys [S] side by side; every leaf of the result has the leading axis S.
 
-    `rates` [S] are learning rates that take the place of `trainer.learning_rate`; `progress(step, mean loss)` is called
-    after every round.
+    The learning rates `rates` [S] replace `trainer.learning_rate`. `progress(step, mean loss)` is called after every
+    round.
     """
     rounds = trainer.rounds
     keys = jax.vmap(lambda k: jr.split(k, len(rounds) + 1))(keys)

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: everything training changes, by name, written whole or not at all (Orbax).
+"""Checkpoints of a run: everything that training changes, by name, written atomically (Orbax).
 
 `OUT/checkpoints/<step>/` holds the learner (networks, optimisers, replay, counters) and, for jittable environments, the
-environment. Each array is stored under the path of its leaf, `learner/agent/critic/layers/0/weight`, so that a state
-whose fields change places is still read right, and one whose fields have other names is refused. Orbax writes to a
-temporary folder and renames it; `contents.json` comes last and makes the checkpoint complete: names and shapes, the
-digests that show later damage (Orbax returns other numbers for a flipped bit without a word), the settings.
+environment. Each array is stored under the path of its leaf, `learner/agent/critic/layers/0/weight`. A state with
+reordered fields is therefore still read correctly, and one with renamed fields is refused. Orbax writes to a temporary
+folder and renames it. `contents.json` is written last and makes the checkpoint complete. It holds names and shapes, the
+settings, and digests that reveal later damage, because Orbax does not notice a flipped bit.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from contraflow.core.settings import SCHEMA, first_difference
 KEEP = 2
 CONTENTS = "contents.json"
 RENAMED: dict[str, str] = {}
-"""Names of arrays in checkpoints of older releases, and what they are called now."""
+"""Maps names of arrays in checkpoints of older releases to their present names."""
 
 
 @contextmanager
 def _manager(folder: Path) -> Iterator[Any]:
-    """Orbax without its log: what goes wrong is raised, its threads need not tell of it as well."""
-    import orbax.checkpoint as ocp  # here, because it takes as long to import as everything else together
+    """Yields Orbax's manager without its log: errors are raised, so its threads need not report them too."""
+    import orbax.checkpoint as ocp  # imported here, because it takes as long as everything else together
 
     logger = logging.getLogger("absl")
     level = logger.level
@@ -47,7 +47,7 @@ def _manager(folder: Path) -> Iterator[Any]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, `learner/agent/...`."""
+    """Returns the leaves of a tree by their paths, `learner/agent/...`."""
     leaves = jax.tree.leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     assert len(named) == len(leaves), "two leaves have one name"
@@ -63,15 +63,18 @@ def _signature(array: Any) -> str:
 
 
 def save(folder: Path, step: int, tree: PyTree, about: dict[str, Any]) -> None:
-    """Write `tree` as the checkpoint of environment step `step`, if that is not there yet, with `about` (JSON)."""
+    """Writes `tree` as the checkpoint of step `step`, unless it exists, with `about` (JSON) beside it.
+
+    Raises UserError if the disk has no room for it.
+    """
     import orbax.checkpoint as ocp
 
     if step in steps(folder):
         return
-    # Keys (of simulators that carry one) as their raw data, and no empty arrays, which Orbax refuses.
+    # Keys (held by some simulators) are stored as raw data; empty arrays are left out, because Orbax refuses them.
     arrays = {n: jr.key_data(x) if _is_key(x) else x for n, x in named_leaves(tree).items() if x.size}
     at = _place(folder, step)
-    shutil.rmtree(at, ignore_errors=True)  # a process died before it was complete
+    shutil.rmtree(at, ignore_errors=True)  # left by a process that died while writing
     with _manager(folder) as manager:
         _check_room(folder, list(arrays.values()))
         manager.save(step, args=ocp.args.StandardSave(arrays), force=True)
@@ -80,8 +83,10 @@ def save(folder: Path, step: int, tree: PyTree, about: dict[str, Any]) -> None:
 
 
 def load(folder: Path, step: int, like: PyTree, about: dict[str, Any]) -> PyTree:
-    """The checkpoint of `step` in the structure of `like` (arrays or shapes). Raises UserError if it is damaged or does
-    not fit; `about` tells in which setting it differs."""
+    """Returns the checkpoint of `step` in the structure of `like` (arrays or shapes).
+
+    Raises UserError if it is damaged or does not fit; the message names the setting that differs from `about`.
+    """
     contents = _contents(folder, step)
     wanted = {n: jax.eval_shape(jr.key_data, x) if _is_key(x) else x for n, x in named_leaves(like).items() if x.size}
     names: list[str] = list(contents["arrays"])
@@ -110,14 +115,14 @@ def load(folder: Path, step: int, like: PyTree, about: dict[str, Any]) -> PyTree
 
 
 def latest(folder: Path) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
+    """Returns the step of the newest complete checkpoint, or None."""
     return max(steps(folder), default=None)
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the complete checkpoints that are kept, in order. Raises UserError for those of the first edition.
+    """Returns the steps of the complete checkpoints, in order. Raises UserError for those of the first release.
 
-    By names only: opening Orbax would start JAX, and with it claim a GPU, in processes that only look after others.
+    It looks at file names only. Opening Orbax would start JAX and claim a GPU in processes that only supervise others.
     """
     places = [p for p in (folder / "checkpoints").glob("*") if p.is_dir() and p.name.isdecimal()]
     for place in places:
@@ -147,7 +152,7 @@ def _contents(folder: Path, step: int) -> dict[str, Any]:
 def _check_fit(
     folder: Path, step: int, contents: Any, wanted: dict[str, Any], stored: dict[str, str], about: dict[str, Any]
 ) -> None:
-    """Refuse a checkpoint that was written on other data, or by other settings or another version of the code."""
+    """Raises UserError for a checkpoint from other data, other settings or another version of the code."""
     if contents.get("data") != about.get("data"):
         raise UserError(
             f"the dataset of {folder} is not the one that checkpoint {step} was trained on: restore it, or start "
@@ -161,11 +166,11 @@ def _check_fit(
     if name not in have:
         what = f"lacks {name}"
     elif name not in want:
-        what = f"holds {name}, which this run has not"
+        what = f"holds {name}, which this run does not have"
     else:
         what = f"holds {name} as {have[name]} where this run needs {want[name]}"
     changed = first_difference(contents.get("settings"), about.get("settings"))
-    why = f"; {changed[0]} was {changed[1]} and is {changed[2]}" if changed else "; it is of another version"
+    why = f"; {changed[0]} was {changed[1]} and is {changed[2]}" if changed else "; it is from another version"
     raise UserError(f"checkpoint {step} in {folder} does not fit: it {what}{why}: start a new run")
 
 
@@ -186,7 +191,7 @@ def _unreadable(folder: Path, step: int, reason: str) -> UserError:
 
 
 def _check_room(folder: Path, arrays: list[Any]) -> None:
-    """Refuse to begin what the disk cannot hold, rather than to break off in the middle."""
+    """Raises UserError before writing if the disk has no room, rather than failing in the middle."""
     usage, needed = shutil.disk_usage(folder), sum(x.nbytes for x in arrays) + 2**20
     if usage.total > 0 and usage.free < needed:
         raise full_disk(folder, f"a checkpoint takes up to {needed / 1e6:,.0f} MB, {usage.free / 1e6:,.0f} MB are free")

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar in a terminal, plain lines elsewhere."""
 
 import time
 from typing import Any
@@ -10,13 +10,13 @@ from rich.progress import Progress as Bar
 
 from contraflow.training.evaluate import margin
 
-QUIET_SECONDS = 20.0  # between two plain lines
+QUIET_SECONDS = 20.0  # minimum between two plain lines
 
 
 class Progress:
-    """Steps, return, steps per second, time left; one line per evaluation above it.
+    """Shows steps, return, steps per second and time left, with one line per evaluation above the bar.
 
-    The speed is that since the state last changed, without the first epoch, which compiles.
+    The speed is measured since the last change of state and excludes the first epoch, which compiles.
     """
 
     def __init__(self, header: str, total: int, taken: int, quiet: bool):
@@ -47,11 +47,11 @@ class Progress:
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Prints a line above the bar."""
         self._console.print(text)
 
     def update(self, state: str, steps: int, metrics: dict[str, float]) -> None:
-        """`steps` taken so far, the last of them in `state`; `metrics` of these."""
+        """Updates the bar after `steps` in total, the last ones in `state`, with their `metrics`."""
         now = time.monotonic()
         if state != self._state:
             self._state, self._since = state, (now, steps)
@@ -65,7 +65,7 @@ class Progress:
             self.note(f"step {steps:>9,}  {shown:<15} {speed}".rstrip())
 
     def _speed(self, now: float) -> str:
-        """Steps per second and the time left, once there is something to go by."""
+        """Returns steps per second and the time left, once they can be estimated."""
         assert self._since is not None
         began, first = self._since
         if self._taken == first:
@@ -75,7 +75,7 @@ class Progress:
         return f"{rate:,.0f} steps/s, {minutes} min {seconds:02d} s left"
 
     def evaluated(self, steps: int, returns: np.ndarray, success: np.ndarray | None = None) -> None:
-        """Of one policy, [episodes], or of one for each seed, [S, episodes]."""
+        """Prints an evaluation: [episodes] of one policy, or [S, episodes] of one for each seed."""
         many = returns.ndim > 1 and len(returns) > 1
         sample = returns.mean(1) if many else returns.ravel()
         what = f"{len(returns)} seeds of {returns.shape[1]} episodes" if many else f"{sample.size} episodes"

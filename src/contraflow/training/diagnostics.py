@@ -1,4 +1,4 @@
-"""What a run looks like from inside: how the policy spreads its actions, and what the agent tells of itself."""
+"""Diagnostics during a run: the distribution of the policy's actions, and the agent's own diagnostics."""
 
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ STATES = 16
 
 
 def diagnose(agent: Agent, state: Any, obs: Any, key: PRNGKey) -> dict[str, float]:
-    """Diagnostics on the first 16 of the observations [B, ...], as plain numbers.
+    """Returns diagnostics on the first 16 of the observations [B, ...], as plain numbers.
 
-    For every agent, of actions while exploring: `action_mean`, `action_std`, `saturated` (P(|a| > .95)) and
-    `action_entropy` (per dimension, from a 32-bin histogram, in nats; log 2 = .69 is uniform), `action_share/i` (of
-    actions of all dimensions in the i-th of 16 bins over [-1, 1]). Then what the agent's own `diagnostics` find.
+    Exploring actions of any agent give `action_mean`, `action_std`, `saturated` (P(|a| > .95)), `action_entropy` (nats
+    per dimension, from a 32-bin histogram; uniform is log 2 = .69) and `action_share/i` (fraction of actions, over all
+    dimensions, in the i-th of 16 bins over [-1, 1]). The agent's own `diagnostics` are added.
     """
     obs = jax.tree.map(lambda x: jnp.asarray(x)[:STATES], obs)
     out = _actions(agent.policy(state), obs, jr.fold_in(key, 0))

@@ -12,11 +12,13 @@ from typing import Any, Literal, Protocol
 from contraflow.core.errors import UserError
 from contraflow.core.files import read_json, write_json, write_text
 
-TRACKERS = "trackers.json"  # ids of the runs that W&B and Trackio know
+TRACKERS = "trackers.json"  # ids of this run in W&B and Trackio
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Tracker(Protocol):
+    """Receives the metrics and evaluations of a run."""
+
     def log(self, step: int, values: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -25,7 +27,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, config: dict[str, Any], step: int):
         from tensorboardX import SummaryWriter
 
-        # What an earlier process recorded after the restored checkpoint is not shown.
+        # Hides what an earlier process recorded after the restored checkpoint.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
 
@@ -38,7 +40,7 @@ class _TensorBoard:
 
 
 class _Remote:
-    """W&B, and Trackio, which keeps its interface: one run of theirs for each run folder, continued by its id."""
+    """A run in W&B, or in Trackio, which has the same interface; each run folder continues one run by its id."""
 
     def __init__(self, module: TrackerName, folder: Path, group: str | None, config: dict[str, Any]):
         file = folder / TRACKERS
@@ -60,14 +62,14 @@ class _Remote:
 
 
 def check_trackers(trackers: tuple[TrackerName, ...]) -> None:
-    """Raise UserError if the package of a tracker is missing."""
+    """Raises UserError if the package of a tracker is missing."""
     for name in trackers:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(f'tracker {name} is not installed: pip install "contraflow[{name}]"')
 
 
 class Log:
-    """Appends rows; on resume, rows later than the restored checkpoint are dropped first."""
+    """Appends rows of metrics and evaluations. On resume, it drops rows later than the restored checkpoint."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Log:
         step: int = 0,
         group: str | None = None,
     ):
-        """`group` is what the runs of several seeds have in common."""
+        """`group` is shared by the runs of several seeds."""
         self._metrics, self._eval = folder / "metrics.jsonl", folder / "eval.csv"
         _keep(self._metrics, lambda line: json.loads(line)["step"] <= step)
         _keep(self._eval, lambda line: not line[:1].isdigit() or int(line.split(",")[0]) <= step)
@@ -87,13 +89,15 @@ class Log:
         ]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Appends a row to metrics.jsonl and passes it to the trackers."""
         with self._metrics.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, {f"train/{name}": value for name, value in values.items()})
 
     def evaluation(self, step: int, row: dict[str, float | None]) -> None:
-        """None is an empty cell. A file without some of the columns, of an older version, stays without them."""
+        """Appends a row to eval.csv and passes it to the trackers. None is an empty cell; a file of an older version
+        keeps its columns."""
         names = ["step", *row]
         if self._eval.exists():
             with self._eval.open() as file:
@@ -112,8 +116,10 @@ class Log:
 
 
 def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Keep the wanted lines; one without its end is what a killed process left, and goes. Raises UserError for lines
-    that are not ours."""
+    """Keeps the wanted lines and drops an incomplete line left by a killed process.
+
+    Raises UserError for lines in another format.
+    """
     if path.exists():
         try:
             lines = path.read_text().splitlines(keepends=True)
@@ -124,8 +130,11 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
 
 
 def read_evaluations(folder: Path, *needed: str) -> list[dict[str, float]]:
-    """Rows of `eval.csv` as numbers, with at least the columns `needed`; [] if there is none yet. `success` is there
-    only where the environment spoke of it. Raises UserError if it is damaged."""
+    """Returns the rows of `eval.csv` as numbers, or [] if there is none yet. `success` is there only if the
+    environment reports it.
+
+    Raises UserError if the file is damaged or lacks one of the columns `needed`.
+    """
     path = folder / "eval.csv"
     if not path.exists():
         return []

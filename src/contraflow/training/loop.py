@@ -1,7 +1,7 @@
-"""What every run shares: the carry, and epochs of a stage's iterations.
+"""The carry that every run updates, and epochs of a stage's iterations.
 
-One body for every environment. What is written in JAX runs many iterations in one compiled loop, for S seeds at once;
-a host environment runs the same jitted pieces with Python between them, one seed at a time.
+All environments share one loop body. For environments written in JAX, one compiled loop runs many iterations, and S
+seeds at once. For host environments, Python calls the same jitted pieces, one seed at a time.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from contraflow.envs.base import failed
 
 
 class World(eqx.Module):
-    """What a run learns in: an environment, rows of recorded steps, or both. `spec` holds the sizes of the policy."""
+    """The source of a run's data: an environment, rows of recorded steps, or both. `spec` holds the policy's sizes."""
 
     spec: EnvSpec = eqx.field(static=True)
     env: Any = eqx.field(static=True, default=None)
@@ -28,17 +28,17 @@ class World(eqx.Module):
 
 
 class Learner(eqx.Module):
-    """Everything that training changes, but for the environment: what a checkpoint must hold."""
+    """Everything that training changes except the environment; a checkpoint must hold it."""
 
     agent: Any
-    buffer: Any  # replay, None where nothing is kept
+    buffer: Any  # replay; None if nothing is kept
     returns: Float[Array, " N"]  # reward so far in each running episode
-    steps: Int[Array, ""]  # steps taken: of all environments together, or gradient steps on recorded data
+    steps: Int[Array, ""]  # steps taken: summed over environments, or gradient steps on recorded data
     iteration: Int[Array, ""]
 
 
 class Carry(eqx.Module):
-    """With a leading axis [S] in a run whose environment is written in JAX, without on the host."""
+    """Has a leading axis [S] if the environment is written in JAX, and none if it runs on the host."""
 
     learner: Learner
     env: Any
@@ -47,11 +47,11 @@ class Carry(eqx.Module):
 
 @runtime_checkable
 class Stage(Protocol):
-    """A kind of iteration and its settings, static under `jit`."""
+    """A kind of iteration with its settings, static under `jit`."""
 
     @property
     def name(self) -> str:
-        """What the user sees: collecting, learning."""
+        """The name that the user sees: collecting, learning."""
         ...
 
     @property
@@ -60,11 +60,11 @@ class Stage(Protocol):
         ...
 
     def compiled(self, world: World) -> bool:
-        """Whether all of an iteration is JAX."""
+        """Returns whether a whole iteration is JAX."""
         ...
 
     def iterate(self, agent: Any, world: World, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
-        """Act, step, learn. `key` is that of the whole run; metrics may hold `episodes` and `episode_return_sum`."""
+        """Acts, steps and learns. `key` belongs to the whole run; metrics may hold `episodes`, `episode_return_sum`."""
         ...
 
 
@@ -72,7 +72,7 @@ class Stage(Protocol):
 def _loop(
     stage: Stage, agent: Agent, world: World, carry: Carry, keys: PRNGKeys, n: Int[Array, ""]
 ) -> tuple[Carry, Metrics]:
-    """n iterations of S seeds and the sums of their metrics; n is traced, so that one program serves every interval."""
+    """Runs n iterations of S seeds and sums their metrics; n is traced, so one program serves every interval."""
 
     iterate = jax.jit(lambda world, carry, key: stage.iterate(agent, world, carry, key))  # traced once for both below
 
@@ -101,15 +101,15 @@ def epoch(
     n: int,
     iterated: Callable[[], bool] = lambda: False,
 ) -> tuple[Carry, list[dict[str, float]], UserError | None]:
-    """n iterations, the means of their metrics for each seed, and what a host environment complained of, if it did.
+    """Runs n iterations; returns the carry, mean metrics for each seed, and the error of a host environment, if any.
 
-    Whenever something is done `iterated` is told; a host loop ends early once it returns True, or when the environment
-    fails. The carry is good in either case.
+    `iterated` is called after each iteration, or once per compiled loop. A host loop ends early if it returns True or
+    the environment fails. The carry is valid in either case.
     """
     if stage.compiled(world):
         on_host = world.env is not None and not world.env.spec.jittable
         whole = stacked([carry]) if on_host else carry
-        # What the host keeps of its environment does not enter a compiled program.
+        # The host's part of the environment does not enter a compiled program.
         inside = Carry(whole.learner, None, None) if on_host else whole
         inside, sums = _loop(stage, agent, world, inside, keys, jnp.asarray(n))
         iterated()
@@ -131,7 +131,7 @@ def epoch(
 
 
 def summarise(sums: dict[str, Any], n: int) -> dict[str, float]:
-    """Means over n iterations; `return` is the mean over the episodes that ended in them, if any did."""
+    """Returns means over n iterations; `return` is the mean over the episodes that ended in them, if any did."""
     sums = {name: float(value) for name, value in sums.items()}
     episodes, total = sums.pop("episodes", None), sums.pop("episode_return_sum", 0.0)
     means = {name: value / n for name, value in sums.items()}
@@ -142,29 +142,29 @@ def summarise(sums: dict[str, Any], n: int) -> dict[str, float]:
 
 @jax.jit
 def of_seed(tree: Any, s: Any) -> Any:
-    """What seed number s of a stacked tree has; for several numbers, a smaller stack."""
+    """Returns the part of seed number s in a stacked tree; for several numbers, a smaller stack."""
     return jax.tree.map(lambda x: x[s], tree)
 
 
 @jax.jit
 def stacked(trees: list[Any]) -> Any:
-    """With a leading axis [S]."""
+    """Stacks trees along a new leading axis [S]."""
     one = len(trees) == 1
     return jax.tree.map(lambda *x: x[0][None] if one else jnp.stack(x), *trees)
 
 
 def reset(env: Any, key: PRNGKey) -> tuple[Any, Any]:
-    """`env.reset`, with what it raises as a UserError."""
+    """Calls `env.reset` and turns its errors into a UserError."""
     return _called(env, env.reset, key)
 
 
 def step(env: Any, state: Any, action: Any) -> tuple[Any, Step]:
-    """`env.step`, with what it raises as a UserError."""
+    """Calls `env.step` and turns its errors into a UserError."""
     return _called(env, env.step, state, action)
 
 
 def shown(after: Step) -> Any:
-    """The rewards that returns are made of, [N]."""
+    """Returns the rewards [N] that returns are summed from."""
     return after.reward if after.undiscounted is None else after.undiscounted
 
 
@@ -173,10 +173,10 @@ def _called(env: Any, method: Callable[..., Any], *args: Any) -> Any:
         return method(*args)
     except UserError:
         raise
-    except Exception as error:  # of an environment without an adapter, or while it is traced
+    except Exception as error:  # from an environment without an adapter, or during tracing
         raise failed(getattr(env, "name", type(env).__name__), method.__name__, error) from error
 
 
 def next_due(run: Any, taken: int) -> int:
-    """The step at which the next evaluation or row of metrics of a run is due, or its end."""
+    """Returns the step of the next evaluation, row of metrics, or end of a run."""
     return min(run.steps, *((taken // every + 1) * every for every in (run.eval_every, run.log_every)))

@@ -1,4 +1,4 @@
-"""Starting from a policy that exists: its flow, the normalisation that belongs to it, and its chunks."""
+"""Starting a run from a pretrained policy: its flow, its normalisation and its chunks."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from contraflow.policy.base import Policy
 
 
 def load(run: Any, trust: Trust) -> tuple[Policy, EnvSpec] | None:
-    """The policy that `run` starts from, and its sizes; None where it starts from scratch."""
+    """Returns the policy that `run` starts from and its sizes; None if it starts from scratch."""
     if not run.pretrained:
         return None
     policy, spec, _ = load_policy(policy_folder(Path(run.pretrained)), trust)
@@ -20,9 +20,9 @@ def load(run: Any, trust: Trust) -> tuple[Policy, EnvSpec] | None:
 
 
 def settle(run: Any, trust: Trust) -> Any:
-    """The run with the flow and the chunks of its pretrained policy in place of its own; itself without one.
+    """Returns the run with the flow and the chunks of its pretrained policy, or the run itself without one.
 
-    Raises UserError for a policy that has no flow, and for an agent that starts from none.
+    Raises UserError for a policy without a flow, and for an agent that cannot start from one.
     """
     found = load(run, trust)
     if found is None:
@@ -40,7 +40,7 @@ def settle(run: Any, trust: Trust) -> Any:
 
 
 def check_fit(run: Any, spec: EnvSpec, trust: Trust) -> None:
-    """Raise UserError if the policy was made for other sizes, or another range of actions, than `spec`."""
+    """Raises UserError if the policy was trained for other sizes, or another range of actions, than `spec`."""
     found = load(run, trust)
     if found is None:
         return

@@ -1,4 +1,4 @@
-"""Settings that several published methods share: networks of 256, no clipping of gradients, rates of 3e-4."""
+"""Settings shared by several published methods: networks of width 256, learning rate 3e-4, no gradient clipping."""
 
 from contraflow.core.optim import Optim
 from contraflow.flow.model import FlowSpec

@@ -1,4 +1,4 @@
-"""DACER (arXiv 2405.15177): a diffusion policy moved up Q through its whole sampler; added noise holds its entropy."""
+"""DACER (arXiv 2405.15177): a diffusion policy trained to climb Q through its sampler; noise controls its entropy."""
 
 from dataclasses import dataclass, replace
 
@@ -26,6 +26,8 @@ from contraflow.rl.temperature import Tuned, gaussian_entropy
 
 
 class DACERState(eqx.Module):
+    """Everything that DACER learns: actor, critics, noise scale, optimisers and statistics."""
+
     actor: Flow
     critic: QEnsemble
     target: QEnsemble
@@ -33,18 +35,22 @@ class DACERState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class DACER:
-    """Per update and sample: (1 + draws) F actor calls, F the policy's steps, of which F with gradients."""
+    """Diffusion actor-critic with an entropy regulator (2405.15177).
+
+    Cost per update and sample, with F solver steps of the policy: (1 + draws) F actor evaluations, of which F with
+    gradients. Raises ValueError unless noise is positive and draws >= 4.
+    """
 
     flow: FlowSpec = FlowSpec(path=VP(), solver=Ddim(20), network=ResidualMLP(256, 3, 32))
     noise: float = 0.1
-    """What is added to an action has the standard deviation `noise` times the tuned scale."""
+    """The noise added to an action has standard deviation `noise` times the tuned scale."""
     scale: Tuned = Tuned(entropy=-0.9, start=1.0, high=10.0)
-    """Tuned so that explored actions have this entropy per dimension, estimated from `draws` by a Gaussian."""
+    """Tuned so that exploring actions have this entropy per dimension, estimated from `draws` by a Gaussian."""
     draws: int = 16
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics(width=256, depth=3, head=Quantile(), optim=Optim(1e-4))
@@ -60,7 +66,7 @@ class DACER:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> DACERState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -70,17 +76,17 @@ class DACER:
         )  # fmt: skip
 
     def policy(self, state: DACERState) -> Policy:
-        """The end of the sampler from a random start, with noise while exploring."""
+        """Returns the end of the sampler from random noise, with added noise while exploring."""
         return normalised(state.stats, self._policy(state))
 
     def update(self, state: DACERState, batch: Batch, key: PRNGKey) -> tuple[DACERState, Metrics]:
-        """One step of the critics, the actor, the scale of the noise and the targets on a batch [B]."""
+        """Makes one step of the critics, the actor, the noise scale and the targets on a batch [B]."""
         k_next, k_critic, k_now, k_entropy = jr.split(key, 4)
         n, policy = batch.reward.shape[0], self._policy(state)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
         explored = lambda obs, key: policy(obs, key, False)
 
-        # 1. Critic, with a' as explored.
+        # 1. Critic, with a' from the exploring policy.
         action = jax.vmap(explored)(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
@@ -96,7 +102,7 @@ class DACER:
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
 
-        # 3. The scale of the noise, by the entropy of what is explored at a few states.
+        # 3. Noise scale, tuned to the entropy of exploring actions at a few states.
         def entropy_at(obs, key):
             return gaussian_entropy(jax.vmap(lambda k: explored(obs, k))(jr.split(key, self.draws)))
 
@@ -112,12 +118,12 @@ class DACER:
         return DACERState(actor, critic, target, scale, actor_opt, critic_opt, state.step + 1, stats), metrics
 
     def starting_from(self, policy: Policy) -> "DACER":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         return replace(self, flow=flow.spec, normalise_obs=pretrained_mode(self.normalise_obs, stats))
 
     def adopt(self, state: DACERState, policy: Policy) -> DACERState:
-        """The state with the networks of a pretrained policy."""
+        """Returns the state with the networks of a pretrained policy."""
         actor, stats = adopted(self.flow, policy, self)
         return replace(state, actor=actor, stats=state.stats if stats is None else stats)
 
@@ -127,9 +133,10 @@ class DACER:
 
 @jax.custom_vjp
 def into_box(end: Float[Array, " a"]) -> Float[Array, " a"]:
-    """clip(end, -1, 1); beyond the box the gradient passes where descent along it leads back (1511.04143).
+    """Returns clip(end, -1, 1) [a]; outside the box, passes only gradients whose descent leads back (1511.04143).
 
-    Without it an end beyond the box would never come back; with all of it a slope outwards drives the end to infinity.
+    With no gradient an end outside the box would never return; with all of it, an outward slope would drive the end to
+    infinity.
     """
     return jnp.clip(end, -1.0, 1.0)
 

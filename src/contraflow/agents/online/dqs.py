@@ -1,7 +1,7 @@
 """DQS (arXiv 2410.01312): diffusion Q-sampling, gradient expectation on the variance-exploding path (iDEM, 2402.06121).
 
-1000 candidates, eta = 1, queries from the buffer, the network conditioned on the temperature. It is `RFM` with these
-settings; docs/methods/dqs.md lists the deviations.
+It uses 1000 candidates, eta = 1, queries from the buffer and a network conditioned on the temperature. It is `RFM` with
+these settings; docs/methods/dqs.md lists the deviations.
 """
 
 from dataclasses import replace

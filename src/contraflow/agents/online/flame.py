@@ -1,7 +1,7 @@
-"""FLAME (arXiv 2602.01606): flow matching with noise expectation and a soft backup; FLAME-M in one step.
+"""FLAME (arXiv 2602.01606): flow matching with noise expectation and a soft backup; FLAME-M acts in one step.
 
-`flame` is the paper's variant R: 100 truncated candidates, eta = 0, queries from the buffer, log pi by the change of
-variables in two steps with one probe. `flame-m` trains an average velocity (MeanFlow, 2505.13447) that acts in one
+`flame` is variant R of the paper: 100 truncated candidates, eta = 0, queries from the buffer, and log pi by the change
+of variables in two steps with one probe. `flame-m` trains an average velocity (MeanFlow, 2505.13447) that acts in one
 evaluation. Both are `RFM` with these settings; docs/methods/flame.md lists the deviations.
 """
 

@@ -1,7 +1,7 @@
-"""FPMD (arXiv 2507.23675): flow policy mirror descent, the variants R (`fpmd`) and M (`fpmd-m`, one step).
+"""FPMD (arXiv 2507.23675): flow policy mirror descent, variants R (`fpmd`) and M (`fpmd-m`, one step).
 
-`PMD` with a flow that follows itself at once; the temperature holds a KL of 2 nats between iterates. Deviations:
-docs/methods/pmd.md.
+It is `PMD` with a slow copy that follows at once (tau = 1). The temperature keeps a KL of 2 nats between iterates.
+docs/methods/pmd.md lists the deviations.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.rl.temperature import Tuned
 
-KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # of 32 candidates: log 32 - 2
+KL_OF_2 = Tuned(1.47, of="weights", start=1.0)  # log 32 - 2, for 32 candidates
 NETWORK = ResidualMLP(256, 3, 32)
 FPMD = PMD(
     flow=FlowSpec(solver=Ddim(20), network=NETWORK),

@@ -1,7 +1,7 @@
-"""MaxEntDP (arXiv 2502.11612): noise expectation (QNE) in the box, a soft backup by the errors of denoising.
+"""MaxEntDP (arXiv 2502.11612): noise expectation (QNE) in the box, with a soft backup from denoising errors.
 
-x_t is noised from actions of the buffer, 500 truncated candidates estimate E[x0 | x_t] with eta = 0. It is `RFM` with
-these settings; docs/methods/maxentdp.md lists the deviations.
+x_t is noised from actions of the buffer, and 500 truncated candidates estimate E[x0 | x_t] with eta = 0. It is `RFM`
+with these settings; docs/methods/maxentdp.md lists the deviations.
 """
 
 from dataclasses import replace

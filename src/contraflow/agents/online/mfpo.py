@@ -1,7 +1,7 @@
-"""MFPO (arXiv 2604.14698): mean flow policy optimisation, pooled estimates for an average velocity in two steps.
+"""MFPO (arXiv 2604.14698): mean flow policy optimisation, with pooled estimates for an average velocity in two steps.
 
-Candidates from noise and from the policy are two estimates, weighted by their effective sample sizes (`Pooled`); the
-temperature follows the entropy of the sampler itself (`Pushforward`). It is `RFM` with these settings;
+Candidates from noise and from the policy give two estimates, weighted by their effective sample sizes (`Pooled`). The
+temperature follows the entropy of the sampler (`Pushforward`). It is `RFM` with these settings;
 docs/methods/mfpo.md lists the deviations.
 """
 

@@ -1,11 +1,11 @@
-"""Policy mirror descent: a flow or diffusion policy is matched to its own better actions, each weighted by its value.
+"""Policy mirror descent: regress a flow or diffusion policy on its own actions, each weighted by its value.
 
-With candidates a_i of a slow copy of the policy, the weights w_i and x_0 ~ N(0, I) the loss is
+With candidates a_i of a slow copy of the policy, weights w_i and x_0 ~ N(0, I), the loss is
 
     mean_i w_i |f(x_t, t, s) - f*(a_i, x_0)|^2,      x_t = alpha_t a_i + beta_t x_0.
 
-Its minimum is the distribution pi_old(a) w(a) / E[w]: with w ~ exp(Q / lambda) an iterate of mirror descent. DPMD, FPMD
-and QVPO differ in the weights, the copy, and the noise: they are settings of it, in files of their own beside this one.
+Its minimiser is the distribution pi_old(a) w(a) / E[w]. With w ~ exp(Q / lambda) this is one iterate of mirror descent.
+DPMD, FPMD and QVPO are presets, in separate files, with other weights, copies and noise.
 """
 
 from dataclasses import dataclass, replace
@@ -39,18 +39,18 @@ DIFFUSION = FlowSpec(path=VP(), predict="noise", clip=1.0, solver=Ddim(20), netw
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the flow is matched to. Raises ValueError for values out of range."""
+    """The actions that the flow is matched to. Raises ValueError for values out of range."""
 
     own: int = 64
-    """Actions of the slow copy for each observation."""
+    """Actions of the slow copy per observation."""
     noise: float = 0.2
-    """Standard deviation of what is added to them, and to actions while exploring."""
+    """Standard deviation of the noise added to them, and to actions while exploring."""
     uniform: int = 0
-    """Uniform ones beside them, which keep the policy wide."""
+    """Number of uniform actions added to the candidates, which keep the policy wide."""
     uniform_share: float = 0.02
-    """Their weight, in units of the largest weight of the others."""
+    """Their weight, in units of the largest weight of the other candidates."""
     weight: Literal["boltzmann", "advantage"] = "boltzmann"
-    """n softmax_i(Q_i / lambda) within a state; or max(Q_i - mean Q, 0) for the best alone."""
+    """`boltzmann`: n softmax_i(Q_i / lambda) within a state; `advantage`: max(Q_i - mean Q, 0) for the best action."""
 
     def __post_init__(self):
         check_positive(self, "own")
@@ -60,7 +60,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """How one of n particles is picked by Q / lambda: in acting, in targets of the critic, and in evaluation."""
+    """Rules to pick one of n particles by Q / lambda: while exploring, in the critic's targets, and in evaluation."""
 
     explore: Selector = Softmax(1)
     backup: Selector = Softmax(1)
@@ -68,6 +68,8 @@ class Selection:
 
 
 class PMDState(eqx.Module):
+    """Everything that PMD learns: actor, critics, slow copies, temperature, optimisers and statistics."""
+
     actor: Flow
     slow: Flow
     critic: QEnsemble
@@ -76,23 +78,28 @@ class PMDState(eqx.Module):
     critic_opt: PyTree
     temperature: Float[Array, ""]
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class PMD:
-    """Per update and sample: (n_backup + own) F actor calls, F the policy's steps, as many critic calls, and
-    own + uniform evaluations with gradients."""
+    """Policy mirror descent.
+
+    Cost per update and sample, with F solver steps of the policy: (n_backup + own) F actor evaluations, as many critic
+    evaluations, and own + uniform actor evaluations with gradients. Raises ValueError for tau <= 0, a temperature tuned
+    to actions, or an objective with a power.
+    """
 
     flow: FlowSpec = DIFFUSION
     objective: Objective = Matching()
-    """Other than `Matching` it makes the flow an averaged one."""
+    """Any objective but `Matching` makes the flow an average velocity."""
     candidates: Candidates = Candidates()
     choose: Selection = Selection()
     temperature: Temperature = Tuned(2.16, of="weights", start=1.0)
-    """lambda; tuned to the entropy of the weights in nats, at most log(own): KL to the slow copy is the gap."""
+    """lambda, tuned to the entropy of the weights in nats, at most log(own); log(own) minus it is the KL to the slow
+    copy."""
     tau: float = 1e-3
-    """Rate at which the slow copy follows."""
+    """Rate of the slow copy."""
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics()
     optim: Optim = Optim(3e-4, max_grad_norm=10.0)
@@ -102,7 +109,7 @@ class PMD:
         if self.temperature.of == "actions":
             raise ValueError("PMD tunes its temperature to its weights: use Tuned(entropy, of='weights')")
         if self.objective.power:
-            raise ValueError(f"PMD weighs rows by their value alone: use {type(self.objective).__name__}(power=0)")
+            raise ValueError(f"PMD weights rows by their value only: use {type(self.objective).__name__}(power=0)")
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     @property
@@ -110,7 +117,7 @@ class PMD:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> PMDState:
-        """Fresh networks for `spec`'s sizes; the slow copies are copies."""
+        """Returns fresh networks for the sizes of `spec`; the slow copies are copies of them."""
         k_actor, k_critic = jr.split(key)
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -120,17 +127,17 @@ class PMD:
         )  # fmt: skip
 
     def policy(self, state: PMDState) -> Policy:
-        """Of the particles of `explore` or `greedy` the one picked by Q(s, a), with noise while exploring."""
+        """Returns the policy that picks a particle by Q(s, a) and adds noise while exploring."""
         best = BestOf(FlowPolicy(state.actor), state.critic, state.temperature, self.choose.explore, self.choose.greedy)
         return normalised(state.stats, Noisy(best, None, self.candidates.noise))
 
     def update(self, state: PMDState, batch: Batch, key: PRNGKey) -> tuple[PMDState, Metrics]:
-        """One step of the critics, the actor and the slow copies on a batch [B]."""
+        """Makes one step of the critics, the actor and the slow copies on a batch [B]."""
         k_next, k_critic, k_candidates, k_uniform, k_match = jr.split(key, 5)
         n, lam, settings = batch.reward.shape[0], state.temperature, self.candidates
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' of the slow copy.
+        # 1. Critic, with a' from the slow copy.
         slow = FlowPolicy(state.slow)
         backup = BestOf(slow, state.target, lam, self.choose.backup, self.choose.backup)
         action = jax.vmap(backup)(batch.next_obs, jr.split(k_next, n))
@@ -138,9 +145,9 @@ class PMD:
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
 
-        # 2. Candidates of the slow copy and their weights.
+        # 2. Candidates from the slow copy and their weights.
         def propose(obs, key):
-            """(actions, weights, entropy of the softmax) of the candidates at one observation."""
+            """Returns (actions, weights, entropy of the softmax) of the candidates at one observation."""
             k_policy, k_noise = jr.split(key)
             a = slow.particles(obs, k_policy, settings.own)
             a = jnp.clip(a + settings.noise * jr.normal(k_noise, a.shape), -1.0, 1.0)
@@ -159,7 +166,7 @@ class PMD:
             actions = jnp.concatenate([actions, wide], 1)
             weights = jnp.concatenate([weights, jnp.broadcast_to(share, wide.shape[:2])], 1)
 
-        # 3. Actor: weighted matching; where steps are tied, all of the same rows again.
+        # 3. Actor: weighted matching, plus the consistency of larger steps on the same rows for average velocities.
         def actor_loss(actor):
             """Mean over observations, actions and coordinates."""
 
@@ -187,12 +194,12 @@ class PMD:
         ), metrics  # fmt: skip
 
     def starting_from(self, policy: Policy) -> "PMD":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         return replace(self, flow=flow.spec, normalise_obs=pretrained_mode(self.normalise_obs, stats))
 
     def adopt(self, state: PMDState, policy: Policy) -> PMDState:
-        """The state with the networks of a pretrained policy."""
+        """Returns the state with the networks of a pretrained policy."""
         actor, stats = adopted(self.flow, policy, self)
         slow = jax.tree.map(jnp.copy, actor)
         return replace(state, actor=actor, slow=slow, stats=state.stats if stats is None else stats)

@@ -1,7 +1,7 @@
-"""QSM (arXiv 2312.11752): Q-score matching, x0 = -beta grad Q / lambda at x_t itself, not at what was noised.
+"""QSM (arXiv 2312.11752): Q-score matching, x0 = -beta grad Q / lambda at x_t itself, not at the noised endpoint.
 
-One gradient, no candidates; right in the limit t -> 1 only (`flow.posterior.local.Local`). It is `RFM` with these
-settings; docs/methods/qsm.md lists the deviations.
+It needs one gradient and no candidates but is right only in the limit t -> 1 (`flow.posterior.local.Local`). It is
+`RFM` with these settings; docs/methods/qsm.md lists the deviations.
 """
 
 from dataclasses import replace

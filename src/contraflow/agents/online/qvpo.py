@@ -1,7 +1,7 @@
 """QVPO (arXiv 2405.16173): Q-weighted variational policy optimisation.
 
-`PMD` matched to the best candidate alone, weighted by its advantage, beside uniform actions that keep the policy wide.
-Deviations: docs/methods/pmd.md.
+It is `PMD` matched only to the best candidate, weighted by its advantage, and to uniform actions that keep the policy
+wide. docs/methods/pmd.md lists the deviations.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
 """Reverse Flow Matching (arXiv 2601.08136): a flow policy for exp(Q / lambda), trained without samples of it.
 
 The velocity v(x_t, t, s) is regressed on the posterior mean E[x1 | x_t] under pi(u) ~ exp(Q(s, a(u)) / lambda)
-|da/du|, which an estimator finds without samples of pi. `RFM()` is our default: `Gibbs`, and `ModeJump`, by which a
-policy finds modes that it lacks. The paper's importance sampling with a Stein control variate is `Reverse`, its
-settings the preset `rfm-paper`; with `Fixed(0)` and `Fixed(1)` as control it is a noise- or gradient-expectation
-method, of which many have a file of their own beside this one.
+|da/du|, which an estimator computes without samples of pi. The default `RFM()` uses `Gibbs`, and `ModeJump` to find
+modes that the policy lacks. The paper uses importance sampling with a Stein control variate (`Reverse`), and its
+settings are the preset `rfm-paper`. With `Fixed(0)` or `Fixed(1)` as control it is a noise- or gradient-expectation
+method; several of these are presets in separate files.
 """
 
 import math
@@ -57,20 +57,20 @@ SMALL = FlowSpec(
     network=ResidualMLP(width=64, depth=2, embedding=128),
 )
 
-ROWS, DRAWS = 4, 32  # for the entropy: two modes need many particles at a state, its mean needs few states
+ROWS, DRAWS = 4, 32  # for the entropy: two modes need many particles per state, the mean needs few states
 
 
 @dataclass(frozen=True)
 class PosteriorTarget:
-    """What the flow is regressed on. Raises ValueError for a query that spoils the estimator's invariance."""
+    """The regression target of the flow. Raises ValueError for a query that breaks the estimator's invariance."""
 
     estimator: Estimator = Gibbs()
     endpoint: Literal["policy", "buffer"] = "policy"
-    """Which x1 is noised to the query point x_t."""
+    """The source of the x1 that is noised to the query point x_t."""
     query: Selector = First()
-    """The policy's endpoint that is noised; its particles are the estimator's `support`, that one first."""
+    """Selects the policy's endpoint to noise; its particles are the estimator's `support`, that endpoint first."""
     jump: ModeJump | None = None
-    """What takes a share of the policy's endpoints from mode to mode before they are noised."""
+    """Moves a share of the policy's endpoints between modes before they are noised."""
     jacobian_power: float = 1.0
     """kappa in log pi(u) = Q / lambda + kappa sum log sech^2 u, for tanh; 1 is exactly Boltzmann over actions."""
 
@@ -86,7 +86,7 @@ class PosteriorTarget:
 
 @dataclass(frozen=True)
 class Choice:
-    """How one of n particles is picked by Q / lambda: in acting, in targets of the critic, and in evaluation."""
+    """Rules to pick one of n particles by Q / lambda: while exploring, in the critic's targets, and in evaluation."""
 
     explore: Selector = Softmax(particles=32)
     backup: Selector = Softmax(particles=4)
@@ -94,6 +94,8 @@ class Choice:
 
 
 class RFMState(eqx.Module):
+    """Everything that RFM learns: actor, critics, temperature, optimisers and statistics."""
+
     actor: Flow
     critic: QEnsemble
     target: QEnsemble
@@ -101,30 +103,34 @@ class RFMState(eqx.Module):
     critic_opt: PyTree
     temperature: Float[Array, ""]
     step: Int[Array, ""]
-    slow: Flow | None = None  # teaches average velocities, None of the others
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    slow: Flow | None = None  # provides targets of average velocities; None for other flows
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class RFM:
-    """Per update and sample: (n_backup + n_query) F actor calls, F evaluations of the solver, n critic calls for each
-    of these two that has a choice (n > 1, not `First`), and those of the estimator and the jump. Per action: n F actor
-    calls; with a choice, n critic calls."""
+    """Reverse Flow Matching (2601.08136).
+
+    Let the solver take F evaluations. Cost per update and sample: (n_backup + n_query) F actor evaluations, n critic
+    evaluations for each of these two selectors that uses scores (n > 1, not `First`), and those of the estimator and
+    the jump. Cost per action: n F actor evaluations, and n critic evaluations if the selector uses scores. Raises
+    ValueError for settings that do not fit together.
+    """
 
     flow: FlowSpec = SMALL
     target: PosteriorTarget = PosteriorTarget(jump=ModeJump())
     choose: Choice = Choice()
     temperature: Temperature = Tuned()
-    """lambda of the target distribution and of the choices; where it is tuned to the entropy of actions, that is
+    """lambda of the target distribution and of the selectors. If it is tuned to the entropy of actions, that entropy is
     estimated from 32 particles at each of 4 observations, or by `density`."""
     density: FlowDensity | None = None
-    """How log pi is found for a soft backup, in which the value of s' has the bonus -lambda log pi(a' | s'), and for a
-    tuned temperature; None leaves the backup hard."""
+    """Estimates log pi for a tuned temperature and for a soft backup, where the value of s' has the bonus
+    -lambda log pi(a' | s'). None makes the backup hard."""
     objective: Objective = Matching()
-    """Others make the flow an average velocity u(x, t, r), matched at r = t and tied to itself elsewhere: then each
-    step of `Ddim(n)` is a whole one, and one evaluation is enough."""
+    """Any objective but `Matching` makes the flow an average velocity u(x, t, r), matched at r = t and made consistent
+    elsewhere. Each step of `Ddim(n)` is then exact, and one evaluation is enough."""
     tau: float = 0.005
-    """Rate at which the slow copy follows that teaches average velocities."""
+    """Rate of the slow copy that provides targets of average velocities."""
     condition_on_temperature: bool = False
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics()
@@ -150,7 +156,7 @@ class RFM:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RFMState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         told = self.flow.network.embedding * self.condition_on_temperature
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon, told)
@@ -162,21 +168,21 @@ class RFM:
         )  # fmt: skip
 
     def policy(self, state: RFMState) -> Policy:
-        """Of the particles of `explore` or `greedy` the one picked by Q(s, a)."""
+        """Returns the policy that picks a particle by Q(s, a)."""
         flow = FlowPolicy(state.actor, self._told(state))
         best = BestOf(flow, state.critic, state.temperature, self.choose.explore, self.choose.greedy)
         return normalised(state.stats, best)
 
     def update(self, state: RFMState, batch: Batch, key: PRNGKey) -> tuple[RFMState, Metrics]:
-        """One step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
+        """Makes one step of the critics, the actor and the targets on a batch [B] (2601.08136)."""
         k_next, k_now, k_t, k_x0, k_posterior, k_critic, k_density, k_tie = jr.split(key, 8)
         k_jump, k_entropy = jr.fold_in(k_now, 1), jr.fold_in(k_density, 1)
         n, lam, path = batch.reward.shape[0], state.temperature, self.flow.path
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' ~ pi(. | s'), hard unless log pi(a' | s') is asked for.
+        # 1. Critic, with a' ~ pi(. | s'); the backup is soft if `density` is set.
         def following(obs, key, key_density):
-            """(a', -log pi(a' | s') per dimension, where it is asked for)."""
+            """Returns a', and -log pi(a' | s') per dimension (0 without a density)."""
             x0, u, best = self._particles(state, obs, key, self.choose.backup)
             action = state.actor.action(u[best])
             if self.density is None:
@@ -191,7 +197,7 @@ class RFM:
             state.critic, state.target, state.critic_opt, batch, action, k_critic, bonus
         )
 
-        # 2. Query points x_t: an endpoint of the policy (or the buffer), noised. Any distribution of full support does.
+        # 2. Query points x_t: a noised endpoint of the policy or the buffer. Any distribution with full support works.
         t = jr.uniform(k_t, (n,), minval=self.flow.margin, maxval=1 - self.flow.margin)
         if self.target.endpoint == "policy":
             support = self.endpoints(state, batch.obs, k_now)
@@ -208,13 +214,13 @@ class RFM:
         x1 = support[:, 0]
         x_t = jax.vmap(path.perturb)(jr.normal(k_x0, x1.shape), x1, t)
 
-        # 3. The posterior mean of x1 under the critic just updated.
+        # 3. The posterior mean of x1 under the updated critic.
         def posterior(key, x_t, t, obs, support):
             return self.target.estimator(key, path, self.log_pi(critic, obs, lam), x_t, t, support)
 
         post = jax.vmap(posterior)(jr.split(k_posterior, n), x_t, t, batch.obs, support)
 
-        # 4. Actor: regression on the velocity, or noise, of that mean; longer steps are tied to shorter ones.
+        # 4. Actor: regression on the velocity or noise of that mean, plus the consistency of larger steps.
         slow = state.slow
 
         def actor_loss(actor):
@@ -253,7 +259,7 @@ class RFM:
         return RFMState(actor, critic, target, actor_opt, critic_opt, lam, state.step + 1, slow, stats), metrics
 
     def log_pi(self, critic: QEnsemble, obs: Obs, lam: Float[Array, ""]) -> LogDensity:
-        """The target distribution of u at one observation, as networks get it."""
+        """Returns the log-density of the target over u at one observation, given as the networks take it."""
         seen = critic.encode(obs)
         q = lambda a: critic.value(seen, a)
         if isinstance(self.flow.support, Box):
@@ -261,7 +267,7 @@ class RFM:
         return boltzmann(q, lam, self.target.jacobian_power)
 
     def endpoints(self, state: RFMState, obs: Obs, key: PRNGKey) -> Float[Array, "B n a"]:
-        """Latent particles of the policy for each observation, as networks get it; that picked by `query` first."""
+        """Returns latent particles of the policy [B, n, a], the one picked by `query` first; `obs` is normalised."""
 
         def one(obs, key):
             _, u, best = self._particles(state, obs, key, self.target.query)
@@ -270,7 +276,7 @@ class RFM:
         return jax.vmap(one)(obs, jr.split(key, rows(obs)))
 
     def diagnostics(self, state: RFMState, obs: Obs, key: PRNGKey) -> dict[str, Float[Array, ""]]:
-        """How good the regression targets are at these observations (rl/diagnostics.py)."""
+        """Returns diagnostics of the regression targets at these observations (rl/diagnostics.py)."""
         k_particles, k_target, k_gap = jr.split(key, 3)
         obs, lam = jax.vmap(lambda o: normalise(state.stats, o))(obs), state.temperature
         log_pi = lambda obs: self.log_pi(state.critic, obs, lam)
@@ -280,7 +286,7 @@ class RFM:
         return quality | {"q_gap": gap}
 
     def starting_from(self, policy: Policy) -> "RFM":
-        """The settings with the flow of a pretrained policy, and an estimator for its support."""
+        """Returns the settings with the flow of a pretrained policy, and an estimator for its support."""
         flow, stats = flow_of(policy, self)
         spec = replace(flow.spec, margin=flow.spec.margin or self.flow.margin)
         target = self.target
@@ -297,7 +303,7 @@ class RFM:
         )
 
     def adopt(self, state: RFMState, policy: Policy) -> RFMState:
-        """The state with the networks of a pretrained policy."""
+        """Returns the state with the networks of a pretrained policy."""
         actor, stats = adopted(self.flow, policy, self)
         slow = jax.tree.map(jnp.copy, actor) if self.objective.averaged else None
         return replace(state, actor=actor, slow=slow, stats=state.stats if stats is None else stats)
@@ -306,7 +312,7 @@ class RFM:
         return state.temperature if self.condition_on_temperature else None
 
     def _entropy(self, state: RFMState, obs: Obs, key: PRNGKey) -> Float[Array, ""]:
-        """Of the policy, per dimension: the mean over few rows, for which many particles are drawn."""
+        """Returns the entropy of the policy per dimension, averaged over a few rows with many particles each."""
 
         def one(obs, key):
             _, u = state.actor.particles(condition(state.actor, obs, self._told(state)), key, DRAWS)
@@ -318,14 +324,14 @@ class RFM:
     def _particles(
         self, state: RFMState, obs: Obs, key: PRNGKey, selector: Selector
     ) -> tuple[Float[Array, "n a"], Float[Array, "n a"], Int[Array, ""]]:
-        """n noises, the latent actions u that they end in, and the index the selector picks by Q(s, a) / lambda."""
+        """Returns n noises, their latent actions u, and the index that the selector picks by Q(s, a) / lambda."""
         k_x0, k_pick = jr.split(key)
         x0, u = state.actor.particles(condition(state.actor, obs, self._told(state)), k_x0, selector.particles)
         return x0, u, pick(selector, k_pick, state.critic, obs, state.actor.action(u), state.temperature)
 
 
-# The critics of today's strongest results: residual blocks with layer norm (SimBa, BRO), values as probabilities, two
-# updates for a step, normalised observations. Rewards in [0, 1] and gamma = .99 stay within the head's range.
+# The critics of the strongest published results: residual blocks with layer norm (SimBa, BRO), categorical values, two
+# updates per step, normalised observations. Rewards in [0, 1] with gamma = .99 stay within the range of the head.
 STRONG = Critics(
     width=256, head=Categorical(target="hl-gauss"), block="residual", optim=Optim(3e-4, max_grad_norm=10.0)
 )
@@ -354,7 +360,7 @@ WALKER = RFM(
     critic=Critics(tau=0.02),
 )
 ARM = RFM(
-    choose=Choice(explore=First()),  # what it has learned, modes and all: a choice by Q would sharpen it
+    choose=Choice(explore=First()),  # explores with the policy as learned, because a choice by Q would sharpen it
     temperature=Tuned(0.0),
     critic=Critics(gamma=0.95, tau=0.02),
 )

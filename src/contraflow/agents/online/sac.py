@@ -1,4 +1,4 @@
-"""Soft Actor-Critic (arXiv 1801.01290, 1812.05905): the Gaussian reference."""
+"""Soft actor-critic (arXiv 1801.01290, 1812.05905): the Gaussian reference."""
 
 from dataclasses import dataclass
 
@@ -21,6 +21,8 @@ from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_no
 
 
 class SACState(eqx.Module):
+    """Everything that SAC learns: actor, critics, entropy coefficient, optimisers and statistics."""
+
     actor: MLP
     critic: QEnsemble
     target: QEnsemble
@@ -29,18 +31,21 @@ class SACState(eqx.Module):
     critic_opt: PyTree
     alpha_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class SAC:
-    """Tanh-Gaussian policy, twin critic, entropy coefficient alpha tuned to a target entropy (1812.05905, eq. 18)."""
+    """Soft actor-critic with a tanh-Gaussian policy, a twin critic and a tuned entropy coefficient alpha.
+
+    alpha is tuned to a target entropy (1812.05905, eq. 18). Raises ValueError unless `init_alpha` is positive.
+    """
 
     target_entropy: float | None = None
-    """None is -action_dim."""
+    """In nats; None means -action_dim."""
     init_alpha: float = 1.0
     log_std: tuple[float, float] = (-20.0, 2.0)
-    """Range of the logarithm of the standard deviation before tanh."""
+    """Range of the log standard deviation before tanh."""
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics(width=256, optim=Optim(1e-3))
     actor: MLPSpec = MLPSpec(256, 2)
@@ -55,7 +60,7 @@ class SAC:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SACState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the target critic is a copy of the critic."""
         k_actor, k_critic = jr.split(key)
         actor = self.actor.init(k_actor, spec.observation, 2 * spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -66,23 +71,23 @@ class SAC:
         )  # fmt: skip
 
     def policy(self, state: SACState) -> Policy:
-        """A draw of the squashed Gaussian, or tanh of its mean in evaluation."""
+        """Returns the squashed Gaussian, which acts by tanh of its mean in evaluation."""
         return normalised(state.stats, SquashedGaussian(state.actor, self.log_std))
 
     def update(self, state: SACState, batch: Batch, key: PRNGKey) -> tuple[SACState, Metrics]:
-        """One step of the critics, the actor, the temperature and the targets on a batch [B] (1812.05905)."""
+        """Makes one step of the critics, the actor, the temperature and the targets on a batch [B] (1812.05905)."""
         k_next, k_now, k_critic = jr.split(key, 3)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
         n, alpha = batch.reward.shape[0], jnp.exp(state.log_alpha)
         policy = SquashedGaussian(state.actor, self.log_std)
 
-        # 1. Critic, soft: the value of s' has the bonus -alpha log pi(a' | s').
+        # 1. Soft critic: the value of s' has the bonus -alpha log pi(a' | s').
         action, log_prob = jax.vmap(policy.draw)(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, -alpha * log_prob
         )
 
-        # 2. Actor: minimise E[alpha log pi(a | s) - Q(s, a)], a reparameterised.
+        # 2. Actor: minimise E[alpha log pi(a | s) - Q(s, a)] with a reparameterised.
         keys = jr.split(k_now, n)
 
         def actor_loss(actor):
@@ -94,7 +99,7 @@ class SAC:
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
 
-        # 3. Entropy coefficient: its gradient in log alpha is the gap between entropy and target.
+        # 3. Entropy coefficient: its gradient in log alpha is the difference between entropy and target.
         entropy = -jnp.mean(jax.vmap(policy.draw)(batch.obs, jax.vmap(jr.clone)(keys))[1])
         wanted = -batch.action.shape[-1] if self.target_entropy is None else self.target_entropy
         log_alpha, alpha_opt, _, _ = gradient_step(

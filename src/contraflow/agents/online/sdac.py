@@ -1,6 +1,7 @@
-"""SDAC (arXiv 2502.00361): soft diffusion actor-critic, noise expectation from the policy's own best of 32 endpoints.
+"""SDAC (arXiv 2502.00361): soft diffusion actor-critic, noise expectation at the policy's best of 32 endpoints.
 
-It is `RFM` with these settings; docs/methods/sdac.md lists the deviations. The paper's second method, DPMD, is dpmd.py.
+It is `RFM` with these settings; docs/methods/sdac.md lists the deviations. The second method of
+the paper, DPMD, is in dpmd.py.
 """
 
 from dataclasses import replace

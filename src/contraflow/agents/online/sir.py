@@ -1,6 +1,7 @@
-"""Sampling-importance-resampling, the actor-free yardstick: n actions of a fixed base, one by softmax(Q / lambda).
+"""Sampling-importance-resampling without an actor: draw n actions of a fixed base, pick one by softmax(Q / lambda).
 
-What a policy adds over this is what the policy has learned; the rest is done by the critic and the choice.
+This is a baseline. The gain of a policy over it is what the policy has learned; the critic and the selection do the
+rest.
 """
 
 from dataclasses import dataclass
@@ -25,24 +26,29 @@ from contraflow.rl.temperature import Constant, Schedule
 
 
 class SIRState(eqx.Module):
+    """Everything that SIR learns: critics, temperature, optimiser and statistics."""
+
     critic: QEnsemble
     target: QEnsemble
     critic_opt: PyTree
-    action: Float[Array, " a"]  # zeros; carries the action dimension
+    action: Float[Array, " a"]  # zeros; holds the size of an action
     temperature: Float[Array, ""]
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class SIR:
-    """Base distribution over actions: a = 2 b - 1 with b ~ Beta(kappa, kappa)^d; 1 is uniform, less favours faces."""
+    """Sampling-importance-resampling from a = 2 b - 1 with b ~ Beta(kappa, kappa)^d.
+
+    kappa = 1 is uniform and kappa < 1 favours the faces of the box. Raises ValueError unless kappa is positive.
+    """
 
     explore: Selector = Softmax(particles=32)
     backup: Selector = Softmax(particles=32)
     greedy: Selector = Argmax(particles=32)
     kappa: float = 1.0
-    """The density over u = atanh a is then ~ prod sech^(2 kappa) u_j, as with RFM's `jacobian_power`."""
+    """The density over u = atanh a is ~ prod sech^(2 kappa) u_j, as with the `jacobian_power` of RFM."""
     temperature: Schedule = Constant(0.02)
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics()
@@ -55,18 +61,18 @@ class SIR:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> SIRState:
-        """Fresh critics for `spec`'s sizes; the target is a copy."""
+        """Returns fresh critics for the sizes of `spec`; the target is a copy."""
         return SIRState(
             *self.critic.init(key, spec), jnp.zeros(spec.action_dim), self.temperature.first(),
             jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 
     def policy(self, state: SIRState) -> Policy:
-        """One of n actions of the base distribution, picked by Q(s, a)."""
+        """Returns the policy that picks one of n base actions by Q(s, a)."""
         return normalised(state.stats, self._best(state, self.explore, self.greedy))
 
     def update(self, state: SIRState, batch: Batch, key: PRNGKey) -> tuple[SIRState, Metrics]:
-        """One step of the critics and targets on a batch [B]."""
+        """Makes one step of the critics and targets on a batch [B]."""
         k_next, k_critic = jr.split(key)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
         keys = jr.split(k_next, batch.reward.shape[0])

@@ -21,6 +21,8 @@ from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_no
 
 
 class TD3State(eqx.Module):
+    """Everything that TD3 learns: actor, critics, slow copies, optimisers and statistics."""
+
     actor: MLP
     slow: MLP
     critic: QEnsemble
@@ -28,20 +30,23 @@ class TD3State(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class TD3:
-    """a = tanh f(s), moved up Q; targets are made by a slow copy with clipped noise (1802.09477, algorithm 1)."""
+    """Maximises Q at a = tanh f(s); targets use a slow copy with clipped noise (1802.09477, algorithm 1).
+
+    Raises ValueError for a delay that is not positive or negative noise.
+    """
 
     noise: float = 0.1
-    """Standard deviation of what is added while exploring."""
+    """Standard deviation of the noise while exploring."""
     smoothing: float = 0.2
-    """Standard deviation of the noise of a' in targets."""
+    """Standard deviation of the noise of a' in the critic's targets."""
     smoothing_clip: float = 0.5
     delay: int = 2
-    """Updates of the critics for one of the actor and its slow copy."""
+    """Critic updates per update of the actor and its slow copy."""
     normalise_obs: NormaliseObs = "off"
     critic: Critics = Critics(width=256, optim=Optim(1e-3))
     actor: MLPSpec = MLPSpec(256, 2)
@@ -57,7 +62,7 @@ class TD3:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> TD3State:
-        """Fresh networks for `spec`'s sizes; the slow copies are copies."""
+        """Returns fresh networks for the sizes of `spec`; the slow copies are copies of them."""
         k_actor, k_critic = jr.split(key)
         actor = self.actor.init(k_actor, spec.observation, spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -67,15 +72,15 @@ class TD3:
         )  # fmt: skip
 
     def policy(self, state: TD3State) -> Policy:
-        """tanh f(s), with noise while exploring."""
+        """Returns tanh f(s), with noise while exploring."""
         return normalised(state.stats, Deterministic(state.actor, self.noise))
 
     def update(self, state: TD3State, batch: Batch, key: PRNGKey) -> tuple[TD3State, Metrics]:
-        """One step of the critics on a batch [B], and every `delay`-th time of the actor and its slow copy."""
+        """Makes one step of the critics on a batch [B], and every `delay`-th time one of the actor and its copy."""
         k_smooth, k_critic = jr.split(key)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' of the slow copy, smoothed.
+        # 1. Critic, with a smoothed a' from the slow copy.
         noise = self.smoothing * jr.normal(k_smooth, batch.action.shape)
         noise = jnp.clip(noise, -self.smoothing_clip, self.smoothing_clip)
         action = jnp.clip(jnp.tanh(jax.vmap(state.slow)(batch.next_obs)) + noise, -1.0, 1.0)

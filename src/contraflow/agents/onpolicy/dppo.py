@@ -1,12 +1,12 @@
 """Diffusion policy policy optimisation, DPPO (arXiv 2409.00588): PPO on the last denoising steps.
 
-x_0 ~ N(0, I); each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with DDPM's deviation
-or `min_std`, whichever is larger. The first steps stay those of the pretrained network, the last `learned` are
-improved, each a decision of its own: its ratio is clipped by itself, and its advantage is that of the action,
-discounted for noise.
+x_0 ~ N(0, I). Each step draws x_{k+1} around the mean of q(x_r | x_t, x1) at the predicted x1, with the larger of
+DDPM's standard deviation and `min_std`. The first steps stay those of the pretrained network and the last `learned` are
+improved. Each learned step is a separate decision: its ratio is clipped separately, and its advantage is that of the
+action, discounted for each later denoising step.
 
-Differences to the released code: minibatches hold whole chains, not pairs of environment and denoising step;
-log-densities are not clamped and noise is not cut at three deviations.
+Differences from the released code: minibatches hold whole chains, not pairs of environment and denoising step;
+log-densities are not clamped and noise is not cut at three standard deviations.
 """
 
 from dataclasses import dataclass, replace
@@ -43,14 +43,14 @@ DIFFUSION = FlowSpec(path=VP(), predict="noise", solver=Ddim(20), clip=1.0, netw
 
 
 class Draw(eqx.Module):
-    """What acting remembers: the learned part of the chain, and the log-density of each of its coordinates."""
+    """Data kept from acting: the learned part of the chain, and the log-density of each of its coordinates."""
 
     chain: Float[Array, "*batch n a"]
     log_prob: Float[Array, "*batch l a"]
 
 
 class Denoiser(eqx.Module):
-    """A chain of `steps` denoising steps of which the last `learned` are those of `actor`, the first of `reference`."""
+    """A chain of `steps` denoising steps: the first ones by `reference`, the last `learned` by `actor`."""
 
     actor: Flow
     reference: Flow
@@ -63,7 +63,7 @@ class Denoiser(eqx.Module):
         return self.actor
 
     def kernel(self, flow: Flow, obs: Obs, min_std: float, first: int) -> Kernel:
-        """Steps first, first + 1, ... of a flow under s, with DDPM's deviation or `min_std` if that is larger."""
+        """Returns steps first, first + 1, ... of a flow at s, with the larger of DDPM's deviation and `min_std`."""
         path, n, cond = flow.spec.path, self.steps, flow.encode(obs)
 
         def kernel(x, k):
@@ -76,11 +76,11 @@ class Denoiser(eqx.Module):
         return kernel
 
     def learned_kernel(self, obs: Obs) -> Kernel:
-        """The learned steps as they act in training."""
+        """Returns the learned steps as they act in training."""
         return self.kernel(self.actor, obs, self.min_std, self.steps - self.learned)
 
     def chain(self, obs: Obs, key: PRNGKey, min_std: float) -> Float[Array, "n a"]:
-        """The learned part of a chain, from the x that the pretrained steps lead to."""
+        """Returns the learned part of a chain [learned + 1, a], from the x where the pretrained steps end."""
         k_x0, k_before, k_learned = jr.split(key, 3)
         x, first = self.actor.noise(k_x0), self.steps - self.learned
         if first:
@@ -88,7 +88,7 @@ class Denoiser(eqx.Module):
         return rollout(self.kernel(self.actor, obs, min_std, first), x, self.learned, k_learned)
 
     def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
-        """An action and the learned part of its chain."""
+        """Returns an action [a] and the learned part of its chain."""
         chain = self.chain(obs, key, self.min_std)
         return self.actor.action(chain[-1]), Draw(chain, log_prob(self.learned_kernel(obs), chain, range(self.learned)))
 
@@ -102,24 +102,28 @@ class Denoiser(eqx.Module):
 
 @dataclass(frozen=True)
 class DPPO:
-    """Per action `steps` evaluations; per row of a minibatch `learned`, with gradients."""
+    """PPO on the last `learned` denoising steps (2409.00588).
+
+    Cost: `steps` evaluations per action, and `learned` with gradients per row of a minibatch. Raises ValueError for
+    values out of range.
+    """
 
     flow: FlowSpec = DIFFUSION
-    """The flow to improve: that of the pretrained policy, where one is given."""
+    """The flow to improve; a pretrained policy replaces it."""
     steps: int | None = None
-    """Denoising steps; None is those of the flow's solver."""
+    """Denoising steps; None uses those of the flow's solver."""
     learned: int = 10
-    """Denoising steps that are improved, counted from the last."""
+    """Number of denoising steps to improve, counted from the last."""
     min_std: float = 0.1
-    """Of every step that acts in training or is learned; evaluation has the deviation of DDPM itself."""
+    """Minimum standard deviation of every step in training; evaluation uses DDPM's own."""
     ratio: Literal["mean", "sum"] = "mean"
-    """Log-densities of a step are averaged over coordinates (as released) or summed (true)."""
+    """Averages the log-density of a step over coordinates (`mean`, as released) or sums it (`sum`, the true ratio)."""
     gamma_denoise: float = 0.99
-    """Advantages of a step j steps before the last are multiplied by gamma_denoise^j."""
+    """The advantage of a step j steps before the last is multiplied by gamma_denoise^j."""
     clip: float = 0.01
-    """Of the last step."""
+    """Clip of the last step's ratio."""
     clip_first: float = 0.01
-    """Of the first learned step; in between exponentially."""
+    """Clip of the first learned step's ratio; exponential in between."""
     ppo: PPOSettings = PPOSettings(
         target_kl=1.0, actor_optim=Optim(1e-4, max_grad_norm=10.0), critic_optim=Optim(1e-3, max_grad_norm=10.0)
     )
@@ -136,27 +140,27 @@ class DPPO:
         return self.ppo.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks; `adopt` puts a trained flow in."""
+        """Returns fresh networks; `adopt` inserts a pretrained flow."""
         k_flow, k_critic = jr.split(key)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         return first_state(self.ppo, flow, spec, k_critic, reference=jax.tree.map(jnp.copy, flow))
 
     def policy(self, state: PPOState) -> Policy:
-        """The end of a chain; in evaluation without the additional noise."""
+        """Returns the end of a chain; evaluation uses the noise of DDPM without `min_std`."""
         return normalised(state.stats, self._denoiser(state.actor, state.reference))
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
-        """Passes over one rollout [T, N]."""
+        """Makes the passes over one rollout [T, N]."""
         return improve(self.ppo, state, rollout, key, self._surrogate)
 
     def starting_from(self, policy: Policy) -> "DPPO":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         mode = pretrained_mode(self.ppo.normalise_obs, stats)
         return replace(self, flow=flow.spec, ppo=replace(self.ppo, normalise_obs=mode))
 
     def adopt(self, state: PPOState, policy: Policy) -> PPOState:
-        """The state with the networks of a pretrained policy, for the steps that stay and for those that learn."""
+        """Returns the state with the networks of a pretrained policy, for the frozen and the learned steps."""
         flow, stats = adopted(self.flow, policy, self)
         reference = jax.tree.map(jnp.copy, flow)
         return replace(state, actor=flow, reference=reference, stats=state.stats if stats is None else stats)

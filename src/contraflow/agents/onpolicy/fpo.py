@@ -1,11 +1,11 @@
 """Flow matching policy gradients, FPO (arXiv 2507.21053): PPO for a flow policy without likelihoods.
 
-In place of log pi(a | s) stands minus the flow-matching loss of the action taken, which bounds it from below:
+Minus the flow-matching loss of the action, a lower bound, replaces log pi(a | s):
 
-    rho = exp(mean_j l_old,j - mean_j l_new,j),   l_j = w(t_j) |v(x_{t_j}, t_j, s) - (a - eps_j)|^2,
+    rho = exp(mean_j l_old,j - mean_j l_new,j),   l_j = w(t_j) |v(x_{t_j}, t_j, s) - (a - eps_j)|^2.
 
-with pairs (t_j, eps_j) drawn when the action is taken and kept. Noise enters at x_0 only. log rho is cut at +-3: one
-outlier among weighted losses would own the gradient, or overflow.
+The pairs (t_j, eps_j) are drawn and kept when the action is taken. Noise enters only at x_0. log rho is clipped to +-3,
+because one outlier among weighted losses would dominate the gradient or overflow.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ Ratio = Literal["mean", "sum"]
 
 
 class Draw(eqx.Module):
-    """What acting remembers: the end of the flow, the pairs and their losses."""
+    """Data kept from acting: the end of the flow, the pairs and their losses."""
 
     end: Float[Array, "*batch a"]
     t: Float[Array, "*batch M"]
@@ -53,7 +53,7 @@ class Draw(eqx.Module):
 
 
 class MatchedFlow(eqx.Module):
-    """A flow that keeps matching losses of its actions."""
+    """A flow that records the matching losses of its actions."""
 
     flow: Flow
     pairs: int = eqx.field(static=True)
@@ -63,7 +63,7 @@ class MatchedFlow(eqx.Module):
     def losses(
         self, obs: Obs, end: Float[Array, " a"], t: Float[Array, " M"], noise: Float[Array, "M a"]
     ) -> Float[Array, " M"]:
-        """l_j of the pairs (t_j, noise_j)."""
+        """Returns the losses l_j [M] of the pairs (t_j, noise_j)."""
         reduce = jnp.mean if self.ratio == "mean" else jnp.sum
 
         def one(t, x0):
@@ -73,7 +73,7 @@ class MatchedFlow(eqx.Module):
         return jax.vmap(one)(t, noise)
 
     def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
-        """An action, and pairs with their losses."""
+        """Returns an action [a], and pairs with their losses."""
         k_solve, k_t, k_noise = jr.split(key, 3)
         end = self.flow.sample(self.flow.noise(k_solve), obs, jr.fold_in(k_solve, 1))
         t = jr.uniform(k_t, (self.pairs,), minval=EDGE, maxval=1.0 - EDGE)
@@ -90,15 +90,19 @@ class MatchedFlow(eqx.Module):
 
 @dataclass(frozen=True)
 class FPO:
-    """Per action the flow's evaluations + `pairs`; per row of a minibatch `pairs`, with gradients."""
+    """PPO with matching losses in place of log-densities (2507.21053).
+
+    Cost: the flow's evaluations + `pairs` per action, and `pairs` with gradients per row of a minibatch. Raises
+    ValueError for values that are not positive and for a flow that is not a velocity on the linear path.
+    """
 
     flow: FlowSpec = FlowSpec()
-    """The flow to improve: that of the pretrained policy, where one is given."""
+    """The flow to improve; a pretrained policy replaces it."""
     pairs: int = 8
     weight: Weight = "noise"
-    """w(t): t^2, the error of the predicted noise (as released); 1; or t / (1 - t), a bound of the log-density."""
+    """w(t): t^2, the error of the predicted noise (as released); 1; or t / (1 - t), a bound on the log-density."""
     ratio: Ratio = "mean"
-    """Squared errors are averaged over coordinates (as released) or summed (a true bound)."""
+    """Averages squared errors over coordinates (`mean`, as released) or sums them (`sum`, a true bound)."""
     clip: float = 0.05
     ppo: PPOSettings = PPOSettings(gamma=0.995)
 
@@ -106,34 +110,34 @@ class FPO:
         check_positive(self, "pairs", "clip")
         spec = self.flow
         if spec.averaged or spec.predict != "velocity" or not isinstance(spec.path, Linear):
-            raise ValueError("FPO's loss is that of a velocity on the linear path: use such a flow")
+            raise ValueError("FPO needs a flow that predicts the velocity of the linear path: use FlowSpec()")
 
     @property
     def gamma(self) -> float:
         return self.ppo.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks; `adopt` puts a trained flow in."""
+        """Returns fresh networks; `adopt` inserts a pretrained flow."""
         k_flow, k_critic = jr.split(key)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         return first_state(self.ppo, MatchedFlow(flow, self.pairs, self.weight, self.ratio), spec, k_critic)
 
     def policy(self, state: PPOState) -> Policy:
-        """The end of the ODE from a random x_0; the same in training and evaluation."""
+        """Returns the end of the ODE from a random x_0, in training and in evaluation."""
         return normalised(state.stats, state.actor)
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
-        """Passes over one rollout [T, N]."""
+        """Makes the passes over one rollout [T, N]."""
         return improve(self.ppo, state, rollout, key, self._surrogate)
 
     def starting_from(self, policy: Policy) -> "FPO":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         mode = pretrained_mode(self.ppo.normalise_obs, stats)
         return replace(self, flow=flow.spec, ppo=replace(self.ppo, normalise_obs=mode))
 
     def adopt(self, state: PPOState, policy: Policy) -> PPOState:
-        """The state with the networks of a pretrained policy."""
+        """Returns the state with the networks of a pretrained policy."""
         flow, stats = adopted(self.flow, policy, self)
         return replace(state, actor=replace(state.actor, flow=flow), stats=state.stats if stats is None else stats)
 

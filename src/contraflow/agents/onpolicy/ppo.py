@@ -1,6 +1,6 @@
 """Proximal policy optimisation (1707.06347) with a Gaussian policy: the on-policy reference.
 
-Details as in the best-tested implementations (Huang et al., "The 37 implementation details of PPO", 2022): normalised
+It follows the best-tested implementations (Huang et al., "The 37 implementation details of PPO", 2022): normalised
 observations, rewards scaled by the deviation of the return, state-independent standard deviation, small last layer.
 """
 
@@ -36,7 +36,10 @@ OPTIM = Optim(3e-4, max_grad_norm=0.5)
 
 @dataclass(frozen=True)
 class PPO:
-    """a = clip(x, -1, 1), x ~ N(mean(s), std^2); ratios are those of x."""
+    """PPO with a = clip(x, -1, 1), x ~ N(mean(s), std^2); ratios are those of x (1707.06347).
+
+    Raises ValueError unless `clip` and `init_std` are positive.
+    """
 
     clip: float = 0.2
     entropy: float = 0.0
@@ -55,7 +58,7 @@ class PPO:
         return self.ppo.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks for `spec`'s sizes; the last layer of the mean is a hundredth of the usual."""
+        """Returns fresh networks for the sizes of `spec`; the last layer of the mean is scaled by .01."""
         k_actor, k_critic = jr.split(key)
         mean = self.actor.init(k_actor, spec.observation, spec.action_dim)
         mean = eqx.tree_at(lambda m: m.last.weight, mean, 0.01 * mean.last.weight)
@@ -63,11 +66,11 @@ class PPO:
         return first_state(self.ppo, actor, spec, k_critic)
 
     def policy(self, state: PPOState) -> Policy:
-        """A clipped draw, or the clipped mean in evaluation."""
+        """Returns the clipped Gaussian, which acts by its clipped mean in evaluation."""
         return normalised(state.stats, state.actor)
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
-        """Passes over one rollout [T, N]."""
+        """Makes the passes over one rollout [T, N]."""
         return improve(self.ppo, state, rollout, key, self._surrogate)
 
     def _surrogate(self, actor: ClippedGaussian, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:

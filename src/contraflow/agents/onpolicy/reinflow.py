@@ -1,10 +1,10 @@
-"""ReinFlow (arXiv 2505.22094): a flow policy of few steps, improved by PPO on the chain that learned noise makes of it.
+"""ReinFlow (arXiv 2505.22094): a flow policy of few steps, which learned noise turns into a chain that PPO improves.
 
-x_0 ~ N(0, I), x_{k+1} ~ N(x_k + dt v(x_k, t_k, s), sigma(t_k, s)^2), action clip(x_K, -1, 1). The noise network lets
-gradients of a likelihood reach the velocity; deployment drops it and solves the ODE on the same grid k / K.
+x_0 ~ N(0, I), x_{k+1} ~ N(x_k + dt v(x_k, t_k, s), sigma(t_k, s)^2), action clip(x_K, -1, 1). The noise gives the chain
+a likelihood with gradients for the velocity. Deployment drops it and solves the ODE on the same grid k / K.
 
-Differences to the released code: sampling and scoring share one grid; means are not clipped inside the chain, draws not
-truncated at three deviations and log-densities not clamped, so that the ratio is exact; the anchor uses random x_0.
+Differences from the released code: sampling and scoring share one grid; means are not clipped inside the chain, draws
+not truncated at three deviations and log-densities not clamped, so the ratio is exact; the anchor uses random x_0.
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ from contraflow.rl.ppo import (
 
 
 class Draw(eqx.Module):
-    """What acting remembers: the chain, and the log-density of each of its coordinates."""
+    """Data kept from acting: the chain, and the log-density of each of its coordinates."""
 
     chain: Float[Array, "*batch n a"]
     log_prob: Float[Array, "*batch K a"]
@@ -51,12 +51,12 @@ class NoisyFlow(eqx.Module):
 
     flow: Flow
     noise: MLP
-    reach: Float[Array, ""]  # largest log-variance now allowed, of which no gradient is taken
+    reach: Float[Array, ""]  # largest log-variance allowed at present; no gradient flows through it
     low: float = eqx.field(static=True)
     steps: int = eqx.field(static=True)
 
     def kernel(self, obs: Obs) -> Kernel:
-        """The chain under s."""
+        """Returns the kernel of the chain at s."""
         cond, seen = self.flow.encode(obs), self.noise.encode(obs)
 
         def kernel(x, k):
@@ -65,19 +65,19 @@ class NoisyFlow(eqx.Module):
         return kernel
 
     def std(self, k: Int[Array, ""], obs: Obs) -> Float[Array, " a"]:
-        """sigma of step k."""
+        """Returns sigma [a] of step k."""
         spec = self.flow.spec
         low, high = 2 * jnp.log(self.low), jax.lax.stop_gradient(self.reach)
         out = self.noise(obs, time_embedding(spec.clock * k / self.steps, spec.network.embedding))
         return jnp.exp(0.5 * (low + (high - low) * (jnp.tanh(out) + 1) / 2))
 
     def chain(self, obs: Obs, key: PRNGKey) -> Float[Array, "n a"]:
-        """x_0 ... x_K."""
+        """Returns x_0 ... x_K [K + 1, a]."""
         k_x0, k_chain = jr.split(key)
         return rollout(self.kernel(obs), self.flow.noise(k_x0), self.steps, k_chain)
 
     def sample(self, obs: Obs, key: PRNGKey) -> tuple[Float[Array, " a"], Draw]:
-        """An action and the chain that led to it."""
+        """Returns an action [a] and the chain that led to it."""
         chain = self.chain(obs, key)
         return self.flow.action(chain[-1]), Draw(chain, log_prob(self.kernel(obs), chain, range(self.steps)))
 
@@ -92,24 +92,28 @@ class NoisyFlow(eqx.Module):
 
 @dataclass(frozen=True)
 class ReinFlow:
-    """Per action K evaluations of both networks; per row of a minibatch as many, with gradients."""
+    """PPO on the chain of a noisy flow (2505.22094).
+
+    Cost: K evaluations of both networks per action, and as many with gradients per row of a minibatch. Raises
+    ValueError for values out of range.
+    """
 
     flow: FlowSpec = FlowSpec()
-    """The flow to improve: that of the pretrained policy, where one is given."""
+    """The flow to improve; a pretrained policy replaces it."""
     steps: int = 4
     """K, in training and deployment."""
     std: tuple[float, float] = (0.1, 0.24)
     """Smallest and largest sigma."""
     std_end: float = 0.7
-    """The largest falls along a cosine to min + std_end (max - min), over `std_rollouts`."""
+    """The largest sigma falls along a cosine to min + std_end (max - min), over `std_rollouts`."""
     std_rollouts: int | None = None
-    """Rollouts until then, of which the first 35 % leave it as it is; None keeps it throughout."""
+    """Rollouts of that schedule, of which the first 35 % leave sigma unchanged; None keeps it constant."""
     ratio: Literal["mean", "sum"] = "mean"
-    """Log-densities of a chain are averaged over steps and coordinates (as in the paper) or summed (the true ratio)."""
+    """Averages log-densities over steps and coordinates (`mean`, as in the paper) or sums them (`sum`, true ratio)."""
     entropy: float = 0.03
     """Weight of mean_{k,j} .5 log(2 pi e sigma_{k,j}^2)."""
     anchor: float = 0.0
-    """Weight of |x_1 - x_1'|^2 for the pretrained policy from the same noise, a bound of the Wasserstein distance."""
+    """Weight of |x_1 - x_1'|^2 with x_1' from the pretrained policy at equal x_0; bounds the Wasserstein distance."""
     clip: float = 0.01
     ppo: PPOSettings = PPOSettings(
         target_kl=1.0, actor_optim=Optim(4.5e-5, max_grad_norm=10.0), critic_optim=Optim(6.5e-4, max_grad_norm=10.0)
@@ -128,7 +132,7 @@ class ReinFlow:
         return self.ppo.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> PPOState:
-        """Fresh networks; `adopt` puts a trained flow in."""
+        """Returns fresh networks; `adopt` inserts a pretrained flow."""
         k_flow, k_noise, k_critic = jr.split(key, 3)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         sizes = spec.observation, spec.action_dim, max(self.ppo.critic.width // 4, 8), 2
@@ -140,11 +144,11 @@ class ReinFlow:
         return first_state(self.ppo, actor, spec, k_critic, reference=reference)
 
     def policy(self, state: PPOState) -> Policy:
-        """The end of a noisy chain, or of the ODE in evaluation."""
+        """Returns the end of a noisy chain, or of the ODE in evaluation."""
         return normalised(state.stats, state.actor)
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
-        """Passes over one rollout [T, N]."""
+        """Makes the passes over one rollout [T, N]."""
 
         def surrogate(actor, batch, key):
             return self._surrogate(actor, batch, key, state.reference)
@@ -154,13 +158,13 @@ class ReinFlow:
         return eqx.tree_at(lambda s: s.actor.reach, state, reach), metrics | {"largest_std": jnp.exp(0.5 * reach)}
 
     def starting_from(self, policy: Policy) -> "ReinFlow":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         mode = pretrained_mode(self.ppo.normalise_obs, stats)
         return replace(self, flow=flow.spec, ppo=replace(self.ppo, normalise_obs=mode))
 
     def adopt(self, state: PPOState, policy: Policy) -> PPOState:
-        """The state with the networks of a pretrained policy, which is also the anchor."""
+        """Returns the state with the networks of a pretrained policy, which is also the anchor."""
         flow, stats = adopted(self.flow, policy, self)
         reference = jax.tree.map(jnp.copy, flow) if self.anchor else None
         return replace(

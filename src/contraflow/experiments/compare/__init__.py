@@ -1,3 +1,3 @@
-"""A matrix of agents, environments and seeds: `matrix` says what it consists of and what is done, `worker` trains
-one cell, or several seeds at once, in a process of its own, `runner` keeps such workers going, on this machine or as
-tasks of Ray, `board` shows them."""
+"""A matrix of agents, environments and seeds. `matrix` defines its cells and their state, `worker` trains one cell, or
+several seeds at once, in a separate process, `runner` runs such workers on this machine or as tasks of Ray, and `board`
+shows their progress."""

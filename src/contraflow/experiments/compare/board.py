@@ -1,4 +1,4 @@
-"""What a comparison shows while it goes: a live table in a terminal, plain lines elsewhere."""
+"""Progress of a comparison: a live table in a terminal, plain lines elsewhere."""
 
 import time
 from collections import Counter
@@ -14,13 +14,13 @@ from rich.table import Table
 from contraflow.experiments.compare.matrix import Cell, steps_taken
 from contraflow.training.log import read_evaluations
 
-QUIET_SECONDS = 60.0  # between two plain lines
+QUIET_SECONDS = 60.0  # minimum between two plain lines
 STATES = ("done", "running", "waiting", "failed")
 
 
 @dataclass
 class Board:
-    """Where a comparison says how it stands."""
+    """The progress display of a comparison."""
 
     console: Console
     live: Live | None
@@ -28,11 +28,11 @@ class Board:
     spoke: float
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self.console.print(text)
 
     def refresh(self) -> None:
-        """Show how things stand; a plain line now and then where there is no terminal."""
+        """Updates the display; without a terminal, prints a plain line now and then."""
         if self.live:
             self.live.refresh()
         elif time.monotonic() - self.spoke > QUIET_SECONDS:
@@ -43,6 +43,7 @@ class Board:
 
 @contextmanager
 def board(status: Mapping[Cell, str], quiet: bool) -> Iterator[Board]:
+    """Yields the display of a comparison: live in a terminal, plain lines elsewhere, silent if `quiet`."""
     console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
     live = Live(console=console, auto_refresh=False, get_renderable=lambda: table(status))
     if not console.is_terminal:
@@ -58,7 +59,7 @@ def _done(status: Mapping[Cell, str]) -> str:
 
 
 def table(status: Mapping[Cell, str]) -> Table:
-    """One row per agent and environment: how many seeds are done, how far those at work are, the last returns."""
+    """Returns a row per agent and environment: seeds by state, steps of the running ones, their last returns."""
     out = Table("agent", "environment", title=_done(status), title_justify="left")
     for name in (*STATES, "steps", "last returns"):
         out.add_column(name, justify="right")
@@ -74,8 +75,8 @@ def table(status: Mapping[Cell, str]) -> Table:
 
 
 def last_return(folder: Path) -> float | None:
-    """The mean return of the last evaluation so far."""
+    """Returns the mean return of the latest evaluation, or None."""
     try:
         return read_evaluations(folder)[-1]["return_mean"]
-    except (ValueError, LookupError, TypeError):  # none yet, or a line that is just being written
+    except (ValueError, LookupError, TypeError):  # none yet, or a line that is being written
         return None

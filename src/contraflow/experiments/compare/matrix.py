@@ -1,7 +1,7 @@
-"""The cells of a comparison, the settings that they share, and what is done of them.
+"""The cells of a comparison, the settings that they share, and their state.
 
-`OUT/matrix.json` holds the settings. The state of a cell is read off its folder `OUT/AGENT/ENV/seedK`, which is the
-folder of an ordinary run, so nothing is lost with the process that looks after the matrix.
+`OUT/matrix.json` holds the settings. The state of a cell is determined from its folder `OUT/AGENT/ENV/seedK`, the
+folder of an ordinary run, so nothing is lost with the process that supervises the matrix.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from contraflow.rl.critics import Critics
 from contraflow.training.run import Run, read_config, write_config
 
 FINAL, FAILED, LOG, LOCK = "final.json", "failed.json", "worker.log", "worker.lock"
-OURS = {FAILED, LOG, LOCK}  # what may lie in a folder that has no config.json yet, beside half-written files
+OURS = {FAILED, LOG, LOCK}  # files allowed in a folder without config.json, besides half-written ones
 State = Literal["new", "started", "failed", "done"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of a matrix share, whatever their presets say: the comparison is of agents, not of settings."""
+    """Settings that all cells of a matrix share and that replace those of presets, so that only the agents differ."""
 
     steps: int
     """Environment steps of a run, summed over `num_envs`; one step is one decision of the agent. For agents that learn
@@ -40,7 +40,7 @@ class Settings:
     """Gradient steps after each step of all environments."""
     batch_size: int = 256
     n_step: int = 1
-    """Rewards summed before the value is asked."""
+    """Rewards summed before the value is bootstrapped."""
     buffer_size: int = 250_000
     eval_every: int = 10_000
     eval_episodes: int = 10
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One agent on one environment with one seed; `run` is the whole of its settings."""
+    """One agent on one environment with one seed; `run` holds all settings."""
 
     agent: str
     env: str
@@ -79,8 +79,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Agents by name, each a run of its preset; those in `own` keep their networks and optimiser. `data` gives the
-    datasets of environments, for agents that learn from one."""
+    """Agents by name, each a run of its preset, on environments and seeds.
+
+    Agents in `own` keep their networks and optimiser. `data` maps environments to datasets, for agents that learn from
+    one.
+    """
 
     out: Path
     agents: Mapping[str, Run]
@@ -92,7 +95,7 @@ class Matrix:
     trust: Trust = ""
 
     def cells(self) -> list[Cell]:
-        """All of them, seed by seed, so that a matrix broken off early still compares all agents on all environments.
+        """Returns all cells, seed by seed, so that an interrupted matrix still compares all agents on all environments.
 
         Raises UserError for settings that do not fit an agent.
         """
@@ -110,10 +113,10 @@ class Matrix:
         return cells
 
     def record(self) -> None:
-        """Write `out`/matrix.json, or check the one that is there.
+        """Writes `out`/matrix.json, or checks the existing one.
 
         A later call may add agents, environments and seeds, and may name fewer. Raises UserError when the settings, or
-        those of an agent of the same name, are others than recorded, or when `out` is something else.
+        those of an agent with the same name, differ from the recorded ones, or when `out` is something else.
         """
         out, file = self.out, self.out / "matrix.json"
         if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -141,12 +144,12 @@ class Matrix:
 
 
 def cell_folder(out: Path, agent: str, env: str, seed: int) -> Path:
-    """OUT/AGENT/ENV/seedK, in letters that a path may hold."""
+    """Returns OUT/AGENT/ENV/seedK, in characters that a path may contain."""
     return out / agent / re.sub(r"[^\w.-]", "-", env) / f"seed{seed}"
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """`out`/matrix.json. Raises UserError if it is damaged or of another release."""
+    """Returns `out`/matrix.json. Raises UserError if it is damaged or from another release."""
     file = out / "matrix.json"
     data = read_json(file)
     check_schema(data, file)
@@ -154,12 +157,12 @@ def read_record(out: Path) -> dict[str, Any]:
         _ = data["settings"]["steps"], list(data["envs"]), range(data["seeds"]), dict(data["data"])
         _ = [(agent["own"], agent["agent"], agent["source"]) for agent in data["agents"].values()]
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is damaged: restore it, or compare anew with another --out") from None
+        raise UserError(f"{file} is damaged: restore it, or compare again with another --out") from None
     return data
 
 
 def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted name, old, new) of the first field in which two JSON values differ."""
+    """Returns (dotted name, old, new) of the first field in which two JSON values differ, or None."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
             if found := first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
@@ -169,7 +172,7 @@ def first_difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any
 
 
 def state(folder: Path) -> State:
-    """What is done of a cell: `failed` means that the last attempt failed, `started` that none has come to an end."""
+    """Returns the state of a cell: `failed` if the last attempt failed, `started` if none has ended."""
     if (folder / FINAL).exists():
         return "done"
     if (folder / FAILED).exists():
@@ -178,10 +181,10 @@ def state(folder: Path) -> State:
 
 
 def prepare(cell: Cell, trust: Trust = "") -> State:
-    """Make the folder of a cell ready for a worker; its state. Raises UserError when it is not this cell's."""
+    """Prepares the folder of a cell for a worker and returns its state. Raises UserError if it is not this cell's."""
     folder, now = cell.folder, state(cell.folder)
     if (folder / "config.json").exists():
-        # Read as the run that it is now: a field that was unknown when it was written has the effect of its default.
+        # Read and written again: a field that did not exist when it was written now has its default.
         if found := first_difference(to_json(read_config(folder, trust)), to_json(cell.run)):
             raise UserError(
                 f"{folder} belongs to another run ({found[0]} = {found[1]}, not {found[2]}): "
@@ -189,14 +192,14 @@ def prepare(cell: Cell, trust: Trust = "") -> State:
             )
         return now
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir() if p.suffix != ".tmp"} - OURS):
-        raise UserError(f"{folder} holds something else than a run: move it away, or choose another --out")
+        raise UserError(f"{folder} holds something other than a run: move it away, or choose another --out")
     make_folder(folder)
     write_config(cell.run, folder)
     return now
 
 
 def at_work(folder: Path) -> bool:
-    """Whether a worker holds the lock of a cell, on this machine or another that shares its file system."""
+    """Returns whether a worker holds the lock of a cell, on this machine or one that shares its file system."""
     try:
         with (folder / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -208,7 +211,7 @@ def at_work(folder: Path) -> bool:
 
 
 def failure(folder: Path) -> str:
-    """Why the last attempt failed, in one line."""
+    """Returns why the last attempt failed, in one line."""
     try:
         return str(json.loads((folder / FAILED).read_text())["reason"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -216,7 +219,7 @@ def failure(folder: Path) -> str:
 
 
 def steps_taken(folder: Path) -> int:
-    """Steps by the last complete line of metrics.jsonl; cheap enough to ask every second."""
+    """Returns the step in the last complete line of metrics.jsonl; cheap enough to call every second."""
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)

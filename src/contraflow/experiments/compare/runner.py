@@ -1,7 +1,7 @@
-"""The workers of a matrix, on this machine or as tasks of a Ray cluster.
+"""Runs the workers of a matrix, on this machine or as tasks of a Ray cluster.
 
-Workers share nothing but the folders: what is done is read off them, so killing any of them, or this process, loses
-only the steps since the last checkpoint.
+Workers share only the folders, which record what is done. Killing any worker, or this process, loses only the steps
+since the last checkpoint.
 """
 
 import importlib
@@ -26,19 +26,19 @@ from contraflow.experiments.compare.board import board, last_return
 from contraflow.experiments.compare.matrix import FAILED, LOG, Cell, failure, state
 from contraflow.training import checkpoint
 
-WAIT = 0.2  # seconds between two looks at the workers
+WAIT = 0.2  # seconds between two checks of the workers
 WORKER = (sys.executable, "-P", "-m", "contraflow.experiments.compare.worker")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-RETRIES = 3  # by Ray, of a cell whose worker was killed, whose node died; one that failed would fail again
-LOOK = 1.0  # seconds between two looks at the tasks and their folders, which may be far away
-REACH = 5.0  # seconds in which an address answers
+RETRIES = 3  # by Ray, of a cell with a killed worker or a dead node; a cell that failed would fail again
+LOOK = 1.0  # seconds between two checks of the tasks and their folders, which may be far away
+REACH = 5.0  # seconds to wait for an address to answer
 Group = tuple[Cell, ...]
 Running = dict[Any, Group]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the cells ended: those done before, those done now, those that failed and why."""
+    """The result of the cells: how many were done before, how many are done now, and which failed and why."""
 
     before: int
     done: int
@@ -48,41 +48,41 @@ class Outcome:
 
 @runtime_checkable
 class Runner(Protocol):
-    """Where workers run; a context that holds what is needed for it. At most `limit` workers are given to it."""
+    """A context in which workers run; it gets at most `limit` workers at a time."""
 
     @property
     def limit(self) -> int: ...
 
     def __enter__(self) -> str:
-        """In words, how many run at a time. Raises UserError if none can."""
+        """Returns in words how many run at a time. Raises UserError if none can."""
         ...
 
     def __exit__(self, *error: Any) -> None: ...
 
     def start(self, group: Group, episodes: int, trust: Trust) -> Any:
-        """A handle on a worker for the cells."""
+        """Starts a worker for the cells and returns a handle on it."""
 
     def ended(self, running: Running) -> list[Any]:
-        """After a moment, the workers that ended."""
+        """Waits a moment and returns the workers that have ended."""
         ...
 
     def reasons(self, worker: Any, group: Group) -> list[str | None]:
-        """Why each cell of a worker that ended failed; None for one that is done."""
+        """Returns why each cell of an ended worker failed; None for a cell that is done."""
         ...
 
     def stop(self, running: Running, force: bool) -> None:
-        """Ask the workers to save and stop; with `force`, kill them."""
+        """Tells the workers to save and stop; with `force`, kills them."""
 
 
 def run_cells(
     cells: Sequence[Cell], out: Path, runner: Runner, episodes: int, trust: Trust = "", quiet: bool = False,
     together: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Train and evaluate all cells that are not done, in order; cells that failed before are tried again.
+    """Trains and evaluates all cells that are not done, in order; cells that failed before are tried again.
 
     With `together`, one worker gets all cells that one program can train. A failing cell does not stop the others.
-    After Ctrl-C the workers save and stop; a second one kills them. Raises UserError, before anything runs, if another
-    process is at this matrix or a folder is not a cell's.
+    After Ctrl-C the workers save and stop; a second Ctrl-C kills them. Raises UserError, before anything runs, if
+    another process works on this matrix or a folder does not belong to a cell.
     """
     with runner as words, locked(out):
         status = {cell: "done" if matrix.prepare(cell, trust) == "done" else "waiting" for cell in cells}
@@ -110,7 +110,7 @@ def run_cells(
             except KeyboardInterrupt:
                 shown.note("stopping: the workers save first; Ctrl-C again kills them")
                 _stop(runner, running)
-                # Some may have come to an end before they were told to stop.
+                # Some may have ended before they were told to stop.
                 return Outcome(before, sum(state(c.folder) == "done" for c in cells) - before, failed, True)
     return Outcome(before, sum(s == "done" for s in status.values()) - before, failed)
 
@@ -128,13 +128,13 @@ def _stop(runner: Runner, running: Running) -> None:
 
 
 def grouped(cells: Sequence[Cell], trust: Trust) -> list[Group]:
-    """The cells in groups that one program can train: one agent on one environment written in JAX, at the same step.
+    """Groups the cells that one program can train: one agent on one environment written in JAX, at the same step.
 
-    Seeds that have parted, and cells of other environments, are groups of their own.
+    Seeds at different steps, and cells of other environments, form groups of one.
     """
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
-        # The start is checkpoint 0, also where it has not been written yet.
+        # The start counts as checkpoint 0, even before it is written.
         alike = (cell.agent, cell.env, checkpoint.latest(cell.folder) or 0)
         groups.setdefault(alike if bridge.in_jax(cell.env, trust) else cell, []).append(cell)
     return [tuple(group) for group in groups.values()]
@@ -142,7 +142,7 @@ def grouped(cells: Sequence[Cell], trust: Trust) -> list[Group]:
 
 @dataclass(frozen=True)
 class Local:
-    """Processes on this machine, with one thread each when there may be several."""
+    """Processes on this machine, with one thread each if there may be several."""
 
     limit: int
 
@@ -172,12 +172,15 @@ class Local:
 def start(
     folders: Sequence[Path], episodes: int, trust: Trust, one_thread: bool, cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """A worker for the cells in `folders`. Its standard input ends with this process, and a session of its own keeps
-    Ctrl-C from it: both are ours to pass on."""
+    """Starts a worker for the cells in `folders`.
+
+    Its standard input ends with this process, and a session of its own shields it from Ctrl-C, so this process forwards
+    both.
+    """
     command = [*WORKER, *(str(folder.absolute()) for folder in folders), str(episodes), trust]
     environ = dict(os.environ)
     if one_thread:
-        # One thread each, or they wait for one another; and no process takes three quarters of an accelerator's memory.
+        # One thread each, or they wait for each other; and no process may take three quarters of a GPU's memory.
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {ONE_THREAD}".strip()
         environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     first, *others = (folder / LOG for folder in folders)
@@ -191,13 +194,13 @@ def start(
 
 
 def how(code: int) -> str:
-    """How a worker ended that left no word."""
+    """Says how a worker ended that left no reason."""
     hint = " (out of memory?)" if code == -9 else ""
     return f"the worker was killed by signal {-code}{hint}" if code < 0 else f"the worker ended with exit code {code}"
 
 
 def concluded(folder: Path, reason: str) -> str | None:
-    """Why a cell failed; None if it did not. A worker that was killed could not say: `reason` stands in for it."""
+    """Returns why a cell failed, or None if it did not; `reason` is recorded for a worker that was killed."""
     if state(folder) == "done":
         return None
     if state(folder) != "failed":
@@ -206,13 +209,13 @@ def concluded(folder: Path, reason: str) -> str | None:
 
 
 class OnRay:
-    """Tasks of the Ray cluster at `address`, one CPU each; Ray says where and when, and tries again what was killed.
+    """Tasks of the Ray cluster at `address`, one CPU each; Ray schedules them and retries those that were killed.
 
     `address` is `host:port`, "auto" (the cluster that runs on this machine) or "local" (a new one, for this call). The
-    matrix and the current folder lie at the same paths on all nodes, and this process runs on one of them.
+    matrix and the current folder must have the same paths on all nodes, and this process must run on one of them.
     """
 
-    limit = sys.maxsize  # what has no place waits at Ray
+    limit = sys.maxsize  # Ray queues the tasks that have no place yet
 
     def __init__(self, address: str):
         self.address = address
@@ -227,7 +230,7 @@ class OnRay:
         try:
             if "://" in self.address or (self.address not in ("auto", "local") and not (host and port.isdigit())):
                 raise ValueError("an address is host:port, auto or local")
-            if colon:  # Ray itself asks for minutes, and then kills this process
+            if colon:  # Ray itself would retry for minutes and then kill this process
                 socket.create_connection((host, int(port)), REACH).close()
             self._ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, OverflowError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
@@ -250,7 +253,7 @@ class OnRay:
         return self._ray.wait(list(running), num_returns=len(running), timeout=LOOK)[0]
 
     def reasons(self, worker: Any, group: Group) -> list[str | None]:
-        try:  # what the task says is believed: over a network the folder may look here as it was a while ago
+        try:  # trust the result of the task: over a network, the folder seen here may be out of date
             return [self._ray.get(worker)]
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
@@ -264,13 +267,13 @@ class OnRay:
 
 
 def attempt(folder: Path, cwd: Path, episodes: int, trust: Trust) -> str | None:
-    """A task of Ray: a worker in `folder`, started in `cwd`. Why the cell failed; None when it is done.
+    """A Ray task: runs a worker in `folder`, started in `cwd`; returns why the cell failed, or None when it is done.
 
-    The lock of the cell lets one worker in at a time: when Ray gives a node up and tries the cell elsewhere while the
-    first worker is still alive, the second waits, and goes on from the last checkpoint or finds the result. Raises
-    ChildProcessError, after which Ray tries again, if the worker ended without a word.
+    The lock of the cell admits one worker at a time. If Ray gives up a node and retries the cell elsewhere while the
+    first worker is alive, the second one waits, then continues from the last checkpoint or finds the result. Raises
+    ChildProcessError, after which Ray tries again, if the worker ended without a result.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Ray hides no GPU from tasks that asked for none
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Ray hides no GPU from tasks that did not request one
     process = start([folder], episodes, trust, one_thread=True, cwd=cwd)
     try:
         while process.poll() is None:

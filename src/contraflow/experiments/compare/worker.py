@@ -1,8 +1,8 @@
-"""One cell, or several at once, in a process: `python -m ...compare.worker FOLDER... EPISODES TRUSTED`.
+"""The process of one cell, or of several at once: `python -m ...compare.worker FOLDER... EPISODES TRUSTED`.
 
-The process trains the run in FOLDER from where it stands, evaluates it, and leaves `final.json`, or `failed.json` with
-the reason. Runs in several folders, which differ in their seeds only, are trained by one program. The process saves and
-stops on SIGTERM and when its standard input ends, which is what happens when the process that started it dies.
+The process continues the run in FOLDER, evaluates it, and leaves `final.json`, or `failed.json` with the reason. One
+program trains the runs in several folders, which differ only in their seeds. The process saves and stops on SIGTERM and
+when its standard input ends, which happens when the process that started it dies.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from contraflow.experiments.bridge import final_evaluations
 from contraflow.experiments.compare.matrix import FAILED, FINAL, LOCK
 from contraflow.training.run import Result, resume_together
 
-SEED = 12_345  # of the evaluation after training: episodes that no training saw, the same for every cell of a task
+SEED = 12_345  # of the evaluation after training: episodes not seen in training, the same for every cell of a task
 PACKAGES = (
     "contraflow", "jax", "jaxlib", "equinox", "optax", "numpy", "envpool", "gymnasium", "mujoco", "dm_control",
     "playground", "minari",
@@ -37,7 +37,7 @@ DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 
 def work(folders: Sequence[Path], episodes: int, trust: Trust) -> int:
-    """Train, evaluate, and say how it ended: 0 all done, 1 one failed, 130 stopped and saved."""
+    """Trains and evaluates; returns 0 if all are done, 1 if one failed, or 130 if stopped and saved."""
     with ExitStack() as stack:
         for folder in folders:
             stack.enter_context(_alone(folder))
@@ -49,7 +49,7 @@ def work(folders: Sequence[Path], episodes: int, trust: Trust) -> int:
 
 
 def _train(folders: list[Path], trust: Trust) -> list[Result | Exception]:
-    """For each folder the result of its training, or why it failed."""
+    """Returns for each folder the result of its training, or the exception that ended it."""
     try:
         return list(resume_together(folders, trust=trust).values()) if folders else []
     except Exception as error:
@@ -58,7 +58,7 @@ def _train(folders: list[Path], trust: Trust) -> list[Result | Exception]:
 
 
 def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: Trust) -> int:
-    """Evaluate what was trained; final.json, or failed.json with the reason."""
+    """Evaluates the trained run and writes final.json, or failed.json with the reason; returns the exit code."""
     if isinstance(outcome, Result):
         if outcome.interrupted:
             return INTERRUPTED
@@ -76,13 +76,13 @@ def _finish(folder: Path, outcome: Result | Exception, episodes: int, trust: Tru
 
 
 def _trace(error: Exception) -> None:
-    """Where it happened, into the log, unless the message was written for the user."""
+    """Writes the traceback to the log, unless the message was written for the user."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on, without names."""
+    """Describes the machine of the run, without host or user names."""
     device, cpu = jax.devices()[0], platform.processor()
     with suppress(OSError, StopIteration):  # not Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -94,7 +94,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+    """Returns the versions of Python and of the packages that affect a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -104,14 +104,14 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process works on the cell: after a kill, an orphan may still be saving."""
+    """Waits until no other process works on the cell: after a kill, an orphan may still be saving."""
     with (folder / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _stop_with_parent() -> None:
-    """Ask this process to save and stop when its standard input ends."""
+    """Makes this process save and stop when its standard input ends."""
 
     def watch() -> None:
         while os.read(0, 1024):

@@ -1,2 +1,2 @@
-"""One page over many runs: `runs` reads folders, `scores` makes returns comparable, `statistics` aggregates them,
-`charts` draws them, `tables` puts them into rows, `page` fills the template `page.html`."""
+"""One page about many runs: `runs` reads folders, `scores` makes returns comparable, `statistics` aggregates them,
+`charts` draws them, `tables` arranges them in rows, `page` fills the template `page.html`."""

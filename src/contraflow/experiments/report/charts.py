@@ -1,5 +1,5 @@
-"""The charts of a report: matplotlib figures on white, in colours (Okabe and Ito) that colour-blind readers and grey
-printers can tell apart together with line styles and markers."""
+"""The charts of a report: matplotlib figures on white. Colours (Okabe and Ito), line styles and markers together stay
+distinguishable for colour-blind readers and in grey prints."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 DASHES, MARKERS, RULES = ("-", "--", "-.", ":"), "osD^vP*X", {OWN: "o", ONE: "s", UNIFORM: "X"}
 STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 SWITCH: Any = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": "#777777"}
-WIDTH = 9.0  # inches; every chart is as wide
+WIDTH = 9.0  # inches, for every chart
 CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
 CAPTIONS = {
     "iqm": "Interquartile mean of the scores, over runs and tasks. Below each name, for one action: particles x "
@@ -52,11 +52,11 @@ Line = tuple[np.ndarray, Estimate]
 Panels = dict[str, dict[str, Line]]
 """title -> agent -> (x, values with a band)"""
 Sample = tuple[str, str, str, Any, Any]
-"""title, agent, environment, x, y: what one run has to show in a panel"""
+"""title, agent, environment, x, y: the data of one run for a panel"""
 
 
 def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, Figure]:
-    """All charts that the runs have data for, by the names in `CAPTIONS`."""
+    """Draws all charts that the runs have data for, by the names in `CAPTIONS`."""
     look = styles(sorted({record.agent for record in records}))
     methods = [method for method in table.methods if method.name in table.scores]
     out: dict[str, Figure | None] = {}
@@ -87,7 +87,7 @@ def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, F
 
 
 def styles(agents: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, dash and marker of each agent, the same in every chart; colour and dash together tell 28 agents apart."""
+    """Returns colour, dash and marker of each agent for all charts; colour and dash distinguish 28 agents."""
     n = len(COLOURS)
     looks = ((COLOURS[i % n], DASHES[(i + 2 * (i // n)) % len(DASHES)], MARKERS[i % 8]) for i in range(len(agents)))
     return {a: {"color": c, "ls": d, "marker": m} for a, (c, d, m) in zip(sorted(agents), looks, strict=True)}
@@ -100,7 +100,7 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
 
 
 def _bars(rows: Mapping[str, tuple[Method, list[Estimate]]], zeros: Mapping[str, float | None], look: Styles) -> Figure:
-    """A row for each method, a column for each quantity, with its interval; `zeros` marks no difference."""
+    """Draws a row for each method and a column for each quantity with its interval; `zeros` marks no difference."""
     figure, axes = _figure(1, len(zeros), 1.3 + 0.36 * len(rows), sharey=True)
     for i, (axis, (label, zero)) in enumerate(zip(axes, zeros.items(), strict=True)):
         for y, (method, estimates) in enumerate(rows.values()):
@@ -129,9 +129,9 @@ def _lines(
     switches: Mapping[str, set[float]] = MappingProxyType({}),
     **style: Any,
 ) -> Figure | None:
-    """A panel for each title, two or three in a row, and one legend; None without a line.
+    """Draws a panel for each title, two or three in a row, with one legend; returns None if there are no lines.
 
-    `switches` are by title where runs went online.
+    `switches` says by title where runs went online.
     """
     panels = {title: lines for title, lines in panels.items() if lines}
     if not panels:
@@ -164,7 +164,7 @@ def _lines(
 
 
 def _profiles(table: Table, methods: Sequence[Method]) -> dict[str, Line]:
-    """Share of runs with a score above each level, by agent, with its own rule."""
+    """Returns the share of runs with a score above each level, by agent, each acting by its own rule."""
     own = {m.agent: table.scores[m.name] for m in methods if m.rule == OWN}
     low, high = min(s.min() for s in own.values()), max(s.max() for s in own.values())
     margin = 0.05 * max(high - low, 0.1)
@@ -173,7 +173,7 @@ def _profiles(table: Table, methods: Sequence[Method]) -> dict[str, Line]:
 
 
 def _switches(records: Sequence[Record], by: str) -> dict[str, set[float]]:
-    """Where the runs of each environment went from recorded data to it."""
+    """Returns where the runs of each environment went online."""
     out: dict[str, set[float]] = {}
     for record in records:
         if (place := record.switch(by)) is not None:
@@ -182,9 +182,9 @@ def _switches(records: Sequence[Record], by: str) -> dict[str, set[float]]:
 
 
 def _curves(records: Sequence[Record], by: str, value: str = "return_mean") -> Panels:
-    """Mean over runs with a pointwise bootstrap band, from where all have a value; linear between evaluations.
+    """Returns means over runs with a pointwise bootstrap band, from where all have a value; linear in between.
 
-    A run that is finished keeps its last value: a fast one may end before a slow one is evaluated for the first time.
+    A finished run keeps its last value, because a fast one may end before a slow one is evaluated for the first time.
     """
     panels: Panels = {}
     for env, agent in sorted({(record.env, record.agent) for record in records}):
@@ -198,7 +198,7 @@ def _curves(records: Sequence[Record], by: str, value: str = "return_mean") -> P
 
 
 def _efficiency(records: Sequence[Record], table: Table, agents: Iterable[str]) -> Iterator[tuple[str, Line]]:
-    """IQM over all runs and tasks of the scores of the evaluations during training, against environment steps."""
+    """Yields the IQM of scores during training, over all runs and tasks, against environment steps."""
     for agent in agents:
         runs = {(r.env, r.seed): curve for r in records if r.agent == agent and (curve := r.curve("steps")) is not None}
         seeds = sorted({seed for _, seed in runs if all((env, seed) in runs for env in table.tasks)})
@@ -213,7 +213,7 @@ def _efficiency(records: Sequence[Record], table: Table, agents: Iterable[str]) 
 
 
 def _over_environments(samples: Iterable[Sample]) -> Panels:
-    """Mean over runs, and as a band the range over environments."""
+    """Returns means over runs, with the range over environments as a band."""
     panels: Any = {}
     for title, agent, env, x, y in samples:
         panels.setdefault(title, {}).setdefault(agent, {}).setdefault(env, []).append((x, y))
@@ -226,7 +226,7 @@ def _over_environments(samples: Iterable[Sample]) -> Panels:
 
 
 def _timed(records: Sequence[Record]) -> Iterator[Sample]:
-    """ESS, η and target error against flow time at the end of training."""
+    """Yields ESS, η and target error against flow time at the end of training."""
     for name, title in TIMED.items():
         for r in (r for r in records if r.diagnostics):
             points = {float(k.split("/")[1]): v for k, v in r.diagnostics[-1].items() if k.startswith(f"{name}/")}
@@ -235,7 +235,7 @@ def _timed(records: Sequence[Record]) -> Iterator[Sample]:
 
 
 def _stepped(records: Sequence[Record]) -> Iterator[Sample]:
-    """What the distribution of actions did during training."""
+    """Yields statistics of the action distribution during training."""
     for name, title in STEPPED.items():
         for r in records:
             if points := [(row["step"], row[name]) for row in r.diagnostics if name in row]:
@@ -243,10 +243,10 @@ def _stepped(records: Sequence[Record]) -> Iterator[Sample]:
 
 
 def _shares(records: Sequence[Record]) -> Iterator[Sample]:
-    """Density of exploratory actions, all dimensions together, at the end of training; a panel per environment."""
+    """Yields densities of exploring actions at the end of training, all dimensions together, per environment."""
     for r in sorted(records, key=lambda r: r.env):
         row = r.diagnostics[-1] if r.diagnostics else {}
         share = np.array([row[f"action_share/{i}"] for i in range(sum(key.startswith("action_share/") for key in row))])
         if n := len(share):
-            places = np.clip((2 * np.arange(-1, n + 1) + 1) / n - 1, -1, 1)  # the centres, and the two ends
+            places = np.clip((2 * np.arange(-1, n + 1) + 1) / n - 1, -1, 1)  # the centres and both ends
             yield r.env, r.agent, r.env, places, np.pad(share, 1, "edge") * n / 2

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, and its charts as PNG files beside it."""
+"""The report: one self-contained HTML file, and its charts as PNG files beside it."""
 
 import base64
 import io
@@ -27,13 +27,14 @@ ENVIRONMENT.filters["plural"] = plural
 def write_report(
     folder: Path, out: Path, scale: Mapping[str, tuple[float, float]], reference: str | None = None
 ) -> tuple[list[Path], dict[str, str]]:
-    """Write the page `out` and `<stem>-<chart>.png` beside it; the files, and what was left out of `folder`, with why.
+    """Writes the page `out` and `<stem>-<chart>.png` beside it.
 
-    `scale` gives (low, high) of environments; `reference` is the agent that the others are held against, by default the
-    actor-free one. Raises UserError when there is nothing to report, or no agent of that name.
+    Returns the files, and what was left out of `folder` with the reasons. `scale` gives (low, high) of environments.
+    `reference` is the agent that the others are compared with, by default the one without an actor. Raises UserError
+    when there is nothing to report, or no agent of that name.
     """
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise UserError(f"{out} is not the name of a page: give --out a name that ends in .html and is no folder")
+        raise UserError(f"{out} cannot be the page: give --out a file name that ends in .html")
     records, left = read(folder)
     agents, envs = sorted({r.agent for r in records}), sorted({r.env for r in records})
     for env in sorted(set(scale) - set(envs)):

@@ -1,4 +1,4 @@
-"""Finished runs below a folder, and what else lies there, with the reason why it is left out."""
+"""Finding finished runs below a folder, and the reasons why other folders are left out."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,9 +19,10 @@ from contraflow.training.run import read_config
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run of any kind. `agent` is its name in the comparison; `settings` its config.json, flat.
+    """A finished run of any kind. `agent` is its name in the comparison, `settings` its flat config.json.
 
-    `evaluations` are the rows of eval.csv, `diagnostics` those of metrics.jsonl, `final` what `compare` leaves.
+    `evaluations` are the rows of eval.csv, `diagnostics` those of metrics.jsonl, and `final` is the result of
+    `compare`.
     """
 
     folder: Path
@@ -37,7 +38,7 @@ class Record:
     own: bool
 
     def place(self, by: str, row: Mapping[str, float]) -> float | None:
-        """Where an evaluation lies by `steps` of the environment, gradient `updates` or `time`; None if not known."""
+        """Returns `steps` of the environment, gradient `updates` or `time` of an evaluation; None if not known."""
         if by == "time":
             return row["seconds"] / 60
         count = bridge.gradient_steps if by == "updates" else bridge.env_steps
@@ -68,15 +69,16 @@ class Record:
         return own[0] if own else self.evaluations[-1].get("success")
 
     def after(self, policy: str) -> list[dict[str, Any]]:
-        """The evaluations after training of the `last`, the `best` or a `random` policy."""
+        """Returns the evaluations after training of the `last`, the `best` or a `random` policy."""
         return [row for row in (self.final or {"evaluations": []})["evaluations"] if row["policy"] == policy]
 
 
 def read(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Finished runs in or below `folder`, ordered by agent, environment and seed, and what was left out and why.
+    """Returns the finished runs in or below `folder`, by agent, environment and seed, and what was left out and why.
 
-    In a folder of `contraflow compare` agents have the names given there; in any other the name of their kind, numbered
-    when their settings differ in more than environment, data and seed. Raises UserError when no finished run is found.
+    In a folder of `contraflow compare`, agents have the names given there. Elsewhere they have the name of their kind,
+    numbered if their settings differ in more than environment, data and seed. Raises UserError when no finished run is
+    found.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a comparison, or one that holds runs")
@@ -109,7 +111,7 @@ def read(folder: Path) -> tuple[list[Record], dict[str, str]]:
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    """Folders that are runs, or that hold files and no runs below them."""
+    """Yields folders that are runs, or that hold files and no runs below them."""
     if (folder / "config.json").exists():
         yield folder
         return
@@ -121,7 +123,7 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _record(folder: Path, name: str, own: bool) -> Record:
-    """The run in `folder`, a cell if it has a name. Raises UserError with the reason to leave it out."""
+    """Returns the run in `folder`, a cell if `name` is given. Raises UserError with the reason to leave it out."""
     file, final, rows = folder / "config.json", None, []
     if (folder / FAILED).exists():
         raise UserError(f"failed: {failure(folder)}")
@@ -137,7 +139,7 @@ def _record(folder: Path, name: str, own: bool) -> Record:
         if (file := folder / FINAL).exists():
             final = json.loads(file.read_text())
             assert all(row["policy"] and row["rule"] and row["returns"] for row in final["evaluations"])
-        if (file := folder / "metrics.jsonl").exists():  # a killed process may have left a part of a line
+        if (file := folder / "metrics.jsonl").exists():  # a killed process may have left an incomplete line
             rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         remedy = ": delete it, and let `contraflow compare` evaluate again" if file.name == FINAL else ""
@@ -150,7 +152,7 @@ def _record(folder: Path, name: str, own: bool) -> Record:
         raise UserError("is trained, but not evaluated yet")
     try:
         cost = bridge.cost(read_config(folder).agent)
-    except UserError:  # code outside the library, which is not imported
+    except UserError:  # code outside the library is not imported
         cost = None
     version, cut = str(config.get("version", "unknown")), "diagnostics/"
     inside = [{k.removeprefix(cut): v for k, v in row.items()} for row in rows if any(k.startswith(cut) for k in row)]
@@ -159,7 +161,7 @@ def _record(folder: Path, name: str, own: bool) -> Record:
 
 
 def _named(records: list[Record]) -> list[Record]:
-    """Runs without a matrix: those of one kind with different settings get numbers, in the order of their settings."""
+    """Numbers the runs of one kind by their settings where these differ; for runs without a matrix."""
     out = []
     for kind in {record.agent for record in records}:
         alike: dict[str, list[Record]] = {}

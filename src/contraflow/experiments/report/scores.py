@@ -1,4 +1,4 @@
-"""Returns, and the scores in [0, 1] (more or less) that can be averaged over tasks."""
+"""Returns, and scores of roughly [0, 1] that can be averaged over tasks."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ def plural(n: int, word: str) -> str:
 
 @dataclass(frozen=True)
 class Method:
-    """An agent with one rule of acting; `effort` is what belongs beside every number: particles x NFE, critic calls."""
+    """An agent with one rule of acting; `effort` is the cost shown with every number: particles x NFE, critic calls."""
 
     agent: str
     rule: str
@@ -44,7 +44,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Scale:
-    """(return - low) / (high - low), and in words where the two come from."""
+    """(return - low) / (high - low), with the source of the two in words."""
 
     low: float
     high: float
@@ -56,8 +56,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Table:
-    """Returns of every method by environment and seed, and those of the best policy of each run, where `compare`
-    evaluated it; for the aggregates, scores [runs, tasks] on the tasks that all methods have, and what was left out."""
+    """Returns of every method by environment and seed, and scores for the aggregates.
+
+    `best` holds the returns of each run's best policy, if `compare` evaluated it. `scores` are [runs, tasks] on the
+    tasks that all methods have, and `notes` say what was left out.
+    """
 
     methods: list[Method]
     source: str
@@ -70,8 +73,11 @@ class Table:
 
 
 def collect(records: Sequence[Record], given: Mapping[str, tuple[float, float]]) -> Table:
-    """Mean returns of the policy at the end of training: by the files that `compare` leaves when every run has one,
-    else by the last row of eval.csv. `given` are (low, high) of environments."""
+    """Collects mean returns of the policies at the end of training.
+
+    They come from the files of `compare` if every run has one, else from the last row of eval.csv. `given` maps
+    environments to (low, high).
+    """
     complete = all(record.final for record in records)
     methods: dict[str, Method] = {}
     returns, best, episodes = Returns(), Returns(), set()
@@ -100,10 +106,10 @@ def collect(records: Sequence[Record], given: Mapping[str, tuple[float, float]])
 def _scales(
     records: Sequence[Record], returns: Returns, given: Mapping[str, tuple[float, float]]
 ) -> dict[str, Scale | str]:
-    """The scale of every environment, or why there is none.
+    """Returns the scale of every environment, or the reason why there is none.
 
-    In this order: the user's table; [0, 1000] for tasks of the DeepMind Control Suite; else from the return of
-    uniformly random actions (or the lowest evaluation of any run, where that was not measured) to the best run.
+    The first that applies is used: the user's table; [0, 1000] for tasks of the DeepMind Control Suite; from the return
+    of uniformly random actions (or, if not measured, the lowest evaluation of any run) to the best run.
     """
     out: dict[str, Scale | str] = {}
     for env in sorted({record.env for record in records}):
@@ -113,18 +119,18 @@ def _scales(
         low, word = (float(np.mean(random)), "random actions") if random else (lowest, "lowest evaluation")
         high = max(value for by_env in returns.values() for value in by_env.get(env, {}).values())
         if env in given:
-            out[env] = Scale(*given[env], "table of the user")
+            out[env] = Scale(*given[env], "given table of scales")
         elif is_dmc(env):
             out[env] = Scale(0.0, 1000.0, "DeepMind Control Suite: return / 1000")
         elif high > low:
             out[env] = Scale(low, high, f"0 is {word}, 1 the best run of any agent here")
         else:
-            out[env] = "there is one run only" if len(here) == 1 else f"no run is better than {word}"
+            out[env] = "there is only one run" if len(here) == 1 else f"no run is better than {word}"
     return out
 
 
 def _fill(table: Table) -> None:
-    """Rectangular scores for the aggregates: tasks that every method has, seeds that a method has on all of these."""
+    """Fills in rectangular scores for the aggregates: tasks that every method has, and seeds on all of these."""
     for env, scale in table.scales.items():
         missing = [m.name for m in table.methods if env not in table.returns[m.name]]
         if isinstance(scale, str):
@@ -145,19 +151,19 @@ def _fill(table: Table) -> None:
 
 
 def is_dmc(env: str) -> bool:
-    """Whether returns lie in [0, 1000] by the definition of the task (LQR is the exception in the suite)."""
+    """Returns whether returns lie in [0, 1000] by definition of the task (LQR is the suite's exception)."""
     if env.startswith(("gym:dm_control/", "dm_control/")):
         return "/lqr" not in env
     return re.fullmatch(rf"envpool:(?:{DMC})[A-Z]\w*-v1", env) is not None
 
 
 def read_scales(path: Path) -> dict[str, tuple[float, float]]:
-    """The user's table: CSV with the columns env, low, high. Raises UserError for anything else."""
+    """Returns the user's table, a CSV with the columns env, low, high. Raises UserError for anything else."""
     try:
         with path.open(newline="") as file:
             out = {row["env"]: (float(row["low"]), float(row["high"])) for row in csv.DictReader(file)}
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no table of scales ({error}): give a CSV with the columns env,low,high") from None
+        raise UserError(f"{path} is not a table of scales ({error}): use a CSV with the columns env,low,high") from None
     for env, (low, high) in out.items():
         if not low < high:
             raise UserError(f"{path}: low must be less than high, got {low:g} and {high:g} for {env}")

@@ -1,4 +1,4 @@
-"""The tables of the report: rows of text made of finished runs."""
+"""The tables of the report: rows of text from finished runs."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,15 @@ FAIR = (
     "steps", "collect", "num_envs", "updates", "batch_size", "n_step", "eval_every", "eval_episodes",
     "agent.actor.width", "agent.actor.depth", "agent.optim.decay_steps", "agent.optim.max_grad_norm", "agent.critic",
 )  # fmt: skip
-"""What a fair comparison wants the same for all, with all that lies below."""
+"""Settings that a fair comparison keeps equal, with everything below them."""
 ALIKE = {"agent.flow.network": "agent.actor", "agent.ppo.actor_optim": "agent.optim"}
-"""What is called otherwise by some agents."""
-ENOUGH = 5  # seeds, for a verdict
+"""Other names of these settings in some agents."""
+ENOUGH = 5  # seeds needed for a verdict
 Rows = list[list[str]]
 
 
 def number(value: float) -> str:
-    """Four significant digits, thousands in full."""
+    """Returns four significant digits, with thousands in full."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -34,7 +34,7 @@ def interval(e: Estimate) -> str:
 
 
 def aggregates(table: Table, reference: str) -> Rows:
-    """Interquartile means of the scores, and against `reference`, with intervals."""
+    """Returns rows of interquartile means of the scores, and of differences from `reference`, with intervals."""
     rows, base = [], table.scores.get(reference)
     for method in (m for m in table.methods if m.name in table.scores):
         scores, against = table.scores[method.name], []
@@ -46,7 +46,7 @@ def aggregates(table: Table, reference: str) -> Rows:
 
 
 def verdicts(table: Table, reference: str) -> Iterator[str]:
-    """Who is better than the reference, and who has not been shown to be."""
+    """Says which agents are better than the reference, and which are not shown to be."""
     own = [m.name for m in table.methods if m.rule == OWN and m.name in table.scores and m.name != reference]
     for name in own if reference in table.scores else ():
         pair = table.scores[name], table.scores[reference]
@@ -59,7 +59,7 @@ def verdicts(table: Table, reference: str) -> Iterator[str]:
 
 
 def tasks(methods: Sequence[Method], returns: Returns, envs: Sequence[str]) -> Rows:
-    """Mean and standard deviation of returns by task, for those methods that have any."""
+    """Returns rows of mean and standard deviation of returns by task, for the methods that have any."""
 
     def cell(values: Mapping[int, float]) -> str:
         array = np.array([*values.values()])
@@ -82,7 +82,7 @@ def successes(records: Sequence[Record], envs: Sequence[str]) -> Rows:
 
 
 def scales(scales: Mapping[str, Scale | str]) -> Rows:
-    """The returns that are score 0 and 1, by task."""
+    """Returns rows of the returns that score 0 and 1, by task."""
     return [
         [env, "", "", s] if isinstance(s, str) else [env, number(s.low), number(s.high), s.reason]
         for env, s in scales.items()
@@ -90,7 +90,7 @@ def scales(scales: Mapping[str, Scale | str]) -> Rows:
 
 
 def _dotted(value: Any, where: str = "") -> dict[str, str]:
-    """Dotted names of nested settings; the kind of a part stands under its own name."""
+    """Returns nested settings by dotted names; the kind of a part is listed under the part's name."""
     if isinstance(value, dict):
         out = {where: str(value["kind"])} if where and "kind" in value else {}
         parts = [(f"{where}.{key}".lstrip("."), inner) for key, inner in value.items() if key != "kind"]
@@ -104,7 +104,7 @@ def _dotted(value: Any, where: str = "") -> dict[str, str]:
 
 
 def settings(records: Sequence[Record], agents: Sequence[str]) -> dict[str, Rows]:
-    """What is the same for all (`shared`), what is not though it should be (`unfair`), and the rest (`others`)."""
+    """Returns the settings equal for all (`shared`), those that should be but are not (`unfair`), and the rest."""
     values: dict[str, dict[str, set[str]]] = {}
     for record in sorted(records, key=lambda r: agents.index(r.agent)):
         for name, value in _dotted(record.settings).items():
@@ -125,7 +125,7 @@ def settings(records: Sequence[Record], agents: Sequence[str]) -> dict[str, Rows
 
 
 def runs(records: Sequence[Record], folder: Path) -> Rows:
-    """One row for each run."""
+    """Returns one row per run."""
     rows = []
     for r in records:
         last, found = r.evaluations[-1], _versions(r)
@@ -142,7 +142,7 @@ def _versions(record: Record) -> dict[str, str]:
 
 
 def machines(records: Sequence[Record]) -> Rows:
-    """Machines and package versions, each with the number of runs that had it."""
+    """Returns machines and package versions, each with its number of runs."""
     lines: Counter[str] = Counter()
     for record in records:
         machine = (record.final or {}).get("machine") or {}

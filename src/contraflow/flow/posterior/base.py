@@ -1,12 +1,12 @@
-"""What every estimator of the posterior mean E[x1 | x_t] has in common.
+"""The interface of estimators of the posterior mean E[x1 | x_t].
 
-An estimator is a frozen dataclass that is called as
+An estimator is a frozen dataclass with the call
 
     estimator(key, path, log_pi, x_t [d], t [], support [P, d] or None) -> Posterior
 
-with the unnormalised log-density log_pi(x1) -> []. It tells of itself by `suits(support_name)`, whether it is right for
-latents on a support of that name (flow/support.py), and by `invariant_start`, whether it counts on `support[0]` being
-the endpoint that was noised to x_t, drawn from the policy and not picked for its value.
+for an unnormalised log-density log_pi(x1) -> []. `suits(support_name)` says whether it is right for latents on the
+support of that name (flow/support.py). `invariant_start` says whether it relies on `support[0]` being the endpoint that
+was noised to x_t, drawn from the policy and not selected for its value.
 """
 
 from typing import Literal
@@ -21,7 +21,7 @@ SupportName = Literal["tanh", "box", "real"]
 
 
 class Posterior(eqx.Module):
-    """`mean` estimates E[x1 | x_t]; `eta` is the control weight used; `ess` the effective sample size in [1, K]."""
+    """`mean` [d] estimates E[x1 | x_t], `eta` [d] is the control weight used, `ess` [] in [1, K] the effective size."""
 
     mean: Vector
     eta: Vector

@@ -1,7 +1,7 @@
 """Stein control variates: how much of the posterior's score is added to a weighted mean of candidates.
 
-A control is called as control(w [K], x [K, d], s [K, d], eta_per_c []) -> (mean [d], eta [d]) with weights of sum 1 and
-scores s of mean zero under the posterior. Its weight has two units: c (variance of x1) and the dimensionless
+A control has the call control(w [K], x [K, d], s [K, d], eta_per_c []) -> (mean [d], eta [d]), with weights w that sum
+to 1 and scores s with mean zero under the posterior. Its weight has two units: c (variance of x1) and the dimensionless
 eta = c alpha^2 / beta^2. `active` is False where scores are not needed.
 """
 
@@ -19,7 +19,7 @@ Weights = Float[Array, " K"]
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same eta for every sample: 0 is noise-expectation, 1 gradient-expectation."""
+    """Uses the same eta for every sample: 0 averages noise, 1 averages gradients."""
 
     eta: float = 0.0
 
@@ -34,12 +34,13 @@ class Fixed:
 
 @dataclass(frozen=True)
 class MinVariance:
-    """The control weight of least delta-method variance of the self-normalised estimate (2601.08136, prop. 2).
+    """Minimises the delta-method variance of the self-normalised estimate (2601.08136, prop. 2).
 
-    With x~ = x - sum w x and s~ = s (or s - sum w s if `centred`), both weighted by w^2:
-    diagonal c_j = -<x~_j s~_j> / (<s~_j^2> + ridge); isotropic the same with inner products over dimensions. Clipped to
-    [-clip, clip]. The defaults are the official code's rule. Centred scores give zero variance on Gaussian targets but
-    can do harm below an effective sample size of about 10; uncentred ones are safe there.
+    With x~ = x - sum w x and s~ = s (or s - sum w s if `centred`), both weighted by w^2, the diagonal weight is
+    c_j = -<x~_j s~_j> / (<s~_j^2> + ridge). The isotropic weight takes inner products over dimensions. c is clipped to
+    [-clip, clip]. The defaults follow the official code. Centred scores give zero variance on Gaussian targets but can
+    do harm below an effective sample size of about 10; uncentred scores are safe there. Raises ValueError for
+    ridge < 0 or clip <= 0.
     """
 
     shape: Literal["diagonal", "isotropic"] = "diagonal"

@@ -1,4 +1,4 @@
-"""The posterior mean under data: flow matching in the terms of the other estimators."""
+"""The posterior mean under data, which states flow matching in the terms of the other estimators."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,14 +17,14 @@ from contraflow.flow.targets import LogDensity, log_normal
 class FromData:
     """Posterior mean when x1 is uniform on the points `support` [P, d]; one point is conditional flow matching.
 
-    E[x1 | x_t] = sum_i w_i u_i with w_i ~ N(x_t; alpha u_i, beta^2 I). It ignores `log_pi`, so no agent that follows a
-    critic can choose it. ValueError without points.
+    E[x1 | x_t] = sum_i w_i u_i with w_i ~ N(x_t; alpha u_i, beta^2 I). It ignores `log_pi`, so agents that follow a
+    critic cannot use it. Raises ValueError for a call without `support`.
     """
 
     invariant_start: ClassVar[bool] = False
 
     def suits(self, support_name: SupportName) -> bool:
-        """None: what it estimates is not the posterior under log pi."""
+        """Returns False: it does not estimate the posterior under log pi."""
         return False
 
     def __call__(

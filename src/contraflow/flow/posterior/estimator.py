@@ -1,4 +1,4 @@
-"""The estimators of the posterior mean E[x1 | x_t] that an agent can choose from; a new one is added here."""
+"""The estimators of the posterior mean E[x1 | x_t] that an agent can choose from. Add new ones here."""
 
 from contraflow.flow.posterior.gibbs import Gibbs
 from contraflow.flow.posterior.importance import Pooled, Reverse

@@ -1,4 +1,4 @@
-"""Posterior means coordinate by coordinate, from the policy's own endpoints: the default of RFM."""
+"""Posterior means by Gibbs sampling from the policy's endpoints, one coordinate at a time: the default of RFM."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,29 +20,30 @@ from contraflow.flow.targets import LogDensity
 
 @dataclass(frozen=True)
 class Gibbs:
-    """As `Markov` (flow/posterior/markov.py), but the kernel renews one coordinate after another, in random order.
+    """Runs chains as in `Markov` (flow/posterior/markov.py), but renews one coordinate at a time, in random order.
 
-    Coordinate j of the start competes with `samples` - 1 candidates, all other coordinates being as they are by then:
-    one is picked by the weight pi(u) N(x_t,j; alpha u_j, beta^2) / q_j(u_j), and the weighted mean of all is the
-    estimate of E[x1_j | x_t]. q is `Strata`, nearly the posterior but for the critic; of n candidates one lies in each
-    n-th of its probability, the start in its own. That leaves the posterior invariant: wherever a draw of it lies, the
-    other n - 1 are drawn as they would be around any other. So the estimate is unbiased where the policy is right, and
-    its variance is that of a sum over a grid in one dimension, not that of importance sampling in d. Ours: iterated
-    sampling importance resampling within Gibbs sampling, with strata in place of independent draws.
+    Coordinate j of the start competes with `samples` - 1 candidates while all other coordinates keep their current
+    values. One of them is picked with weight pi(u) N(x_t,j; alpha u_j, beta^2) / q_j(u_j), and the weighted mean of all
+    estimates E[x1_j | x_t]. The proposal q is `Strata`, close to the posterior without the critic. Of n candidates, one
+    lies in each n-th of the probability of q, the start in its own. This leaves the posterior invariant: for any draw
+    of it, the other n - 1 have the same distribution. The estimate is therefore unbiased where the policy is right, and
+    its variance is that of a sum over a one-dimensional grid, not of importance sampling in d dimensions. The method is
+    ours: iterated sampling importance resampling within Gibbs sampling, with strata in place of independent draws.
 
-    With `bound` x1 is the action itself, in a box and without a Jacobian, and q is `BoxStrata`: the likelihood on the
-    box, so that the weights are exactly pi's. Endpoints of a policy that is not right yet are moved into the box.
+    With `bound`, x1 is the action itself, in a box and without a Jacobian. Then q is `BoxStrata`, the likelihood on the
+    box, and the weights are exactly those of pi. Endpoints outside the box, from a policy still in training, are
+    clipped to it.
 
-    A sweep forgets its start as far as coordinates are independent given x_t; where the critic ties them, `Markov`'s
-    gradients may move further. Of several sweeps the second half is averaged. `eta` is 0, `ess` the mean over
-    coordinates in [1, samples]. Critic calls for each endpoint: 1 + sweeps d (samples - 1), sweeps d in turn. Raises
-    ValueError for samples < 2, sweeps < 1, bound <= 0 or a call without `support`.
+    A sweep forgets its start as far as coordinates are independent given x_t. Where the critic couples them, the
+    gradients of `Markov` may move further. The second half of the sweeps is averaged. `eta` is 0 and `ess` the mean
+    over coordinates, in [1, samples]. Each endpoint costs 1 + sweeps d (samples - 1) critic evaluations, of which
+    sweeps d are sequential. Raises ValueError for samples < 2, sweeps < 1, bound <= 0 or a call without `support`.
     """
 
     samples: int = 4
     sweeps: int = 1
     bound: float | None = None
-    """Half the side of the box that x1 lies in; None: the whole space."""
+    """Half the side of the box that holds x1; None means the whole space."""
     invariant_start: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ class Gibbs:
             raise ValueError(f"Gibbs: bound must be positive or None, got {self.bound}")
 
     def suits(self, support_name: SupportName) -> bool:
-        """A box with `bound`, else the whole space."""
+        """Returns whether the support is a box if `bound` is set, or the whole space if not."""
         return (support_name == "box") == (self.bound is not None)
 
     def __call__(
@@ -64,8 +65,10 @@ class Gibbs:
         t: Scalar,
         support: Support = None,
     ) -> Posterior:
-        """x_t: [d], t: [] with beta_t > 0 (in a box alpha_t > 0 too); support: [P, d], of which the first is the
-        endpoint noised to x_t."""
+        """Returns the estimate at x_t [d] and t [], with beta_t > 0 (and alpha_t > 0 in a box).
+
+        The first row of `support` [P, d] is the endpoint that was noised to x_t.
+        """
         k_starts, k_chains = jr.split(key)
         if self.bound is not None and support is not None:
             support = jnp.clip(support, -self.bound, self.bound)
@@ -75,7 +78,7 @@ class Gibbs:
         strata = jax.vmap(lambda x: fit(path, x, t))(x_t)
 
         def sweep(state, inputs):
-            """Every coordinate once; state (u, log pi(u))."""
+            """Renews every coordinate once; the state is (u, log pi(u))."""
             place, order, gumbel = inputs
             rank, own_ratio = jax.vmap(lambda q, u: q.rank(u))(strata, state[0])
             own, shift = jnp.minimum(jnp.floor(n * rank), n - 1), jnp.arange(1.0, n)
@@ -85,7 +88,7 @@ class Gibbs:
             log_ratio = jnp.concatenate([own_ratio[:, None], ratio], axis=1)
 
             def renew(state, inputs):
-                """One coordinate."""
+                """Renews one coordinate."""
                 u, p = state
                 j, gumbel = inputs
                 trials = jnp.repeat(u[None], n - 1, axis=0).at[:, j].set(fresh[j])
@@ -99,7 +102,7 @@ class Gibbs:
             return state, (jnp.zeros_like(means).at[order].set(means), ess.mean())
 
         def chain(start, key):
-            """The estimate of the chain from support[start], and the effective sample size of its candidates."""
+            """Returns the estimate of the chain from support[start] and the effective sample size of its candidates."""
             k_fresh, k_order, k_pick = jr.split(key, 3)
             place = jr.uniform(k_fresh, (self.sweeps, d, n - 1))
             order = jnp.argsort(jr.uniform(k_order, (self.sweeps, d)), axis=1)

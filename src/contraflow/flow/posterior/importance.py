@@ -1,4 +1,4 @@
-"""Self-normalised importance sampling for the posterior mean, which needs only the unnormalised density pi of x1.
+"""Self-normalised importance sampling of the posterior mean, which needs only the unnormalised density pi of x1.
 
 With candidates u_k ~ q, weights w_k ~ pi(u_k) N(x_t; alpha u_k, beta^2 I) / q(u_k) and the posterior score
 
@@ -28,8 +28,8 @@ from contraflow.flow.targets import LogDensity, log_normal
 class Reverse:
     """Reverse Flow Matching (2601.08136): `samples` candidates of `proposal`, with a Stein control variate.
 
-    Raises ValueError for samples < 1, and for a proposal with a boundary together with a nonzero control: Stein's
-    identity then has a boundary term and the estimate would be biased.
+    Raises ValueError for samples < 1, and for a bounded proposal with a nonzero control: Stein's identity would have a
+    boundary term and the estimate a bias.
     """
 
     samples: int = 100
@@ -46,8 +46,11 @@ class Reverse:
             )
 
     def suits(self, support_name: SupportName) -> bool:
-        """In a box, whose faces are a boundary too, without control, and exactly so with candidates that lie inside;
-        elsewhere with candidates everywhere."""
+        """Returns whether the estimator is right for a support of this name.
+
+        The faces of a box are a boundary, so a box allows no control, and candidates inside it give its exact
+        posterior. Other supports need candidates on the whole space.
+        """
         return not self.control.active if support_name == "box" else not self.proposal.boundary
 
     def __call__(
@@ -59,7 +62,10 @@ class Reverse:
         t: Scalar,
         support: Support = None,
     ) -> Posterior:
-        """x_t: [d], t: [] with alpha_t > 0 and beta_t > 0; support: [P, d] for the proposal `Particles`."""
+        """Returns the estimate at x_t [d] and t [] with alpha_t > 0 and beta_t > 0.
+
+        The proposal `Particles` needs `support` [P, d].
+        """
         a, b = path.alpha(t), path.beta(t)
         x = self.proposal.sample(key, path, x_t, t, self.samples, support)
         if self.control.active:
@@ -72,7 +78,7 @@ class Reverse:
         return Posterior(mean, eta, 1.0 / jnp.sum(w**2))
 
     def _log_likelihood_ratio(self, path, x, x_t, t, support) -> Weights:
-        """log N(x_t; alpha u, beta^2) - log q(u) up to a constant, which is constant for the noise proposals."""
+        """log N(x_t; alpha u, beta^2) - log q(u) [K] up to a constant; all zeros for the proposal `Noise`."""
         if not isinstance(self.proposal, Noise):
             a, b = path.alpha(t), path.beta(t)
             log_q = jax.vmap(lambda u: self.proposal.log_prob(u, path, x_t, t, support))(x)
@@ -82,13 +88,13 @@ class Reverse:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Several estimates, each weighted by its share of the effective sample sizes (MFPO, 2604.14698).
+    """Combines several estimates, each weighted by its share of the effective sample sizes (MFPO, 2604.14698).
 
-    MFPO pools two with eta = 0 in the box: candidates from noise, which are good near t = 1, and from the policy, which
-    are good near t = 0 (`Particles` here, a kernel density of its endpoints, where MFPO has the policy's own density).
-    One candidate that has all the weight still counts as one, however wrong: keep candidates where they can do no harm.
-    Against a `Mixture` of the same proposals in one estimate: docs/methods/estimators.md. `ess` is the sum. ValueError
-    without parts.
+    MFPO pools two estimates with eta = 0 in the box. Candidates from noise are good near t = 1 and candidates from the
+    policy near t = 0. `Particles`, a kernel density of the policy's endpoints, replaces the policy density of MFPO.
+    A single candidate with all the weight still counts as one, however wrong it is, so use parts only where they do no
+    harm. A `Mixture` of the same proposals is the alternative within one estimate (docs/methods/estimators.md compares
+    the two). `ess` is the sum over parts. Raises ValueError without parts.
     """
 
     parts: tuple[Reverse, ...] = (
@@ -103,7 +109,7 @@ class Pooled:
             raise ValueError("Pooled needs at least one estimator in `parts`")
 
     def suits(self, support_name: SupportName) -> bool:
-        """What all of its parts suit."""
+        """Returns whether all parts suit the support."""
         return all(part.suits(support_name) for part in self.parts)
 
     def __call__(
@@ -115,7 +121,7 @@ class Pooled:
         t: Scalar,
         support: Support = None,
     ) -> Posterior:
-        """As of its parts."""
+        """Returns the pooled estimate; the arguments are those of the parts."""
         keys = jr.split(key, len(self.parts))
         posts = [part(k, path, log_pi, x_t, t, support) for part, k in zip(self.parts, keys, strict=True)]
         mean, eta, ess = (jnp.stack([getattr(p, name) for p in posts]) for name in ("mean", "eta", "ess"))

@@ -13,29 +13,30 @@ from contraflow.flow.path import Vector
 from contraflow.flow.support import Box, Tanh
 from contraflow.flow.targets import LogDensity, log_normal
 
-LONGEST, SHORTEST = 0.6, 0.05  # steps of a climb, per coordinate
-WIDTHS = (0.03, 0.1, 0.3)  # of the kernels, in units of u: those of the modes are not known
-UNIFORM = 0.1  # share of uniform actions among the candidates, so that every start has a density
+LONGEST, SHORTEST = 0.6, 0.05  # step lengths of a climb, per coordinate
+WIDTHS = (0.03, 0.1, 0.3)  # of the kernels, in units of u; several, because the widths of the modes are unknown
+UNIFORM = 0.1  # share of uniform actions among the candidates, which gives every start a density
 
 
 @dataclass(frozen=True)
 class ModeJump:
-    """Iterated sampling importance resampling with a proposal around the modes that climbs from random actions find.
+    """Iterated sampling importance resampling with a proposal around modes found by climbing from random actions.
 
-    `centres` uniform actions climb log pi by `climbs` steps along its gradient, of lengths that shrink from .6 to .05
-    per coordinate. They are the centres of a proposal q: .9 of a kernel density with three widths, .1 of uniform
+    `centres` uniform actions climb log pi in `climbs` gradient steps, with lengths that shrink from .6 to .05 per
+    coordinate. They become the centres of a proposal q: .9 of a kernel density with three widths and .1 of uniform
     actions. The start competes with `samples` candidates of q, and one is picked with probability ~ pi(u) / q(u).
 
-    The centres know nothing of the start, so that the step leaves pi invariant, wherever the climbs end: a start that
-    is a draw of pi stays one. Otherwise it is moved towards pi, and in a share that depends on no barrier.
+    The centres do not depend on the start, so the step leaves pi invariant wherever the climbs end: a start drawn from
+    pi remains a draw of pi. Any other start is moved towards pi, and barriers between modes do not slow it down.
 
-    It is applied to endpoints of a policy before they are noised to x_t: then a mode that the policy lacks has query
-    points on its whole path, as one step of the posterior at a given x_t would not give it. Gradients of the critic
-    for each endpoint: centres climbs, and samples + 1 values. `share` is the part of a batch that takes the step.
+    The step is applied to endpoints of a policy before they are noised to x_t. A mode that the policy lacks then gets
+    query points along its whole path, which one step of the posterior at a given x_t could not provide. Each endpoint
+    costs centres x climbs gradients of the critic and samples + 1 values. `share` is the fraction of a batch that takes
+    the step.
 
-    Resampling: Samsonov et al., 2111.02702; the proposal is ours.
+    Resampling: Samsonov et al., 2111.02702. The proposal is ours.
 
-    Raises ValueError for share outside (0, 1], centres, climbs or samples < 1.
+    Raises ValueError for a share outside (0, 1], or centres, climbs or samples < 1.
     """
 
     share: float = 0.125
@@ -45,13 +46,13 @@ class ModeJump:
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
-            raise ValueError(f"ModeJump: share is a part of the batch in (0, 1], got {self.share}")
+            raise ValueError(f"ModeJump: share is a fraction of the batch and must lie in (0, 1], got {self.share}")
         check_count(self, 1, "centres", "climbs", "samples")
 
     def __call__(
         self, key: PRNGKey, log_pi: LogDensity, u: Vector, support: Tanh | Box = Tanh()
     ) -> tuple[Vector, Bool[Array, ""]]:
-        """The next latent from u [d], and whether it is another one; log pi is asked where `support` holds only."""
+        """Returns the next latent [d] from u [d] and whether it moved; log pi is evaluated only within the support."""
         k_climb, k_of, k_width, k_noise, k_either, k_uniform, k_pick = jr.split(key, 7)
         d, n, widths = u.shape[0], self.samples, jnp.asarray(WIDTHS)
         within = support.action if isinstance(support, Box) else lambda u: u
@@ -77,6 +78,6 @@ class ModeJump:
         def log_weight(u):
             return jnp.where(support.holds(u), log_pi(u) - log_q(u), -jnp.inf)
 
-        states = jnp.concatenate([within(u)[None], candidates])  # a policy that is not right yet may leave the box
+        states = jnp.concatenate([within(u)[None], candidates])  # a policy in training may leave the box
         picked = jr.categorical(k_pick, jax.vmap(log_weight)(states))
         return states[picked], picked > 0

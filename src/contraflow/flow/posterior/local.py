@@ -1,4 +1,4 @@
-"""The score of the target where x_t is, in place of a posterior mean."""
+"""The score of the target at x_t itself, in place of a posterior mean."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,16 +15,17 @@ from contraflow.flow.targets import LogDensity
 
 @dataclass(frozen=True)
 class Local:
-    """x0 = -beta grad log pi(x_t): the score of pi at x_t itself in place of that of the noised law (QSM, 2312.11752).
+    """x0 = -beta grad log pi(x_t): the score of pi at x_t in place of the score of the noised distribution.
 
-    One gradient, no candidates. Right in the limit t -> 1 only: for pi = N(m, s^2) the score is -(x_t - m) / s^2 where
-    the noised law has -(x_t - alpha m) / (alpha^2 s^2 + beta^2).
+    This is QSM (2312.11752). It needs one gradient and no candidates but is right only in the limit t -> 1: for
+    pi = N(m, s^2) the score is -(x_t - m) / s^2, and that of the noised distribution
+    -(x_t - alpha m) / (alpha^2 s^2 + beta^2).
     """
 
     invariant_start: ClassVar[bool] = False
 
     def suits(self, support_name: SupportName) -> bool:
-        """Any: it asks log pi wherever x_t is."""
+        """Returns True: log pi is evaluated at x_t itself on any support."""
         return True
 
     def __call__(

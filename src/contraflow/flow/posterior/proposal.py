@@ -1,10 +1,10 @@
-"""Where candidates for x1 given x_t come from. Every proposal can be sampled and has its density in closed form.
+"""Proposals: distributions of candidates for x1 given x_t, which can be sampled and have a density in closed form.
 
-All densities are over the latent endpoint u = x1 (for policies: the action before tanh).
+All densities are over the latent endpoint u = x1, which for a squashed policy is the action before tanh.
 
-`sample(key, path, x_t, t, n, support) -> [n, d]`, `log_prob(x1, path, x_t, t, support) -> []`;
-`support` [P, d] is used by `Particles` only. `boundary` is True when the density ends abruptly: a Stein control variate
-then has a boundary term and is refused by the estimators.
+A proposal has `sample(key, path, x_t, t, n, support) -> [n, d]` and `log_prob(x1, path, x_t, t, support) -> []`. Only
+`Particles` uses `support` [P, d]. `boundary` is True when the density drops abruptly to zero. A Stein control variate
+would then have a boundary term, so the estimators refuse it.
 """
 
 import math
@@ -29,15 +29,17 @@ Numbers = Float[Array, "*s"]
 
 
 def systematic(key: PRNGKey, shares: Float[Array, " j"], n: int) -> Int[Array, " n"]:
-    """n indices [n] in order: j comes n shares[j] times on average and never more than one off, by one random offset
-    for all (systematic resampling, Kitagawa 1996). `shares` [j] sum to 1."""
+    """Returns n sorted indices [n] by systematic resampling (Kitagawa 1996), with one random offset for all.
+
+    Index j comes n shares[j] times on average, and never more than one off. `shares` [j] must sum to 1.
+    """
     place = (jnp.arange(n) + jr.uniform(key)) / n
     return jnp.searchsorted(jnp.cumsum(shares)[:-1], place, side="right")
 
 
 @dataclass(frozen=True)
 class Noise:
-    """q(u) = N(x_t / alpha, (beta / alpha)^2 I): invert x0 ~ N(0, I) along the path (RFM, 2601.08136)."""
+    """q(u) = N(x_t / alpha, (beta / alpha)^2 I), which inverts x0 ~ N(0, I) along the path (RFM, 2601.08136)."""
 
     boundary: ClassVar[bool] = False
 
@@ -50,7 +52,10 @@ class Noise:
 
 @dataclass(frozen=True)
 class TruncatedNoise:
-    """`Noise` truncated so that u lies in [-bound, bound]^d (QNE / MaxEntDP, 2502.11612). For box-bounded latents."""
+    """`Noise` truncated to u in [-bound, bound]^d, for latents in a box (QNE / MaxEntDP, 2502.11612).
+
+    Raises ValueError unless the bound is positive and finite.
+    """
 
     bound: float = 1.0
     boundary: ClassVar[bool] = True
@@ -60,7 +65,7 @@ class TruncatedNoise:
             raise ValueError(f"the bound of a truncated proposal must be positive, got {self.bound}")
 
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
-        """n draws [n, d], within the box whatever x_t is."""
+        """Returns n draws [n, d], which lie in the box for any x_t."""
         mean, std = x_t / path.alpha(t), path.beta(t) / path.alpha(t)
         return jax.vmap(lambda place: truncated_quantile(place, mean, std, self.bound))(
             jr.uniform(key, (n, *x_t.shape))
@@ -71,10 +76,10 @@ class TruncatedNoise:
 
 
 def _within(mean: Numbers, std: Scalar, bound: float) -> tuple[Numbers, Numbers, Numbers]:
-    """Sign, lower, upper such that sign (u - mean) / std lies in [lower, upper] where |u| <= bound.
+    """Returns sign, lower, upper with sign (u - mean) / std in [lower, upper] where |u| <= bound.
 
-    The sign puts the interval on the negative side as far as it goes: cumulative probabilities are small there, so
-    that their logarithms and differences keep their digits however far out the box lies.
+    The sign moves the interval to the negative side as far as possible. Cumulative probabilities are small there, so
+    their logarithms and differences stay accurate however far out the box lies.
     """
     low, high = (-bound - mean) / std, (bound - mean) / std
     sign = jnp.where(low + high > 0, -1.0, 1.0)
@@ -82,29 +87,29 @@ def _within(mean: Numbers, std: Scalar, bound: float) -> tuple[Numbers, Numbers,
 
 
 def truncated_quantile(place: Numbers, mean: Numbers, std: Scalar, bound: float) -> Numbers:
-    """N(mean, std^2) on [-bound, bound], elementwise, by the inverse of its distribution function at `place` in [0, 1].
+    """Maps `place` in [0, 1] to N(mean, std^2) on [-bound, bound], elementwise, by the inverse distribution function.
 
     `place` counts from the end of the box that is farther from the mean.
     """
     sign, lower, upper = _within(mean, std, bound)
-    # The inverse of the cumulative probability in logarithms: jr.truncated_normal breaks down beyond 5 std.
+    # Inverts the log cumulative probability, because jr.truncated_normal breaks down beyond 5 std.
     log_p = jnp.logaddexp(jnp.log(place) + norm.logcdf(upper), jnp.log1p(-place) + norm.logcdf(lower))
     u = mean + std * sign * jnp.clip(_log_quantile(log_p), lower, upper)
-    return jnp.clip(u, -bound, bound)  # rounding may step over the edge, where the density is 0
+    return jnp.clip(u, -bound, bound)  # rounding may cross the edge, where the density drops to 0
 
 
 def truncated_rank(u: Numbers, mean: Numbers, std: Scalar, bound: float) -> Numbers:
-    """The `place` at which `truncated_quantile` is u in [-bound, bound]."""
+    """Returns the `place` in [0, 1] that `truncated_quantile` maps to u in [-bound, bound]."""
     sign, lower, upper = _within(mean, std, bound)
     log_upper = norm.logcdf(upper)
     z = jnp.clip(sign * (u - mean) / std, lower, upper)
-    # Of differences that are small where the box is narrow, and of probabilities that underflow where it is far.
+    # expm1 keeps small differences where the box is narrow and probabilities that underflow where it is far away.
     above, whole = jnp.expm1(norm.logcdf(z) - log_upper), jnp.expm1(norm.logcdf(lower) - log_upper)
     return jnp.clip(1.0 - above / whole, 0.0, 1.0)
 
 
 def truncated_log_prob(x1: Numbers, mean: Numbers, std: Scalar, bound: float) -> Scalar:
-    """The log-density of N(mean, std^2 I) on [-bound, bound]^d."""
+    """Returns the log-density [] of N(mean, std^2 I) restricted to [-bound, bound]^d; -inf outside."""
     _, lower, upper = _within(mean, std, bound)
     log_upper, log_lower = norm.logcdf(upper), norm.logcdf(lower)
     log_mass = log_upper + jnp.log(-jnp.expm1(log_lower - log_upper))
@@ -112,8 +117,8 @@ def truncated_log_prob(x1: Numbers, mean: Numbers, std: Scalar, bound: float) ->
 
 
 def _log_quantile(log_p: Numbers) -> Numbers:
-    """z with log Phi(z) = log_p, also where exp(log_p) underflows."""
-    # In the tail: Newton's method from -sqrt(-2 log_p), left of the root of a concave function: no step overshoots.
+    """Returns z with log Phi(z) = log_p, even where exp(log_p) underflows."""
+    # In the tail, Newton's method starts at -sqrt(-2 log_p), left of the root of a concave function: no overshoot.
     z = -jnp.sqrt(-2.0 * log_p)
     for _ in range(5):
         z = z - (norm.logcdf(z) - log_p) * jnp.exp(norm.logcdf(z) - norm.logpdf(z))
@@ -122,7 +127,10 @@ def _log_quantile(log_p: Numbers) -> Numbers:
 
 @dataclass(frozen=True)
 class UniformAction:
-    """a ~ U(-1, 1)^d, u = atanh a, so q(u) = prod_j sech^2(u_j) / 2: independent of x_t; cancels the tanh Jacobian."""
+    """Uniform actions a ~ U(-1, 1)^d, u = atanh a: q(u) = prod_j sech^2(u_j) / 2, which cancels the tanh Jacobian.
+
+    Independent of x_t.
+    """
 
     boundary: ClassVar[bool] = False
 
@@ -135,11 +143,12 @@ class UniformAction:
 
 @dataclass(frozen=True)
 class Particles:
-    """Kernel density on `support` (say, policy samples), conditioned on x_t in closed form.
+    """Kernel density on the points `support` [P, d], such as policy samples, conditioned on x_t in closed form.
 
     Prior (1/P) sum_i N(u_i, h^2 I) and likelihood N(x_t; alpha u, beta^2 I) give the mixture sum_i pi_i N(m_i, V I),
     V = 1 / (1/h^2 + alpha^2/beta^2), m_i = V (u_i/h^2 + alpha x_t/beta^2),
     pi_i ~ N(x_t; alpha u_i, beta^2 + alpha^2 h^2). With `bound` each N(m_i, V I) is truncated to [-bound, bound]^d.
+    Raises ValueError for a width h or a bound that is not positive, or a call without `support`.
     """
 
     width: float = 0.3
@@ -157,7 +166,7 @@ class Particles:
         if support is None:
             raise ValueError("the proposal Particles needs support points: pass support=[P, d]")
         a, b, h = path.alpha(t), path.beta(t), self.width
-        # Written without division by beta, which may be tiny at t near 1.
+        # Written without dividing by beta, which is tiny at t near 1.
         var = (b * h) ** 2 / (b**2 + (a * h) ** 2)
         means = jax.vmap(lambda u: (b**2 * u + h**2 * a * x_t) / (b**2 + (a * h) ** 2))(support)
         log_pi = jax.vmap(lambda u: log_normal(x_t, a * u, jnp.sqrt(b**2 + (a * h) ** 2)))(support)
@@ -181,7 +190,10 @@ class Particles:
 
 @dataclass(frozen=True)
 class Ramp:
-    """Shares of a two-part mixture: the first part gets `low` up to t = start, then rises linearly to 1 at t = end."""
+    """Shares [2] of a two-part mixture: the first is `low` up to t = start, then rises linearly to 1 at t = end.
+
+    Raises ValueError unless 0 <= low <= 1 and 0 <= start < end.
+    """
 
     low: float = 0.1
     start: float = 0.3
@@ -198,10 +210,11 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several proposals at once, q(u) = sum_j r_j q_j(u) (balance heuristic, Veach & Guibas 1995).
+    """A mixture of proposals, q(u) = sum_j r_j q_j(u) (balance heuristic, Veach & Guibas 1995).
 
-    Systematic allocation: component j receives r_j n candidates on average, so that dividing by q stays exactly
-    unbiased whatever the shares. `shares` is a tuple or a function of t that returns [J].
+    Allocation is systematic: component j receives r_j n candidates on average, so dividing by q stays exactly unbiased
+    for any shares. `shares` is a tuple, or a function of t that returns [J]. Raises ValueError for shares that are
+    negative, do not sum to 1 or do not match the components.
     """
 
     components: tuple["Noise | UniformAction | Particles", ...] = (Noise(), UniformAction())
@@ -218,14 +231,14 @@ class Mixture:
             if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
                 raise ValueError(f"Mixture shares {self.shares} must be non-negative and sum to 1")
         elif isinstance(self.shares, Ramp) and len(self.components) != 2:
-            raise ValueError("Ramp gives shares for exactly two components; pass your own function of t instead")
+            raise ValueError("Ramp gives shares for exactly two components: use a tuple or a function of t instead")
 
     def _shares(self, t: Scalar) -> Float[Array, " j"]:
         return jnp.asarray(self.shares) if isinstance(self.shares, tuple) else self.shares(t)
 
     def sample(self, key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, n: int, support: Support) -> Samples:
         k_offset, *keys = jr.split(key, len(self.components) + 1)
-        # Every component draws n and one is kept: the shares are traced, and the critic only ever sees the n kept.
+        # Every component draws n and one of them is kept, because the shares are traced; the critic sees the n kept.
         drawn = jnp.stack([c.sample(k, path, x_t, t, n, support) for c, k in zip(self.components, keys, strict=True)])
         return drawn[systematic(k_offset, self._shares(t), n), jnp.arange(n)]
 

@@ -1,7 +1,7 @@
-"""Where Markov chains for the posterior start: at endpoints of the policy.
+"""Starting points of Markov chains for the posterior: endpoints of the policy.
 
 x_t was made from an endpoint x1 of the policy. If the policy's distribution is pi, then x1 is a draw of the posterior
-given x_t, and stays one under every Markov kernel that leaves the posterior invariant.
+given x_t. It remains one under every Markov kernel that leaves the posterior invariant.
 """
 
 import jax
@@ -17,8 +17,11 @@ from contraflow.flow.targets import log_normal
 def pick_starts(
     key: PRNGKey, path: AbstractPath, x_t: Vector, t: Scalar, support: Support
 ) -> tuple[Candidates, Int[Array, " p"]]:
-    """The endpoints, and where as many chains start: at each as often as it explains x_t. ValueError without any."""
+    """Returns the endpoints [P, d] and the indices [P] where chains start, in proportion to N(x_t; alpha u_i, beta^2).
+
+    Raises ValueError if `support` is None.
+    """
     if support is None:
-        raise ValueError("chains start at the endpoint that was noised to x_t: pass support=[P, d], that one first")
+        raise ValueError("chains start at the endpoint that was noised to x_t: pass support=[P, d] with it in row 0")
     likelihood = jax.nn.softmax(jax.vmap(lambda u: log_normal(x_t, path.alpha(t) * u, path.beta(t)))(support))
     return support, systematic(key, likelihood, support.shape[0])
