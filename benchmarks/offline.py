@@ -102,8 +102,9 @@ def learn(options: Options) -> None:
                 file = str(options.data / f"{task.data}.npz")
                 rewards = {"reward": task.reward, "reward_shift": options.shift} if method != "bc" else {}
                 source = Dataset(file, task.env, ROWS, task.horizon, task.horizon, **rewards)
-                budget = {"eval_every": updates // 3, "eval_episodes": 50, "log_every": updates // 30}
-                run = Run(agent_of(method), source, steps=updates, seed=seed, **budget, trackers=())
+                run = Run(
+                    agent_of(method), source, updates, None, updates // 3, 50, updates // 30, seed=seed, trackers=()
+                )
                 folder = options.runs / f"{name}-{method}-{options.shift:g}" / f"seed{seed}"
                 began = time.process_time()
                 train(run, folder, quiet=True)
