@@ -119,7 +119,7 @@ def test_a_filled_replay_goes_on_behind_the_data(both: Run):
 
 
 def test_the_step_of_the_switch_is_drawn(both: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """In the curve of the run and in those of a report: by steps, gradient steps (one a step of two copies) and time."""
+    """In the curve of the run, and in those of a report by environment steps, gradient steps and time."""
     from matplotlib.axes import Axes
 
     from contraflow.experiments.report import charts
