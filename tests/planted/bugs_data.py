@@ -9,8 +9,9 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.data import samplers
-from contraflow.data.datasets import dataset
+from contraflow.data.datasets import dataset, readers
 from contraflow.data.datasets.dataset import Dataset
+from contraflow.data.make import ogbench
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed
@@ -18,10 +19,13 @@ from contraflow.envs import chunk, episodes
 from contraflow.envs.chunk import Chunked
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.envs.probe import Probe
+from contraflow.envs.reward import Rewarded
 from contraflow.envs.ways import TwoWayArm
 from contraflow.policy import base
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
+from contraflow.training import evaluate
+from contraflow.training.sources import base as base_source
 
 SAMPLERS = "data/test_samplers.py::"
 OFFLINE = "data/test_offline.py::"
@@ -211,3 +215,70 @@ def a_robot_moves_the_other_way(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Policy, "raw")
     def raw(right, self, action):
         return right(self, -np.asarray(action))
+
+
+@bug("data/test_make.py::test_a_set_follows_from_its_seed_alone")
+def episodes_of_a_set_share_one_seed(patch: pytest.MonkeyPatch):
+    @wrong(patch, ogbench.Maker, "episode")
+    def _(right, self, number):
+        return right(self, 0)
+
+
+@bug("data/test_make.py::test_an_episode_does_not_know_what_was_made_before_it")
+def oracles_go_on_drawing_from_where_they_were(patch: pytest.MonkeyPatch):
+    patch.setattr(np.random, "seed", lambda seed: None)
+    patch.setattr(np.random, "set_state", lambda state: None)
+
+
+@bug("data/test_make.py::test_walks_arrive")
+def a_walk_stays_in_the_middle_of_the_cell_of_its_goal(patch: pytest.MonkeyPatch):
+    @wrong(patch, ogbench.Walk, "__init__")
+    def _(right, self, recipe):
+        right(self, recipe)
+        # Two cells are never the same: the way goes to the centre of the last one.
+        real = self.maze.xy_to_ij
+        self.maze.xy_to_ij = lambda xy: Cell(real(xy))
+
+    class Cell(tuple):
+        __slots__ = ()
+        __ne__ = lambda self, other: True
+        __hash__ = tuple.__hash__
+
+
+@bug("envs/test_env_ogbench.py::test_success_agrees_with_the_data")
+def data_are_rewarded_for_the_state_they_lead_to(patch: pytest.MonkeyPatch):
+    @wrong(patch, readers, "_ogbench")
+    def _(right, rows, name, success, notes):
+        return right(rows, name, "post", notes)
+
+
+@bug("train/test_success.py::test_a_success_within_a_chunk_counts")
+def success_of_a_chunk_is_that_of_its_last_action(patch: pytest.MonkeyPatch):
+    patch.setattr(chunk, "_either", lambda one, other: other)
+
+
+@bug("train/test_rewards.py::test_both_parts_of_a_run_learn_from_the_same")
+def rewards_of_the_environment_are_not_relabelled(patch: pytest.MonkeyPatch):
+    patch.setattr(base_source, "relabelling", lambda source: ("dense", 0.0))
+
+
+@bug("train/test_rewards.py::test_in_jax_too", "train/test_rewards.py::test_an_environment_with_other_rewards")
+def returns_are_made_of_what_is_learned_from(patch: pytest.MonkeyPatch):
+    @wrong(patch, Rewarded, "step")
+    def _(right, self, state, action, *active):
+        state, step = right(self, state, action, *active)
+        return state, replace(step, undiscounted=None)
+
+
+@bug("train/test_success.py::test_a_success_ends_with_its_episode")
+def a_success_outlives_its_episode(patch: pytest.MonkeyPatch):
+    @wrong(patch, evaluate, "_count")
+    def _(right, advance, *sizes):
+        said = []
+
+        def went_on(i):
+            *counted, success = advance(i)
+            said.append(success)
+            return *counted, np.any(said, axis=0)
+
+        return right(went_on, *sizes)

@@ -64,10 +64,8 @@ def roll(env, action: float):
 def test_an_environment_with_other_rewards():
     age = np.arange(LENGTH)
     own = np.full(LENGTH, 0.5, np.float32)
-    for rule, shift, wanted in (
-        (None, 2.0, own + 2), (sparse, 0.0, (age == AT) - 1.0), (sparse, 1.0, age == AT),
-        (twice_the_age, 1.0, 2 * age + 1.5),
-    ):  # fmt: skip
+    cases = [(None, 2.0, own + 2), (sparse, 0.0, (age == AT) - 1.0), (sparse, 1.0, age == AT)]
+    for rule, shift, wanted in [*cases, (twice_the_age, 1.0, 2 * age + 1.5)]:
         learned, returned = roll(Rewarded(goal(2, 0), rule, shift), 0.5)
         np.testing.assert_allclose(learned, wanted)
         np.testing.assert_array_equal(returned, own)
@@ -119,7 +117,7 @@ def test_both_parts_of_a_run_learn_from_the_same(run: Run, reward: str, shift: f
 
 
 def test_sparse_rewards_of_a_task(tmp_path: Path):
-    """A maze of two goals... of OGBench: what its masks end is 0, the rest -1, whatever the rewards were."""
+    """The task of a maze follows from the environment, or from --task; where it is done the reward is 0, else -1."""
     gymnasium = pytest.importorskip("gymnasium")
     pytest.importorskip("ogbench")
     env = gymnasium.make("pointmaze-medium-singletask-task1-v0").unwrapped
@@ -156,7 +154,7 @@ def test_mistakes(run: Run, data: Path, tmp_path: Path):
         with pytest.raises(UserError, match=words):
             train(replace(run, source=replace(run.source, reward=reward)), tmp_path / "run", trust="tests", quiet=True)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match=r"pass --trust tests\.train\.success_helpers"):
+    with pytest.raises(UserError, match=r"pass --trust tests.train.success_helpers"):
         train(replace(run, source=Dataset(str(data), reward=AGE)), tmp_path / "run", quiet=True)
     flags = ["train", "fql", "--data", str(data), "--out", str(tmp_path / "run")]
     assert_refused([*flags, "--reward", "thick"], "--reward is dense, sparse or module:function, got thick")

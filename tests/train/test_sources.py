@@ -17,10 +17,12 @@ from tests.cli_helpers import TINY, Guess, with_source
 
 from contraflow import Dataset, OfflineToOnline, Replay, Run, UserError, resume, train
 from contraflow.data.samplers import Mixed, NStep, Uniform
+from contraflow.experiments.report.scores import collect
 from contraflow.presets import PRESETS
 from contraflow.training import checkpoint
 from contraflow.training import run as driver
 from contraflow.training.log import read_evaluations
+from contraflow.training.plot import plot_curve
 from contraflow.training.sources.base import discount
 from contraflow.training.sources.offline_to_online import filled
 from contraflow.training.sources.replay import Interact
@@ -114,6 +116,29 @@ def test_a_filled_replay_goes_on_behind_the_data(both: Run):
     assert int(buffer.size) == int(buffer.index) == 40
     np.testing.assert_array_equal(buffer.rows.next[:40], rows.next)
     np.testing.assert_array_equal(buffer.rows.reward[:41], np.append(np.ones(40), 0))
+
+
+def test_the_step_of_the_switch_is_drawn(both: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the curve of the run, and in those of a report by environment steps, gradient steps and time."""
+    from matplotlib.axes import Axes
+
+    from contraflow.experiments.report import charts
+    from contraflow.experiments.report.runs import read
+
+    lines, real = [], Axes.axvline
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: lines.append(float(x)) or real(self, x, **style))
+    train(both, tmp_path / "run", quiet=True)
+    assert lines == [20]
+    assert plot_curve(tmp_path / "run") and lines == [20], "an ordinary run has none"
+    (record,), _ = read(tmp_path / "run")
+    assert (record.switch("steps"), record.switch("updates")) == (0, 20)
+    first = record.evaluations[0]["seconds"] / 60  # the evaluation in step 20
+    assert record.switch("time") == pytest.approx(first)
+    lines.clear()
+    figures = charts.draw([record], collect([record], {}), record.agent)
+    assert sorted(lines) == pytest.approx(sorted([0, 20, first])) and {"curves-steps", "curves-time"} < set(figures)
+    curve = record.curve("steps")
+    assert curve is not None and curve[0].tolist() == [0, 20], "what was evaluated offline is one place"
 
 
 # discounts

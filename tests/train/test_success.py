@@ -36,6 +36,21 @@ def test_success_at_any_step_counts():
     assert both.success.tolist() == [[True] * 4, [False] * 4]  # pyright: ignore
 
 
+def test_a_success_ends_with_its_episode():
+    """Every other episode succeeds, beginning with the first: what came before does not count."""
+
+    class Now(Goal):
+        count = -1
+
+        def reset(self, **options):
+            self.count += 1
+            self.bar = 2.0 * ((self.count + 1) % 2)  # one reset is that of the adapter, before the first episode
+            return super().reset(**options)
+
+    found = evaluate_one(YES, Gymnasium(Now, 1), jr.key(0), 4)
+    assert found.success is not None and found.success.tolist() == [True, False, True, False]
+
+
 def test_a_copy_speaks_for_itself():
     """Only the second of three copies reaches its bar: a third of the episodes, in the order of the copies."""
     env = goal(3, 0)
