@@ -1,6 +1,6 @@
 """Q-learning's two flows side by side: adjoint matching and Reverse Flow Matching on bandits of known answer.
 
-    python benchmarks/prior.py            # docs/img/prior.png, and a table; a minute of two cores
+    python benchmarks/prior.py            # docs/img/prior.png, and a table; two minutes of CPU
 
 Behaviour p_b is a Gaussian or two of them in the plane, Q is quadratic, so p_b exp(Q) / Z is a mixture again and every
 error exact. QAM (2601.14234) sees samples of p_b, which a flow clones, and the gradient of Q at the ends of its paths.
@@ -178,7 +178,7 @@ def picture(file: Path, samples: dict[tuple[str, str], jax.Array]) -> None:
 
     columns = ("clone, 30", "QAM, 10", "QAM, 30", "RFM, mixture, 30")
     titles = ("clone of behaviour", "QAM, 10 steps", "QAM, 30 steps", "RFM, 30 steps")
-    figure = Figure(figsize=(8.6, 4.7), layout="constrained")
+    figure = Figure(figsize=(8.6, 3.75), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(BANDITS), len(columns), sharex=True, sharey=True)
     line = jnp.linspace(-2.4, 2.4, 240)
@@ -187,8 +187,8 @@ def picture(file: Path, samples: dict[tuple[str, str], jax.Array]) -> None:
         tilted, before = (np.exp(np.asarray(jax.vmap(jax.vmap(f))(grid))) for f in (bandit.exact, bandit.behaviour))
         for axis, name, title in zip(row, columns, titles, strict=True):
             density, colour = (before, "#7a869a") if name.startswith("clone") else (tilted, "#0072b2")
-            dots = np.asarray(samples[bandit.name, name])[:1500]
-            axis.plot(*dots.T, ".", ms=2.4, mew=0, color=DOT, alpha=0.45, rasterized=True)
+            dots = np.asarray(samples[bandit.name, name])[:1200]
+            axis.plot(*dots.T, ".", ms=2.4, mew=0, color=DOT, alpha=0.6, rasterized=True)
             levels = density.max() * np.array([0.05, 0.25, 0.6, 0.9])
             axis.contour(line, line, density, levels=levels, colors=colour, linewidths=1.1)
             axis.plot(*bandit.goal, "*", ms=9, mfc="white", mec=INK, mew=0.8)
