@@ -20,6 +20,8 @@ from contraflow.flow.path import VP
 from contraflow.nets.critic import Mean, QEnsemble
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
+from contraflow.policy.edit import Edited
+from contraflow.policy.flow import FlowPolicy
 from contraflow.rl.critics import Critics
 from contraflow.rl.edits import Edits
 
@@ -198,10 +200,12 @@ def test_targets_are_those_of_the_policy_at_the_successor():
         state = replace(start(agent), actor=agent.flow.init(jr.key(7), D, 1))
         rows = replace(batch(jr.key(1)), next_obs=jr.normal(jr.key(5), (32, 1)))
         _, metrics = jax.jit(agent.update)(state, rows, jr.key(2))
+        policy = FlowPolicy(state.actor)
+        policy = policy if state.edit is None else Edited(policy, state.edit.edit)
 
         @jax.jit
-        def value(state, rows, agent=agent):
-            action = jax.vmap(agent.policy(state))(rows.next_obs, jr.split(jr.split(jr.key(2), 7)[0], 32))
+        def value(state, rows, policy=policy):
+            action = jax.vmap(policy)(rows.next_obs, jr.split(jr.split(jr.key(2), 7)[0], 32))
             q = jax.vmap(state.target)(rows.next_obs, action)
             return jnp.mean(rows.reward + 0.9 * (q.mean(1) - 0.5 * q.std(1)))
 

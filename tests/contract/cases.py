@@ -14,6 +14,7 @@ import numpy as np
 
 from contraflow.agents import needs, presets
 from contraflow.agents.offline.bc import BC
+from contraflow.agents.offline.expo import EXPO
 from contraflow.agents.online.dacer import DACER
 from contraflow.agents.online.pmd import PMD, Candidates, Selection
 from contraflow.agents.online.rfm import RFM, SMALL, Choice, PosteriorTarget
@@ -39,6 +40,7 @@ from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.best_of import Argmax, Softmax
 from contraflow.rl.critics import Critics
+from contraflow.rl.edits import Edits
 from contraflow.rl.ppo import PPOSettings
 from contraflow.rl.temperature import Anneal, Constant, Tuned
 
@@ -87,6 +89,7 @@ TABLE: dict[str, Any] = {
     "dppo": DPPO(replace(DIFFUSION, solver=Ddim(3), network=NET), learned=2, ppo=PASSES),
     "fpo": FPO(FLOW, pairs=2, ppo=PASSES),
     "bc": BC(FLOW, optim=FAST),
+    "expo": EXPO(FLOW, candidates=2, edit=Edits(net=MLPSpec(8, 1), optim=FAST), **LEARNED),
     "cross-entropy": CrossEntropy(rate=0.3),
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ sigma_i noise with sigma_i^2 = 2 (1 - t_i + h) / (t_i + h), and its last step x 
 is the exact derivative of these steps along the base, and the control of step i is matched to the adjoint behind it,
 a_{i+1}: what makes the expectation of sum_i h |u_i|^2 / 2 + g(x_K) stationary, for any K. The released code (QAM, and
 TRQAM after it) evaluates the base at t_i in the roll-out and at t_i + h in the adjoint, takes the last step for one of
-the process and matches u_i to a_i, three deviations that nearly cancel: between Gaussians its mean is off by as much as
-this one's at 10 and 20 steps, by twice as much from 50 on (tests/flow/test_flow_adjoint.py has both). It draws x_0 and
-the noises from one key.
+the process and matches u_i to a_i, three deviations that nearly cancel: between Gaussians its mean is the closer one in
+10 steps with a small tau, and off by twice as much from 50 steps on (tests/flow/test_flow_adjoint.py has both). It
+draws x_0 and the noises from one key.
 
 All functions take one sample; fields are called as field(x [d], t []) -> [d].
 """

@@ -217,7 +217,7 @@ class QAM:
         return replace(state, flow=flow, average=average, actor=actor, stats=state.stats if stats is None else stats)
 
 
-_preset = partial(Preset, paper="2601.14234", needs="dataset", run={"horizon": 5})
+_preset = partial(Preset, paper="2601.14234", needs="dataset", run={"horizon": 5, "execute": 5})
 PRESETS = (
     _preset("qam", QAM(), "Q-learning with adjoint matching", summary="a cloned flow tilted by exp(tau Q)"),
     _preset(
