@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.agents.agent_helpers import Frozen, with_slope
 
-from contraflow.agents.offline.fql import FQL
+from contraflow.agents.offline.fql import ANCHORS, FQL
 from contraflow.core.optim import Optim
 from contraflow.core.types import Batch, EnvSpec
-from contraflow.flow.model import Ddim, FlowSpec
+from contraflow.flow.model import Ddim, Flow, FlowSpec
+from contraflow.flow.support import Real
 from contraflow.nets.critic import Mean
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
+from contraflow.rl.cloning import cloning_loss
 from contraflow.rl.critics import Critics
 
 D = 3
@@ -23,6 +26,8 @@ SPEC = EnvSpec(1, D, 1, None, False)
 SMALL = FQL(
     flow=FlowSpec(solver=Ddim(5), network=ResidualMLP(8, 1, 4)),
     actor=MLPSpec(16, 1),
+    alpha=10.0,
+    normalise_q=False,
     critic=Critics(reduce=Mean(), backup=Mean(), width=8, depth=1, tau=0.1, optim=Optim(1e-3)),
     optim=Optim(1e-2),
 )
@@ -33,29 +38,6 @@ def batch(key, n=32, mask=None):
     action = jnp.clip(0.3 + 0.2 * jr.normal(k_action, (n, D)), -1, 1)
     mask = jnp.ones((n, D)) if mask is None else mask
     return Batch(jnp.zeros((n, 1)), action, jr.normal(k_reward, (n,)), jnp.full(n, 0.9), jnp.zeros((n, 1)), mask)
-
-
-def with_slope(state, slope):
-    """The state with critics Q(s, a) = slope . a: one hidden unit that is positive all over the box, the others off."""
-    lift = 10.0 * jnp.max(jnp.abs(slope))
-
-    def plane(critic):
-        first, last = critic.first, critic.last
-        weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
-        values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
-        values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
-        where = lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias)
-        return eqx.tree_at(where, critic, values)
-
-    critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members))
-    return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
-
-
-class Frozen(Critics):
-    """Critics that do not learn."""
-
-    def learn(self, critic, target, opt, batch, action, key, bonus=0.0):
-        return critic, target, opt, {}
 
 
 FROZEN = Frozen(**vars(SMALL.critic))
@@ -86,12 +68,14 @@ def test_the_actor_is_the_flow_shifted_by_the_slope_over_the_pull(alpha):
     np.testing.assert_allclose(jnp.mean(mu - z, 0), slope * D / (2 * alpha), atol=0.15 * 0.3 / alpha)
 
 
-def test_the_critic_gives_the_flow_no_gradient():
+@pytest.mark.parametrize("anchor", ["end", "velocity"])
+def test_the_critic_gives_the_flow_no_gradient(anchor):
     """d(loss) / d(flow) is that of matching alone: another critic, alpha or reward moves the flow in no way."""
-    state = jax.jit(lambda k: SMALL.init(k, SPEC))(jr.key(0))
+    agent = replace(SMALL, anchor=anchor)
+    state = jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0))
     rows = batch(jr.key(1))
-    one, _ = jax.jit(SMALL.update)(state, rows, jr.key(2))
-    other, _ = jax.jit(replace(SMALL, alpha=1e3, normalise_q=True).update)(
+    one, _ = jax.jit(agent.update)(state, rows, jr.key(2))
+    other, _ = jax.jit(replace(agent, alpha=1e3, normalise_q=True).update)(
         state, replace(rows, reward=5 * rows.reward), jr.key(2)
     )
     jax.tree.map(np.testing.assert_array_equal, one.flow, other.flow)
@@ -114,10 +98,12 @@ def test_masked_actions_are_neither_cloned_nor_distilled():
     np.testing.assert_allclose(part[1]["matching_loss"], whole[1]["matching_loss"], rtol=0.5)
 
 
-def test_the_loss_of_the_actor_by_hand():
-    """alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the end of the flow from the same z."""
+@pytest.mark.parametrize("anchor", ["end", "velocity"])
+def test_the_loss_of_the_actor_by_hand(anchor):
+    """alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the end of the flow from the same z; or in place of the
+    square |mu - z - v((1 - t) z + t mu, t)|^2."""
     slope = jnp.array([0.5, -1.0, 2.0])
-    agent = replace(SMALL, critic=FROZEN)
+    agent = replace(SMALL, critic=FROZEN, anchor=anchor)
     state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), slope)
     _, metrics = jax.jit(agent.update)(state, batch(jr.key(1)), jr.key(2))
 
@@ -126,8 +112,12 @@ def test_the_loss_of_the_actor_by_hand():
         z = jr.normal(jr.split(key, 4)[3], (32, D))
         obs = jnp.zeros((32, 1))
         mu = jax.vmap(state.actor.mu)(obs, z)
-        ends = jnp.clip(jax.vmap(state.flow.sample)(z, obs), -1.0, 1.0)
-        return agent.alpha * jnp.mean((mu - ends) ** 2) - jnp.mean(jnp.clip(mu, -1.0, 1.0) @ slope)
+        error = mu - jnp.clip(jax.vmap(state.flow.sample)(z, obs), -1.0, 1.0)
+        if anchor == "velocity":
+            t = jr.uniform(jr.fold_in(jr.split(jr.clone(key), 4)[3], 1), (32,), minval=1e-3, maxval=1 - 1e-3)
+            x_t = (1 - t)[:, None] * z + t[:, None] * mu
+            error = mu - z - jax.vmap(state.flow.velocity)(x_t, t, obs)
+        return agent.alpha * jnp.mean(error**2) - jnp.mean(jnp.clip(mu, -1.0, 1.0) @ slope)
 
     np.testing.assert_allclose(metrics["actor_loss"], by_hand(state, jr.key(2)), rtol=1e-4)
 
@@ -182,3 +172,62 @@ def test_normalised_q_makes_the_gradient_free_of_its_scale():
             moved[normalise, scale] = float(metrics["actor_grad_norm"])
     np.testing.assert_allclose(moved[True, 1.0], moved[True, 1000.0], rtol=1e-4)  # float32 sums
     assert moved[False, 1000.0] > 100 * moved[False, 1.0]
+
+
+class NormalField(eqx.Module):
+    """The velocity of data N(m, s^2), straight paths: m + A (x - t m), A = (t s^2 - 1 + t) / (t^2 s^2 + (1 - t)^2)."""
+
+    dim: int = eqx.field(static=True)
+    m: float = eqx.field(static=True)
+    s: float = eqx.field(static=True)
+
+    def __call__(self, x, t, cond):
+        return self.m + (t * self.s**2 - 1 + t) / (t**2 * self.s**2 + (1 - t) ** 2) * (x - t * self.m)
+
+
+@pytest.mark.parametrize("s", [0.2, 0.5])
+def test_what_each_anchor_makes_of_normal_data(s):
+    """Of actors mu = m + a z the exact flow of N(m, s^2) prefers a = s at its end, and (2 / pi) s by its velocities.
+
+    With D = t^2 s^2 + (1 - t)^2 the velocity's error is (a (1 - t) - t s^2) z / D, so the best a is
+    s^2 int t (1 - t) / D^2 / int (1 - t)^2 / D^2; with u = t / (1 - t) the integrals are 1 / (2 s^2) and pi / (4 s).
+    """
+    n, m, steps = 200_000, 0.1, 400
+    flow = Flow(NormalField(1, m, s), FlowSpec(clock=1.0, support=Real(), solver=Ddim(steps)))
+    obs, z = jnp.zeros((n, 1)), jr.normal(jr.key(0), (n, 1))
+
+    def best(anchor, n):
+        """Least squares over a: the error is linear in it."""
+        error = ANCHORS[anchor](flow, obs[:n], z[:n], jr.key(1))
+        offset, slope = error(m + 0 * z[:n]), error(m + z[:n]) - error(m + 0 * z[:n])
+        return -jnp.sum(offset * slope) / jnp.sum(slope**2)
+
+    # Euler's 400 steps leave the spread at .98 of it or more; a mean of 200000 varies by half a percent.
+    np.testing.assert_allclose(best("end", 100), s, rtol=0.03)
+    np.testing.assert_allclose(best("velocity", n), 2 / np.pi * s, rtol=0.02)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e4])
+def test_guidance_clones_the_better_rows(temperature):
+    """Weights are sigmoid of the lead of the data's action over the actor's in units of mean |Q| and the temperature:
+    all rows by half where it is high, only the better ones where it is low."""
+    slope = jnp.array([0.5, -1.0, 2.0])
+    agent = replace(SMALL, critic=FROZEN, guidance=temperature)
+    state = with_slope(jax.jit(lambda k: agent.init(k, SPEC))(jr.key(0)), slope)
+    rows = batch(jr.key(1))
+    _, metrics = jax.jit(agent.update)(state, rows, jr.key(2))
+    *_, k_flow, k_actor = jr.split(jr.key(2), 4)
+    ours = jax.vmap(state.actor.from_noise)(jnp.zeros((32, 1)), jr.normal(k_actor, (32, D))) @ slope
+    lead = (rows.action @ slope - ours) / jnp.abs(ours).mean()
+    weight = {1e-3: lead > 0, 1.0: jax.nn.sigmoid(lead), 1e4: jnp.full(32, 0.5)}[temperature]
+    assert 5 < (lead > 0).sum() < 27 and jnp.abs(lead).min() > 5e-3
+    wanted = jax.jit(cloning_loss)(state.flow, rows, k_flow, weight.astype(jnp.float32))
+    np.testing.assert_allclose(metrics["matching_loss"], wanted, rtol=2e-3)  # sigmoid(+-5) is within .7 % of a step
+
+
+def test_only_what_can_be_is_accepted():
+    for bad in ({"alpha": 0.0}, {"guidance": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            FQL(**bad)
+    with pytest.raises(ValueError, match="predict='velocity'"):
+        FQL(FlowSpec(predict="data"), anchor="velocity")

@@ -109,6 +109,7 @@ _covered = {type(agent) for agent in TABLE.values()}
 TABLE |= {name: shrunk(p.agent) for name, p in presets().items() if type(p.agent) not in _covered}
 FAMILIES = ("rfm", "sac", "sir", "reinflow", "bc", "cross-entropy")  # in the default tests, the rest are slow
 FOREIGN = ("cross-entropy",)
+DRAWS_NOTHING = ("iql",)  # an update is a function of its batch
 
 
 def rng_of(key: jax.Array) -> np.random.Generator:
@@ -123,7 +124,7 @@ def batch(key: jax.Array, n: int = B, reward: Any = None) -> Batch:
     discount = jnp.asarray(np.where(rng.random(n) < 0.3, 0.0, 0.99), jnp.float32)
     return Batch(
         normal(n, 3), jnp.tanh(normal(n, 2)), normal(n) if reward is None else reward, discount, normal(n, 3),
-        jnp.ones((n, 2)),
+        jnp.ones((n, 2)), jnp.tanh(normal(n, 2)), jnp.ones((n, 2)),
     )  # fmt: skip
 
 

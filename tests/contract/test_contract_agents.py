@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.contract.cases import FAMILIES, FOREIGN, SPEC, TABLE, Case, batch
+from tests.contract.cases import DRAWS_NOTHING, FAMILIES, FOREIGN, SPEC, TABLE, Case, batch
 
 from contraflow.agents import classes, needs, presets
 from contraflow.agents.base import Agent
@@ -132,7 +132,7 @@ def test_same_key_same_result_other_key_other_result(case):
     if case.name not in FOREIGN:
         data = case.data(a, jr.key(3))
         one, two = (case.update(case.trained(1)[0], data, jr.key(i))[0] for i in (4, 5))
-        assert differs(one, two)
+        assert differs(one, two) == (case.name not in DRAWS_NOTHING)
     obs = jr.normal(jr.key(6), (4, 3))
     policy = case.agent.policy(a)
     assert_same(case.act(policy, obs, jr.key(7), False), case.act(policy, obs, jr.key(7), False))
@@ -142,7 +142,7 @@ def test_same_key_same_result_other_key_other_result(case):
 def test_actions_of_equal_observations_differ(case):
     policy = case.agent.policy(case.trained(0)[0])
     actions = np.asarray(case.act(policy, jnp.ones((5, 3)), jr.key(0), False))
-    assert len(np.unique(actions[:, 0])) > 1
+    assert len(np.unique(actions, axis=0)) > 1  # rows: one number may lie at the edge of the box
     assert not np.allclose(actions, actions[0])
 
 

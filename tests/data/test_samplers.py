@@ -181,3 +181,24 @@ def test_a_mixture_may_leave_one_side_alone(ratio: float, share: int):
 def test_settings_that_make_no_sense(wrong, words: str):
     with pytest.raises(ValueError, match=words):
         wrong()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("sampler", [Uniform(0.9), NStep(3, 0.9), Chunk(3, 0.9)], ids=str)
+def test_the_next_action_is_what_the_same_trajectory_did_next(source, sampler):
+    """At the state that follows what a row counts, by as many rows as an action has; unknown beyond the trajectory."""
+    rows = SOURCES[source]()
+    batch = jax.tree.map(np.asarray, draw(sampler, rows, jr.key(4), 300))
+    last = np.flatnonzero(np.asarray(rows.next[:n]) < 0)
+    last = last[np.searchsorted(last, np.arange(n))]
+    horizon = batch.action.shape[1] // 2
+    known = np.zeros(n, bool)
+    for i, first in enumerate(batch.obs[:, 0].astype(int)):
+        after = by_hand(first, getattr(sampler, "steps", horizon), 0.9, last)[1][-1] + 1
+        ahead = [after + k for k in range(horizon) if after + k <= last[first]]
+        mask = np.repeat(np.arange(horizon) < len(ahead), 2)
+        np.testing.assert_array_equal(batch.next_mask[i], mask)
+        wanted = np.array([[a, a + 0.5] for a in ahead]).ravel() / 50
+        np.testing.assert_allclose(batch.next_action[i][mask], wanted, rtol=1e-6)
+        known[first] = bool(ahead)
+    assert known.any() and not known[last].any()

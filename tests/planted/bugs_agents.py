@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
-from contraflow.agents.offline import fql
+from contraflow.agents.offline import fql, iql
 from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.fql import FQL
+from contraflow.agents.offline.iql import IQL, Regressed
+from contraflow.agents.offline.qc import QC
+from contraflow.agents.offline.rebrac import ReBRAC
 from contraflow.agents.online import dacer, pmd, rfm, sac
 from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
@@ -19,6 +22,7 @@ from contraflow.agents.online.td3 import TD3
 from contraflow.agents.onpolicy import dppo, reinflow
 from contraflow.agents.onpolicy.dppo import DPPO
 from contraflow.agents.onpolicy.fpo import MatchedFlow
+from contraflow.data import samplers
 from contraflow.flow.model import Flow
 from contraflow.nets.critic import QEnsemble
 from contraflow.policy import best_of
@@ -32,6 +36,9 @@ PPO = "agents/test_ppo.py::"
 PMD_TESTS = "agents/test_pmd.py::"
 RFM_TESTS = "agents/test_rfm.py::"
 FQL_TESTS = "agents/test_fql.py::"
+IQL_TESTS = "agents/test_iql.py::"
+QC_TESTS = "agents/test_qc.py::"
+REBRAC_TESTS = "agents/test_rebrac.py::"
 OBS = "agents/test_normalise_obs.py::"
 
 
@@ -242,7 +249,7 @@ def fql_goes_down_the_value(patch: pytest.MonkeyPatch) -> None:
         return -right(self, obs, action)
 
 
-@bug(FQL_TESTS + "test_the_loss_of_the_actor_by_hand")
+@bug(FQL_TESTS + "test_the_loss_of_the_actor_by_hand[end]")
 def the_teacher_of_fql_sees_other_noise(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, FQL, "update")
     def update(right, self, state, batch, key):
@@ -305,3 +312,100 @@ def policies_explore_by_the_greedy_rule(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, BestOf, "__call__")
     def act(right, self, obs, key, greedy=True):
         return right(self, obs, key, not greedy)
+
+
+@bug(IQL_TESTS + "test_values_are_expectiles_over_the_actions_of_the_data[0.9]")
+def expectiles_lean_towards_the_worst(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, iql, "expectile_loss")
+    def loss(right, error, kappa):
+        return right(error, 1 - kappa)
+
+
+@bug(IQL_TESTS + "test_a_critic_learns_what_the_value_of_the_successor_says")
+def iql_discounts_the_value_of_the_successor_twice(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, IQL, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, discount=batch.discount**2), key)
+
+
+@bug(IQL_TESTS + "test_the_regressed_actor_is_the_weighted_normal")
+def weights_of_a_regression_have_no_cap(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Regressed, "loss")
+    def loss(right, self, actor, batch, advantage, key):
+        return right(replace(self, cap=1e9), actor, batch, advantage, key)
+
+
+@bug(IQL_TESTS + "test_the_best_of_n_of_a_normal_base[32]")
+def the_worst_of_n_is_taken(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, best_of, "pick")
+    def pick(right, selector, key, critic, obs, actions, lam):
+        return jnp.argmin(jax.vmap(lambda a: critic.value(obs, a))(actions))
+
+
+@bug(QC_TESTS + "test_targets_value_the_chunk_that_the_critics_choose")
+def targets_choose_the_chunk_that_they_value(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, QC, "update")
+    def update(right, self, state, batch, key):
+        with patch.context() as inside:
+
+            @wrong(inside, QC, "_best")
+            def best(found, self, state):
+                return found(self, replace(state, critic=state.target))
+
+            return right(self, state, batch, key)
+
+
+@bug(QC_TESTS + "test_chunks_are_valued_exactly_where_several_steps_are_not")
+def a_chunk_is_discounted_as_one_step(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_follow")
+    def follow(right, rows, first, steps, gamma):
+        *found, discount = right(rows, first, steps, gamma)
+        return *found, jnp.where(discount > 0, gamma, 0.0)
+
+
+@bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
+def rebrac_compares_the_next_action_with_the_last(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, next_action=batch.action), key)
+
+
+@bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
+def rebrac_makes_up_actions_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        known = None if batch.next_mask is None else jnp.ones_like(batch.next_mask)
+        return right(self, state, replace(batch, next_mask=known), key)
+
+
+@bug(REBRAC_TESTS + "test_the_actor_weighs_the_data_against_a_quadratic_value")
+def rebrac_is_held_to_the_data_half_as_much(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ReBRAC, "update")
+    def update(right, self, state, batch, key):
+        return right(replace(self, actor_penalty=0.5 * self.actor_penalty), state, batch, key)
+
+
+@bug("data/test_samplers.py::test_the_next_action_is_what_the_same_trajectory_did_next")
+def the_next_action_is_that_of_the_next_row(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, samplers, "_batch")
+    def batch(right, rows, first, last, *rest):
+        found = right(rows, first, last, *rest)
+        after = rows.action[jnp.minimum(last + 1, rows.reward.shape[0] - 1)]
+        size = after.shape[1]
+        mask = jnp.ones_like(found.next_mask[:, :size])
+        join = lambda head, tail: jnp.concatenate([head, tail[:, size:]], 1)
+        return replace(found, next_action=join(after, found.next_action), next_mask=join(mask, found.next_mask))
+
+
+@bug(FQL_TESTS + "test_what_each_anchor_makes_of_normal_data")
+def the_anchor_looks_from_the_other_end(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fql, "matching_error")
+    def error(right, flow, obs, x0, x1, t):
+        return right(flow, obs, x0, jax.lax.stop_gradient(x1), 1 - t) * (2 - t)
+
+
+@bug(FQL_TESTS + "test_guidance_clones_the_better_rows")
+def guidance_clones_the_worse_rows(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fql, "cloning_loss")
+    def loss(right, flow, batch, key, weight=None):
+        return right(flow, batch, key, None if weight is None else 1 - weight)

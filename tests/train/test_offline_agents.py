@@ -1,37 +1,43 @@
-"""Whole runs of offline agents: on data alone and on into an environment, in chunks of actions, and used afterwards."""
+"""Every preset that learns values from a dataset goes on online, with chunks of actions."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.contract.cases import TABLE
+from tests.contract.cases import shrunk
 
 from contraflow import OfflineToOnline, Run, train
-from contraflow.runtime.policy import load
+from contraflow.agents import presets
 
-NAMES = ["dql", pytest.param("dac", marks=pytest.mark.slow), pytest.param("rql", marks=pytest.mark.slow)]
+NAMES = [name for name, preset in presets().items() if preset.needs == "dataset" and hasattr(preset.agent, "gamma")]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty steps of the probe obs-action, in trajectories of four."""
-    rows, end = np.linspace(-1, 1, 41, dtype=np.float32)[:, None], np.arange(40) % 4 == 3
+    """Sixty random steps of a pendulum's sizes, in trajectories of 20 that are cut off."""
+    rng = np.random.default_rng(0)
+    obs = rng.standard_normal((61, 3)).astype(np.float32)
     file = tmp_path_factory.mktemp("data") / "rows.npz"
     np.savez(
-        file, obs=rows[:-1], next_obs=rows[1:], action=np.sin(9 * rows[:-1]), reward=np.ones(40, np.float32),
-        terminated=end & False, end=end, low=np.array([-1.0]), high=np.array([1.0]),
+        file, obs=obs[:-1], next_obs=obs[1:], action=rng.uniform(-1, 1, (60, 1)).astype(np.float32),
+        reward=-np.ones(60, np.float32), terminated=np.zeros(60, bool), end=np.arange(60) % 20 == 19,
+        low=np.array([-1.0]), high=np.array([1.0]),
     )  # fmt: skip
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_offline_and_then_online_in_chunks(name: str, data: Path, tmp_path: Path):
-    """Chunks of two are learned from, carried out and learned from again; the policy of the run acts."""
+    """Twelve gradient steps on the data, then twelve steps of three actions, with half of each batch from the data."""
     source = OfflineToOnline(
-        str(data), "probe:obs-action", offline_steps=20, num_envs=2, batch_size=8, buffer_size=64, horizon=2
+        str(data), "jax:pendulum", offline_steps=12, num_envs=2, batch_size=8, buffer_size=64, horizon=3
     )
-    run = Run(TABLE[name], source, steps=40, eval_every=20, eval_episodes=2, log_every=10, trackers=())
-    result = train(run, tmp_path / "run", quiet=True)
-    assert result.steps >= 40 and np.isfinite(result.returns).all()
-    actions = load(tmp_path / "run")(np.linspace(-1, 1, 3, dtype=np.float32)[:, None])
-    assert actions.shape == (3, 2, 1) and np.abs(actions).max() <= 1
+    rates = {"eval_every": 48, "log_every": 6, "eval_episodes": 2, "trackers": ()}
+    result = train(Run(shrunk(presets()[name].agent), source, steps=48, **rates), tmp_path, quiet=True)
+    assert result.steps == 48 and np.isfinite(result.returns).all()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    learned = [line for line in lines if "critic_loss" in line]
+    assert {line["step"] <= 12 for line in learned} == {True, False}
+    assert all(np.isfinite(v) for line in learned for v in line.values() if isinstance(v, float))

@@ -48,6 +48,9 @@ class Batch(eqx.Module):
     `discount` is gamma^span (1 - terminated), what the value of `next_obs` counts for: no agent needs to know of ends
     and spans. `reward` is discounted and summed over the span. An action may be a chunk, d = horizon * a numbers;
     `mask` is 0 for those that lie beyond the end of its trajectory, 1 for the others.
+
+    `next_action` is what was done at `next_obs`, and `next_mask` is 0 where that is not known: nothing follows in the
+    trajectory, or nothing yet. Samplers fill both, which costs nothing where they are not read; None is not known.
     """
 
     obs: PyTree[Shaped[Array, "B ..."]]
@@ -56,6 +59,8 @@ class Batch(eqx.Module):
     discount: Float[Array, " B"]
     next_obs: PyTree[Shaped[Array, "B ..."]]
     mask: Float[Array, "B d"]
+    next_action: Float[Array, "B d"] | None = None
+    next_mask: Float[Array, "B d"] | None = None
 
 
 class Rollout(eqx.Module):

@@ -4,6 +4,9 @@ A row's reward is sum_{i<k} gamma^i r_i over the k <= n steps that follow each o
 terminated step or the newest row; its discount gamma^k, or 0 where the last of them terminated. So a trajectory that is
 cut off is bootstrapped, however few steps are left (Q-chunking, 2507.07969, leaves those rows out).
 
+`next_action` is what was done in the row after the last one, or in as many of them as an action has: `next_mask` is 0
+where the trajectory has no such row, or the replay not yet.
+
 A row of replay may be a chunk that was carried out, of s_i steps, fewer where its episode ended within it, and with a
 reward that is discounted already. Then the weight of r_i is gamma^(s_0 + ... + s_(i-1)), the discount
 gamma^(s_0 + ... + s_(k-1)).
@@ -35,7 +38,7 @@ class Uniform:
         at = rows.draw(key, n)
         after = self.gamma if rows.steps is None else jnp.asarray(self.gamma) ** rows.steps[at]
         discount = jnp.where(rows.terminated[at], 0.0, after)
-        return _batch(rows, at, at, rows.action[at], rows.reward[at], discount)
+        return _batch(rows, at, at, rows.action[at], None, rows.reward[at], discount)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class NStep:
         """n rows; the caller makes sure that there are any."""
         first = rows.draw(key, n)
         _, _, last, reward, discount = _follow(rows, first, self.steps, self.gamma)
-        return _batch(rows, first, last, rows.action[first], reward, discount)
+        return _batch(rows, first, last, rows.action[first], None, reward, discount)
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,7 @@ class Chunk:
         """n rows; the caller makes sure that there are any."""
         first = rows.draw(key, n)
         places, inside, last, reward, discount = _follow(rows, first, self.horizon, self.gamma)
-        mask = jnp.repeat(inside, rows.action.shape[1], axis=1).astype(jnp.float32)
-        return _batch(rows, first, last, rows.action[places].reshape(n, -1), reward, discount, mask)
+        return _batch(rows, first, last, *_actions(rows, places, inside), reward, discount, self.horizon)
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,26 @@ def _chain(rows: Rows, first: Int[Array, " n"], steps: int) -> tuple[Int[Array, 
     return places, inside
 
 
+def _actions(
+    rows: Rows, places: Int[Array, "n k"], inside: Bool[Array, "n k"]
+) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
+    """(actions, mask) of k rows each, one after the other in d = k a numbers."""
+    n, mask = places.shape[0], jnp.repeat(inside, rows.action.shape[1], axis=1)
+    return rows.action[places].reshape(n, -1), mask.astype(jnp.float32)
+
+
 def _batch(
     rows: Rows,
     first: Int[Array, " n"],
     last: Int[Array, " n"],
     action: Float[Array, "n d"],
+    mask: Float[Array, "n d"] | None,
     reward: Float[Array, " n"],
     discount: Float[Array, " n"],
-    mask: Float[Array, "n d"] | None = None,
+    horizon: int = 1,
 ) -> Batch:
     obs, next_obs = jax.tree.map(lambda x: x[first], rows.obs), jax.tree.map(lambda x: x[last], rows.next_obs)
-    return Batch(obs, action, reward, discount, next_obs, jnp.ones_like(action) if mask is None else mask)
+    after = rows.next[last]
+    places, inside = _chain(rows, jnp.where(after < 0, last, after), horizon)
+    following = _actions(rows, places, inside & (after >= 0)[:, None])
+    return Batch(obs, action, reward, discount, next_obs, jnp.ones_like(action) if mask is None else mask, *following)

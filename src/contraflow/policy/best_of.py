@@ -73,16 +73,17 @@ def pick(
     critic: QEnsemble | None,
     obs: Obs,
     actions: Float[Array, "n a"],
-    lam: Float[Array, ""],
+    lam: Float[Array, ""] | None,
 ) -> Int[Array, ""]:
-    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0, among actions [n, a] at `obs`.
+    """The index in [0, n) that `selector` picks by Q(s, a) / lam, lam > 0 (None is 1), among actions [n, a] at `obs`.
 
     Without a choice it is the first, and no critic is needed.
     """
     if not chooses(selector):
         return jnp.zeros((), jnp.int32)
     assert critic is not None
-    return selector(key, jax.vmap(lambda a: critic.value(obs, a))(actions) / lam)
+    q = jax.vmap(lambda a: critic.value(obs, a))(actions)
+    return selector(key, q if lam is None else q / lam)
 
 
 ONE, UNIFORM = "one particle", "uniform actions"
@@ -93,7 +94,7 @@ class BestOf(eqx.Module):
 
     policy: Any
     critic: QEnsemble
-    temperature: Float[Array, ""]
+    temperature: Float[Array, ""] | None  # None is 1: the best of n has no use for one
     explore: Selector = eqx.field(static=True)
     greedy: Selector = eqx.field(static=True)
 

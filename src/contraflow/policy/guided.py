@@ -83,7 +83,7 @@ def guided(policy: Policy, weight: float) -> Policy:
     Raises UserError for one without a flow or critic, and for a flow that is no velocity on the linear path.
     """
     if inner(policy, "flow") is None or inner(policy, "critic") is None:
-        raise UserError("guidance needs a flow and a critic, such as those of iql: this policy has not both")
+        raise UserError("guidance needs a flow and a critic, such as those of ifql: this policy has not both")
     spec = inner(policy, "flow").spec
     plain = spec.predict == "velocity" and spec.clip is None and not spec.averaged and not spec.unit_input
     straight = isinstance(spec.path, Linear) and isinstance(spec.support, Box)

@@ -49,6 +49,11 @@ def update_and_normalise(
     return stats, eqx.tree_at(lambda b: (b.obs, b.next_obs), batch, (each(batch.obs), each(batch.next_obs)))
 
 
+def unit_scale(q: Float[Array, "*n"]) -> Float[Array, ""]:
+    """1 / mean |q|, held fixed: q times it is of order one whatever the unit of rewards."""
+    return jax.lax.stop_gradient(1.0 / jnp.maximum(jnp.mean(jnp.abs(q)), 1e-6))
+
+
 class ReturnScale(eqx.Module):
     """Standard deviation of the discounted return, by which rewards are divided: values are then of order one.
 

@@ -6,10 +6,17 @@
 
 A proximal step in the Wasserstein sense, not an exponential tilt: with Q = g.a the actor is the flow shifted by g / w,
 w = 2 alpha / d. Because the distillation is a mean over the d numbers of an action or chunk and Q is not, the same
-alpha pulls less where d is larger.
+alpha pulls less where d is larger. Q is divided by the mean of |Q| in the batch, so that alpha means the same for all
+rewards; `fql-paper` does without, as published.
+
+Two newer methods change one part each. The anchor of FAN (2605.01663) is the flow's own matching loss with mu(s, z) in
+place of the action of the data, at one random t, which saves the steps of the teacher. GFP (2512.03973) clones the rows
+whose action is better than the actor's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -27,8 +34,9 @@ from contraflow.nets.mlp import MLP, MLPSpec
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.base import Cost, Policy
 from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.rl.cloning import cloning_loss
 from contraflow.rl.critics import Critics
-from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
+from contraflow.rl.normalise import NormaliseObs, initial_moments, unit_scale, update_and_normalise
 
 OPTIM = Optim(3e-4)
 
@@ -58,6 +66,28 @@ class OneStep(eqx.Module):
         return Cost(1, 1, 0)
 
 
+Actions = Float[Array, "B d"]
+
+
+def from_end(flow: Flow, obs: Obs, z: Actions, key: PRNGKey) -> Callable[[Actions], Actions]:
+    """mu - x_1(s, z), x_1 the flow's end of z as an action."""
+    teacher = flow.action(jax.vmap(flow.sample)(z, obs))
+    return lambda mu: mu - teacher
+
+
+def from_velocity(flow: Flow, obs: Obs, z: Actions, key: PRNGKey) -> Callable[[Actions], Actions]:
+    """(mu - z) - v(x_t, t, s), x_t = t mu + (1 - t) z, t ~ U(0, 1): 0 for all t where the path from z to mu is one of
+    the flow's. mu moves x_t too (2605.01663).
+
+    The best mu is not the flow's end where its paths bend. For data N(m, s^2) and the exact v it is m + (2 / pi) s z.
+    """
+    t = jr.uniform(key, (z.shape[0],), minval=EDGE, maxval=1 - EDGE)
+    return lambda mu: jax.vmap(lambda *row: matching_error(flow, *row))(obs, z, flow.spec.support.latent(mu), t)
+
+
+ANCHORS = {"end": from_end, "velocity": from_velocity}
+
+
 class FQLState(eqx.Module):
     flow: Flow
     actor: OneStep
@@ -72,15 +102,25 @@ class FQLState(eqx.Module):
 
 @dataclass(frozen=True)
 class FQL:
-    """Per row of a batch K + 3 evaluations of the flow, three of the actor and one of each critic and its target."""
+    """Per row of a batch K + 3 evaluations of the flow, three of the actor and one of each critic and its target.
+
+    The anchor "velocity" takes one evaluation with gradients in place of K. Raises ValueError where the flow predicts
+    something else.
+    """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
     """The cloned flow; its solver's K steps (10) make the targets of the actor."""
     actor: MLPSpec = MLPSpec(512, 4, "gelu")
-    alpha: float = 10.0
-    """Weight of the distillation; 10 to 1000 in the paper, by task."""
-    normalise_q: bool = False
-    """Q is divided by the mean of |Q| in the batch (off, as released): alpha then means the same for all rewards."""
+    alpha: float = 1.0
+    """Weight of the distillation against Q of order one: the paper's authors advise .03 to 10. Without `normalise_q`
+    10 to 1000 on OGBench, by task."""
+    normalise_q: bool = True
+    """Q is divided by the mean of |Q| in the batch: alpha means the same for all rewards. Off as published."""
+    anchor: Literal["end", "velocity"] = "end"
+    """What the actor is held to: the flow's end of the same noise, or its velocity on the way there."""
+    guidance: float | None = None
+    """Temperature, in units of mean |Q|, of weights sigmoid((Q'(s, a_data) - Q'(s, mu)) / temperature) of the rows that
+    are cloned; None clones all alike."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(reduce=Mean(), backup=Mean(), width=512, depth=4, block="normalised", optim=OPTIM)
@@ -88,7 +128,9 @@ class FQL:
     """Of the flow and of the actor, each by itself."""
 
     def __post_init__(self):
-        check_positive(self, "alpha")
+        check_positive(self, "alpha", *(["guidance"] if self.guidance is not None else []))
+        if self.anchor == "velocity" and self.flow.predict != "velocity":
+            raise ValueError("the anchor 'velocity' needs a flow that predicts it: FlowSpec(predict='velocity')")
 
     @property
     def gamma(self) -> float:
@@ -113,7 +155,6 @@ class FQL:
         k_next, k_critic, k_flow, k_actor = jr.split(key, 4)
         n = batch.reward.shape[0]
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
-        count = jnp.maximum(batch.mask.sum(), 1.0)
 
         # 1. Critic, with a' of the actor.
         action = jax.vmap(state.actor)(batch.next_obs, jr.split(k_next, n))
@@ -121,27 +162,24 @@ class FQL:
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
 
-        # 2. Flow: behaviour cloning.
-        def flow_loss(flow):
-            def one(obs, action, key):
-                k_noise, k_t = jr.split(key)
-                t = jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE)
-                return matching_error(flow, obs, flow.noise(k_noise), flow.spec.support.latent(action), t)
+        # 2. Flow: behaviour cloning; weights are those of the actor before this update, at the noise it learns from.
+        z, weight = state.flow.noise(k_actor, n), None
+        if self.guidance is not None:
+            ours = jax.vmap(target.value)(batch.obs, jax.vmap(state.actor.from_noise)(batch.obs, z))
+            gap = unit_scale(ours) * (jax.vmap(target.value)(batch.obs, batch.action) - ours)
+            weight = jax.lax.stop_gradient(jax.nn.sigmoid(gap / self.guidance))
+        flow, flow_opt, matching, _ = gradient_step(
+            self.optim.tx, lambda flow: cloning_loss(flow, batch, k_flow, weight), state.flow, state.flow_opt
+        )
 
-            return jnp.sum(batch.mask * jax.vmap(one)(batch.obs, batch.action, jr.split(k_flow, n)) ** 2) / count
-
-        flow, flow_opt, matching, _ = gradient_step(self.optim.tx, flow_loss, state.flow, state.flow_opt)
-
-        # 3. Actor: towards the flow's end of the same noise, and up Q. The flow is the one before this update.
-        z = state.flow.noise(k_actor, n)
-        teacher = state.flow.action(jax.vmap(state.flow.sample)(z, batch.obs))
+        # 3. Actor: towards the flow, from the same noise, and up Q. The flow is the one before this update.
+        error = ANCHORS[self.anchor](state.flow, batch.obs, z, jr.fold_in(k_actor, 1))
 
         def actor_loss(actor):
-            """(loss, metrics)."""
             mu = jax.vmap(actor.mu)(batch.obs, z)
             q = jax.vmap(critic.value)(batch.obs, jnp.clip(mu, -1.0, 1.0))
-            scale = jax.lax.stop_gradient(1.0 / jnp.maximum(jnp.mean(jnp.abs(q)), 1e-6)) if self.normalise_q else 1.0
-            distillation = jnp.sum(batch.mask * (mu - teacher) ** 2) / count
+            scale = unit_scale(q) if self.normalise_q else 1.0
+            distillation = jnp.sum(batch.mask * error(mu) ** 2) / jnp.maximum(batch.mask.sum(), 1.0)
             return self.alpha * distillation - scale * q.mean()
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
@@ -150,4 +188,11 @@ class FQL:
         return FQLState(flow, actor, critic, target, *opts, state.step + 1, stats), metrics
 
 
-PRESETS = (Preset("fql", FQL(), "Flow Q-learning", "2502.02538", "a one-step policy beside a cloned flow", "dataset"),)
+TITLE, PAPER = "Flow Q-learning", "2502.02538"
+PUBLISHED = FQL(alpha=10.0, normalise_q=False)
+GUIDED = FQL(guidance=1e-3)
+PRESETS = (
+    Preset("fql", FQL(), TITLE, PAPER, "a one-step policy beside a cloned flow", "dataset"),
+    Preset("fql-paper", PUBLISHED, TITLE, PAPER, "as published: alpha in the unit of returns", "dataset"),
+    Preset("gfp", GUIDED, "Guided flow policy", "2512.03973", "fql that clones the better rows", "dataset"),
+)

@@ -1,0 +1,10 @@
+"""IFQL: implicit Q-learning with a cloned flow, of whose 32 actions the best acts (2502.02538, baselines)."""
+
+from contraflow.agents.base import Preset
+from contraflow.agents.offline.iql import IQL, Cloned
+
+PRESETS = (
+    Preset(
+        "ifql", IQL(Cloned()), "Implicit flow Q-learning", "2502.02538", "best of a cloned flow's actions", "dataset"
+    ),
+)
