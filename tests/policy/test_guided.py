@@ -11,11 +11,13 @@ import pytest
 from tests.cli_helpers import cli
 
 from contraflow.agents.offline.dql import DIFFUSION
+from contraflow.agents.offline.iql import IQL, Cloned
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.solver import EulerMaruyama
 from contraflow.flow.support import Tanh
 from contraflow.nets.critic import QEnsemble
+from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.transformer import ChunkTransformer
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.artifact import load_policy, save_policy
@@ -25,6 +27,7 @@ from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.guided import Guided, guided, value_scale
 from contraflow.policy.normalise import Normalised, RunningMoments
 from contraflow.policy.uniform import uniform_policy
+from contraflow.rl.critics import Critics
 
 D, K, MEAN, STD = 2, 8, 0.2, 0.15
 SLOPE, GOAL = np.array([0.5, -0.8]), np.array([0.6, -0.3])
@@ -114,6 +117,16 @@ def test_without_weight_it_is_the_policy(network):
         assert np.abs(plain - act(guided(policy, 5.0), jr.split(jr.key(2), 16))).max() > 1e-3
     assert guided(policy, 1.0).policy.policy.flow is flow and inner(guided(policy, 1.0), "cost") == Cost(5, 3, 5)
     assert guided(policy, 1.0).policy.policy.cost == Cost(1, 3, 3)
+
+
+def test_the_policy_of_ifql_is_guided():
+    """By its own critic, with the best of its guided actions."""
+    spec = FlowSpec(solver=Ddim(2), network=ResidualMLP(8, 1, 4))
+    agent = IQL(Cloned(spec, 3), value=MLPSpec(8, 1), critic=Critics(width=8, depth=1), normalise_obs="frozen")
+    policy = agent.policy(agent.init(jr.key(0), EnvSpec(3, 2, 1, None, False)))
+    part = guided(policy, 5.0)
+    assert part.policy.critic is part.policy.policy.critic is policy.policy.critic
+    assert np.abs(part(OBS, jr.key(1)) - policy(OBS, jr.key(1))).max() > 1e-4
 
 
 def test_it_is_saved_as_any_policy(tmp_path):
