@@ -95,6 +95,15 @@ def test_the_sampler_of_a_gaussian_is_an_affine_recursion(wide):
     assert_close(x1.var(0), var, 4 * (2 / n) ** 0.5)
 
 
+def test_the_sampler_needs_a_key():
+    flow = Flow(GaussianNoise(DIFFUSION.path, 2, 0.3, 0.4), DIFFUSION)
+    with pytest.raises(ValueError, match="pass key"):
+        flow.sample(jnp.zeros(2), jnp.zeros(1))
+    assert DIFFUSION.solver.nfe == 5
+    with pytest.raises(ValueError, match="steps"):
+        Ddpm(0)
+
+
 def test_the_actor_by_hand():
     """The whole loss and its gradient, the sampler written in the terms of DDPM, unrolled."""
     agent = replace(FROZEN, eta=0.7)
