@@ -117,6 +117,17 @@ def test_the_source_is_a_choice_too():
     assert isinstance(parsed("source:replay").source, Replay)
 
 
+@pytest.mark.parametrize("preset", [name for name, run in PRESETS.items() if isinstance(run.source, Dataset)])
+def test_what_learns_from_recorded_steps_can_go_on_online(preset: str):
+    """Its own number of steps is that of the offline part, so the run has more."""
+    run = parsed("source:offline-to-online", "--data", "a.npz", "--env", "probe:action", preset=preset)
+    old = PRESETS[preset].source
+    assert run.source == OfflineToOnline("a.npz", "probe:action", horizon=old.horizon)
+    assert run.steps > run.source.offline_steps
+    told = parsed("source:offline-to-online", "--data", "a.npz", "--steps", "30", "--offline-steps", "7", preset=preset)
+    assert (told.steps, told.source.offline_steps) == (30, 7)
+
+
 @pytest.mark.parametrize("field", ["flow.path", "choose.explore"])
 def test_every_kind_has_a_word(field: str):
     owner, name = field.split(".")

@@ -174,7 +174,7 @@ def test_idql_has_the_noise_schedule_of_its_paper():
     wanted = jnp.exp(-0.1 * level - 9.9 * level**2 / 2)
     np.testing.assert_allclose(path.alpha(1 - level) ** 2, wanted, rtol=1e-5)
     np.testing.assert_allclose(wanted[-1], 0.00641, rtol=1e-3)
-    assert (actor.particles, actor.flow.solver.nfe, actor.flow.predict) == (64, 5, "noise")
+    assert (actor.particles, actor.flow.predict, actor.flow.clip) == (64, "noise", 1.0)
 
 
 def test_only_what_can_be_is_accepted():

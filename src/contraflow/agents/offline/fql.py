@@ -111,7 +111,7 @@ class FQL:
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
     """The cloned flow; its solver's K steps (10) make the targets of the actor."""
     actor: MLPSpec = MLPSpec(512, 4, "gelu")
-    alpha: float = 1.0
+    alpha: float = 3.0
     """Weight of the distillation against Q of order one: the paper's authors advise .03 to 10. Without `normalise_q`
     10 to 1000 on OGBench, by task."""
     normalise_q: bool = True
