@@ -17,30 +17,26 @@ def bandit(n: int, dim: int = 1, discount: float = 0.0) -> Batch:
     return Batch(zeros, action, zeros[:, 0], jnp.full(n, discount), zeros, jnp.ones((n, dim)))
 
 
-def with_slopes(state, slopes):
-    """The state with critics Q_i(s, a) = slopes_i . a, [m, a], and their slow copies: one hidden unit, positive for
-    all |a| < 10, the others off."""
-    slopes = jnp.asarray(slopes, jnp.float32)
-    lift = 10.0 * jnp.max(jnp.sum(jnp.abs(slopes), -1))
+def with_slope(state, slope):
+    """The state with critics Q(s, a) = slope . a, one slope [a] for all or one for each [m, a]: one hidden unit that
+    is positive all over the box, the others off."""
+    lift = 10.0 * jnp.max(jnp.abs(slope))
+    slopes = jnp.broadcast_to(jnp.asarray(slope, jnp.float32), (state.critic.num, jnp.shape(slope)[-1]))
 
     def plane(critic, slope):
         first, last = critic.first, critic.last
         weights = jnp.zeros_like(first.weights[0]).at[:, 0].set(slope), jnp.zeros_like(first.weights[1])
         values = *weights, jnp.zeros_like(first.bias).at[0].set(lift)
         values += jnp.zeros_like(last.weight).at[0].set(1.0), jnp.full_like(last.bias, -lift)
-        return eqx.tree_at(lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias), critic, values)
+        where = lambda c: (*c.first.weights, c.first.bias, c.last.weight, c.last.bias)
+        return eqx.tree_at(where, critic, values)
 
     critic = eqx.tree_at(lambda q: q.members, state.critic, jax.vmap(plane)(state.critic.members, slopes))
     return replace(state, critic=critic, target=jax.tree.map(jnp.copy, critic))
 
 
-def with_slope(state, slope):
-    """The same with one slope [a] for all critics."""
-    return with_slopes(state, jnp.tile(jnp.asarray(slope), (state.critic.num, 1)))
-
-
 class Frozen(Critics):
-    """Critics that do not learn: `Frozen(**vars(critics))`."""
+    """Critics that do not learn."""
 
     def learn(self, critic, target, opt, batch, action, key, bonus=0.0, over="mean"):
         return critic, target, opt, {}

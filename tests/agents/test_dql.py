@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.agents.agent_helpers import Frozen, GaussianNoise, with_slopes
+from tests.agents.agent_helpers import Frozen, GaussianNoise, with_slope
 from tests.closeness import assert_close
 
 from contraflow.agents.offline.dql import DIFFUSION, DQL
@@ -95,10 +95,19 @@ def test_the_sampler_of_a_gaussian_is_an_affine_recursion(wide):
     assert_close(x1.var(0), var, 4 * (2 / n) ** 0.5)
 
 
+def test_the_sampler_needs_a_key():
+    flow = Flow(GaussianNoise(DIFFUSION.path, 2, 0.3, 0.4), DIFFUSION)
+    with pytest.raises(ValueError, match="pass key"):
+        flow.sample(jnp.zeros(2), jnp.zeros(1))
+    assert DIFFUSION.solver.nfe == 5
+    with pytest.raises(ValueError, match="steps"):
+        Ddpm(0)
+
+
 def test_the_actor_by_hand():
     """The whole loss and its gradient, the sampler written in the terms of DDPM, unrolled."""
     agent = replace(FROZEN, eta=0.7)
-    state = with_slopes(fresh(agent), SLOPES)
+    state = with_slope(fresh(agent), SLOPES)
     rows, beta = batch(jr.key(1)), jnp.asarray(discrete(K), jnp.float32)
     abar = jnp.cumprod(1 - beta)
     new, metrics = jax.jit(agent.update)(state, rows, jr.key(2))
@@ -143,14 +152,14 @@ def test_the_actor_does_not_see_the_scale_of_its_critics(scale):
     """Exactly: by a power of two not a bit differs, by another factor the last ones do."""
     state = fresh(FROZEN)
     update = jax.jit(FROZEN.update)
-    one, _ = update(with_slopes(state, SLOPES), batch(jr.key(1)), jr.key(2))
-    large, _ = update(with_slopes(state, scale * SLOPES), batch(jr.key(1)), jr.key(2))
+    one, _ = update(with_slope(state, SLOPES), batch(jr.key(1)), jr.key(2))
+    large, _ = update(with_slope(state, scale * SLOPES), batch(jr.key(1)), jr.key(2))
     for a, b in zip(*map(jax.tree.leaves, (one.actor_opt, large.actor_opt)), strict=True):
         if scale == 1024.0:
             np.testing.assert_array_equal(a, b)
         else:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-    other, _ = update(with_slopes(state, -SLOPES), batch(jr.key(1)), jr.key(2))
+    other, _ = update(with_slope(state, -SLOPES), batch(jr.key(1)), jr.key(2))
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (one.actor, other.actor)), strict=True)]
     assert max(moved) > 1e-3
 
@@ -160,7 +169,7 @@ def test_without_q_it_is_cloning():
     agent = replace(SMALL, eta=0.0)
     state, rows, update = fresh(agent), batch(jr.key(1)), jax.jit(agent.update)
     new, metrics = update(state, rows, jr.key(2))
-    other, _ = update(with_slopes(state, SLOPES), replace(rows, reward=5 * rows.reward), jr.key(2))
+    other, _ = update(with_slope(state, SLOPES), replace(rows, reward=5 * rows.reward), jr.key(2))
     jax.tree.map(np.testing.assert_array_equal, (new.actor, new.actor_opt), (other.actor, other.actor_opt))
 
     def loss(actor):
@@ -180,7 +189,7 @@ def test_without_q_it_is_cloning():
 def test_targets_are_the_least_of_what_each_critic_finds_best():
     """y = r + discount min_j max_n Q_j(s', a'_n), a'_n of the average, not of the actor."""
     agent = replace(SMALL, backup=4)
-    state = with_slopes(fresh(agent), SLOPES)
+    state = with_slope(fresh(agent), SLOPES)
     state = replace(state, average=jax.tree.map(lambda x: 2 * x, state.actor))
     rows = batch(jr.key(1))
     _, metrics = jax.jit(agent.update)(state, rows, jr.key(2))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.agents.agent_helpers import Frozen, with_slopes
+from tests.agents.agent_helpers import Frozen, with_slope
 from tests.compiled import optimised
 
 from contraflow.agents.offline.dql import DIFFUSION
@@ -100,7 +100,7 @@ def test_actions_are_taken_back_along_the_flow():
 def test_targets_are_the_value_of_the_successor_and_fresh_noise():
     """y = r + discount (mean_j V_j - rho std_j V_j)(s', z, 0)."""
     agent = replace(SMALL, critic=Looking(**vars(SMALL.critic)))
-    state, rows = with_slopes(fresh(agent), SLOPES + SLOPES_OF_F), batch(jr.key(1), 512)
+    state, rows = with_slope(fresh(agent), SLOPES + SLOPES_OF_F), batch(jr.key(1), 512)
     metrics = jax.jit(agent.update)(state, rows, jr.key(2))[1]
     z, f = np.asarray(metrics["next"][:, :D]), np.asarray(metrics["next"][:, D])
     assert (f == 0).all() and len(np.unique(z)) == z.size
@@ -147,7 +147,7 @@ def test_the_flow_is_shifted_by_the_slope_of_the_value(alpha):
     """v* = E[x1 - x0 | x_t] + d h g / (2 alpha): trained, a constant beside the exact velocity, for which h has the
     mean 1/K - 1/(2 K^2). With a large alpha nothing is left but cloning."""
     agent = replace(FROZEN, alpha=alpha, normalise_q=False, optim=Optim(0.05, decay_steps=2000))
-    state = with_slopes(known(agent), SLOPES)
+    state = with_slope(known(agent), SLOPES)
 
     @optimised
     def run(state):
@@ -169,7 +169,7 @@ def test_the_flow_by_hand():
     """alpha |v - (x1 - x0)|^2 - V(x_t + h v, t + h) and its gradient, in which V is asked where the step ends."""
     slopes = SLOPES + SLOPES_OF_F
     agent = replace(FROZEN, alpha=0.7, normalise_q=True)
-    state, rows = with_slopes(fresh(agent), slopes), batch(jr.key(1))
+    state, rows = with_slope(fresh(agent), slopes), batch(jr.key(1))
     metrics = jax.jit(agent.update)(state, rows, jr.key(2))[1]
 
     def loss(flow):
@@ -197,7 +197,7 @@ def test_normalised_values_move_the_flow_the_same(scale):
     for normalise in (True, False):
         update = jax.jit(replace(FROZEN, normalise_q=normalise).update)
         one, large = (
-            update(with_slopes(state, s * SLOPES), batch(jr.key(1)), jr.key(2))[1]["actor_grad_norm"]
+            update(with_slope(state, s * SLOPES), batch(jr.key(1)), jr.key(2))[1]["actor_grad_norm"]
             for s in (1.0, scale)
         )
         assert np.isclose(one, large, rtol=1e-4) == normalise
@@ -215,7 +215,7 @@ def test_the_expectile_of_two_returns():
 
 
 def test_masked_actions_are_not_cloned():
-    state = with_slopes(fresh(FROZEN), 0 * SLOPES)
+    state = with_slope(fresh(FROZEN), 0 * SLOPES)
     new, _ = jax.jit(FROZEN.update)(state, batch(jr.key(1), mask=jnp.ones((16, D)).at[:, 1].set(0.0)), jr.key(2))
     moved = new.flow.net.last.bias - state.flow.net.last.bias
     assert moved[1] == 0 and jnp.abs(moved[0]) > 1e-3

@@ -102,7 +102,9 @@ def shrunk(settings: Any) -> Any:
     if not is_dataclass(settings):
         return settings
     parts = {f.name: shrunk(getattr(settings, f.name)) for f in fields(settings) if f.init}
-    sizes = {"width": 8, "depth": 1, "tau": 0.1} if isinstance(settings, Critics) else {}
+    sizes = {}
+    if isinstance(settings, Critics):
+        sizes = {"width": 8, "depth": 1, "tau": 0.1, "members": min(settings.members, 2)}
     return replace(settings, **parts | sizes)
 
 

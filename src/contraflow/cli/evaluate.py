@@ -14,13 +14,16 @@ from contraflow.core.files import make_folder
 from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
 from contraflow.envs import copies
-from contraflow.envs.base import notes
+from contraflow.envs.base import Env, notes
 from contraflow.envs.chunk import singly
+from contraflow.policy import base
 from contraflow.policy.base import act_batch
+from contraflow.policy.guided import guided, value_scale
 from contraflow.policy.uniform import still_policy, uniform_policy
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import Episodes, evaluate_one, margin
+from contraflow.training.loop import reset
 
 EPISODES = 10
 RANDOM, STILL = "random actions", "no action (zeros)"
@@ -37,6 +40,8 @@ class Eval:
     seed: int = 0
     env: str | None = None
     """Another environment with the same sizes."""
+    guide: tuple[float, ...] = ()
+    """Also evaluates the flow guided by its critic, once for each weight in units of mean |Q| (docs/methods/qgf.md)."""
     video: Path | None = None
     """Also film one episode; the suffix sets the format (.mp4, .gif)."""
     fps: int = 50
@@ -56,6 +61,8 @@ def eval_command(args: list[str]) -> int:
     options = read_flags(Eval, args, prog="contraflow eval")
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
+    if options.guide:
+        guided(policy.network, 0.0)  # refused before anything runs
     if options.video:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
@@ -65,9 +72,21 @@ def eval_command(args: list[str]) -> int:
         for note in notes(env):
             print(f"note: {note}")
         found = evaluate_one(policy.network, env, jr.key(options.seed), options.episodes)
-    print(f"{id}, {options.episodes} episodes, seed {options.seed}")
-    print(summary(found))
+        print(f"{id}, {options.episodes} episodes, seed {options.seed}")
+        print(summary(found))
+        if options.guide:
+            print_guided(policy.network, env, options)
     return 0
+
+
+def print_guided(policy: base.Policy, env: Env, options: Eval) -> None:
+    """Prints a line for each weight of guidance, on the same episodes."""
+    k_reset, k_act = jr.split(jr.key(options.seed))
+    scale = float(value_scale(policy, reset(env, k_reset)[1], k_act))
+    print(f"guided by Q, weights divided by mean |Q| = {scale:.4g} at first observations:")
+    for weight in options.guide:
+        part = guided(policy, weight / max(scale, 1e-6))
+        print(f"{weight:<6g} {summary(evaluate_one(part, env, jr.key(options.seed), options.episodes))}")
 
 
 def summary(found: Episodes, width: int = 0) -> str:

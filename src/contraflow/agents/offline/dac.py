@@ -28,11 +28,11 @@ from contraflow.flow.model import Ddpm, Flow, FlowSpec
 from contraflow.flow.support import Box
 from contraflow.nets.critic import Mean, QEnsemble
 from contraflow.policy.base import Policy
-from contraflow.policy.best_of import Argmax, BestOf, Selector
+from contraflow.policy.best_of import Argmax, BestOf
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.normalise import RunningMoments, normalised
 from contraflow.rl.critics import Critics, follow
-from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
+from contraflow.rl.normalise import NormaliseObs, initial_moments, unit_scale, update_and_normalise
 
 OPTIM = Optim(3e-4, max_grad_norm=1.0)
 LOW, HIGH = 1e-3, 100.0  # bounds of eta
@@ -44,7 +44,6 @@ class DACState(eqx.Module):
     critic: QEnsemble
     target: QEnsemble
     eta: Float[Array, ""]
-    temperature: Float[Array, ""]  # of the choice among candidates
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
@@ -68,8 +67,8 @@ class DAC:
     """Next actions for each target."""
     over: Literal["mean", "max"] = "mean"
     """What each critic makes of them; "max" on mazes in the paper."""
-    choose: Selector = Argmax(10)
-    """How one of several draws is taken, exploring or not."""
+    particles: int = 10
+    """Draws of which the best acts, exploring or not."""
     normalise_q: bool = True
     """Q is divided by the mean of |Q| at the actions of the batch, as released; without it lambda is 2 eta."""
     ema: float = 0.999
@@ -81,7 +80,7 @@ class DAC:
     """Of the actor."""
 
     def __post_init__(self):
-        check_positive(self, "candidates")
+        check_positive(self, "candidates", "particles")
         if self.flow.predict != "noise" or not isinstance(self.flow.support, Box):
             raise ValueError("DAC regresses the noise of actions: use flow.predict 'noise' and flow.support Box()")
         if not (LOW <= self.eta <= HIGH and self.eta_rate >= 0 and 0 <= self.ema < 1):
@@ -100,14 +99,14 @@ class DAC:
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
         return DACState(
-            actor, jax.tree.map(jnp.copy, actor), critic, target, jnp.asarray(self.eta, jnp.float32), jnp.ones(()),
+            actor, jax.tree.map(jnp.copy, actor), critic, target, jnp.asarray(self.eta, jnp.float32),
             self.optim.init(actor), critic_opt, jnp.zeros((), jnp.int32), initial_moments(self.normalise_obs, spec),
         )  # fmt: skip
 
     def policy(self, state: DACState) -> Policy:
         """The best of several draws of the actor, by the slow critics; the same while exploring."""
-        choose = state.temperature, self.choose, self.choose
-        return normalised(state.stats, BestOf(FlowPolicy(state.actor), state.target, *choose))
+        best = BestOf(FlowPolicy(state.actor), state.target, None, Argmax(self.particles), Argmax(self.particles))
+        return normalised(state.stats, best)
 
     def update(self, state: DACState, batch: Batch, key: PRNGKey) -> tuple[DACState, Metrics]:
         """One step of the critics, the actor, its average and eta on a batch [B] (2405.20555, algorithm 1)."""
@@ -132,7 +131,7 @@ class DAC:
 
         x, t, x0, push = jax.vmap(noisy)(batch.obs, batch.action, jr.split(k_noise, n))
         if self.normalise_q:
-            push = push / (jnp.mean(jnp.abs(jax.vmap(target.value)(batch.obs, batch.action))) + 1e-6)
+            push = unit_scale(jax.vmap(target.value)(batch.obs, batch.action)) * push
 
         def cloning(actor):
             """(mean square error of the noise, the noise)."""
@@ -150,9 +149,7 @@ class DAC:
         error = cloning(actor)[0]
         eta = jnp.clip(state.eta + self.eta_rate * jnp.clip(error - self.cloning, -1.0, 1.0), LOW, HIGH)
         metrics |= {"actor_loss": loss, "actor_grad_norm": grad_norm, "matching_loss": error, "eta": state.eta}
-        return DACState(
-            actor, average, critic, target, eta, state.temperature, actor_opt, critic_opt, state.step + 1, stats
-        ), metrics
+        return DACState(actor, average, critic, target, eta, actor_opt, critic_opt, state.step + 1, stats), metrics
 
 
 PRESETS = (Preset("dac", DAC(), "Diffusion actor-critic", "2405.20555", "noise regression shifted by Q", "dataset"),)

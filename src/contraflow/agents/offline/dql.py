@@ -30,7 +30,7 @@ from contraflow.policy.best_of import BestOf, Selector, Softmax
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.normalise import RunningMoments, normalised
 from contraflow.rl.critics import Critics, follow
-from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
+from contraflow.rl.normalise import NormaliseObs, initial_moments, unit_scale, update_and_normalise
 
 DIFFUSION = FlowSpec(
     path=VP(0.1, 10.0), predict="noise", solver=Ddpm(5), clip=1.0, network=ResidualMLP(256, 3, 32)
@@ -118,8 +118,7 @@ class DQL:
             cloning = noise_loss(actor, batch, jr.split(k_noise, n))
             ends = jax.vmap(FlowPolicy(actor))(batch.obs, jr.split(k_now, n))
             q = jax.vmap(critic)(batch.obs, ends)
-            size = jax.lax.stop_gradient(jnp.mean(jnp.abs(q[:, other])))
-            return cloning - self.eta * jnp.mean(q[:, one]) / jnp.maximum(size, 1e-6)
+            return cloning - self.eta * unit_scale(q[:, other]) * jnp.mean(q[:, one])
 
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
         average = follow(state.average, actor, state.step, self.ema)

@@ -32,7 +32,7 @@ from contraflow.policy.base import Policy
 from contraflow.policy.flow import FlowPolicy
 from contraflow.policy.normalise import RunningMoments, normalised
 from contraflow.rl.critics import Critics, follow
-from contraflow.rl.normalise import NormaliseObs, initial_moments, update_and_normalise
+from contraflow.rl.normalise import NormaliseObs, initial_moments, unit_scale, update_and_normalise
 
 OPTIM = Optim(3e-4)
 
@@ -109,7 +109,7 @@ class RQL:
         way = jnp.where(jnp.arange(n) < n // 2, jr.uniform(k_any, (n,)), grid)
         x_f = jax.vmap(lambda obs, action, d: reversed_flow(state.flow, obs, action, d))(batch.obs, batch.action, way)
         at = jax.vmap(place)(jax.lax.stop_gradient(x_f), 1.0 - way)
-        half_made = replace(batch, action=at, mask=jnp.ones_like(at))
+        half_made = replace(batch, action=at, mask=jnp.ones_like(at), next_action=None, next_mask=None)
         following = jax.vmap(place)(state.flow.noise(k_next, n), jnp.zeros(n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, half_made, following, k_critic
@@ -127,9 +127,7 @@ class RQL:
                 return v - (action - x0), critic.value(obs, place(x + h * v, t + h))
 
             error, value = jax.vmap(one)(batch.obs, batch.action, jr.split(k_flow, n))
-            scale = 1.0
-            if self.normalise_q:
-                scale = jax.lax.stop_gradient(1.0 / jnp.maximum(jnp.mean(jnp.abs(value)), 1e-6))
+            scale = unit_scale(value) if self.normalise_q else 1.0
             return self.alpha * jnp.sum(batch.mask * error**2) / count - scale * value.mean()
 
         flow, flow_opt, loss, grad_norm = gradient_step(self.optim.tx, flow_loss, state.flow, state.flow_opt)
