@@ -63,7 +63,7 @@ BANDITS = (
 )
 
 
-def descend(loss: Any, flow: Flow, key: jax.Array) -> Flow:
+def descend(loss: Any, flow: Any, key: jax.Array) -> Any:
     """The flow after all updates by the optimiser of `Trainer`."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, UPDATES)))
 
@@ -105,7 +105,7 @@ def qam(bandit: Bandit, base: Flow, steps: int, key: jax.Array) -> Flow:
 
 def rfm(bandit: Bandit, base: Flow, name: str, key: jax.Array) -> Flow:
     """The trainer of `contraflow sample` from the clone on."""
-    published = METHODS[name]
+    published: Any = METHODS[name]
     # Estimates are projected into the box [-4, 4]^2: where few candidates have all the weight they may be anything.
     trainer = replace(published, method=replace(published.method, bounded=True), steps=UPDATES, batch=BATCH)
     state = jax.tree.map(lambda x: x[0], start(trainer, key[None]))
@@ -117,7 +117,7 @@ def rfm(bandit: Bandit, base: Flow, name: str, key: jax.Array) -> Flow:
 
 
 def shares(a: np.ndarray) -> np.ndarray:
-    return np.histogram2d(*a.T, CELLS, [(-VIEW, VIEW)] * 2)[0] / len(a)
+    return np.histogram2d(a[:, 0], a[:, 1], CELLS, [(-VIEW, VIEW)] * 2)[0] / len(a)
 
 
 def errors(bandit: Bandit, a: jax.Array) -> Row:
@@ -130,12 +130,12 @@ def errors(bandit: Bandit, a: jax.Array) -> Row:
     w = np.exp(np.asarray(exact.log_weights))
     mean = w @ np.asarray(exact.means)
     std = np.sqrt(w @ (np.asarray(exact.means) ** 2 + np.asarray(exact.std)[:, None] ** 2) - mean**2)
-    a = np.asarray(a)
-    off, wide = np.abs(a.mean(0) - mean).max(), a.std(0) / std
+    x = np.asarray(a)
+    off, wide = np.abs(x.mean(0) - mean).max(), x.std(0) / std
     return {
         "mean": float(off),
         "std": " ".join(f"{x:.2f}" for x in wide),
-        "tv": 0.5 * float(np.abs(shares(a) - p).sum()),
+        "tv": 0.5 * float(np.abs(shares(x) - p).sum()),
     }
 
 
