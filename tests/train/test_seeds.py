@@ -1,6 +1,5 @@
 """Many seeds at once: each folder is that of a single run, whatever happens to the others."""
 
-import csv
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from contraflow.rl.critics import Critics
 from contraflow.training import checkpoint
 from contraflow.training import run as driver
 from contraflow.training.evaluate import evaluate, evaluate_seeds
+from contraflow.training.log import read_evaluations
 from contraflow.training.loop import Carry, World, epoch, stacked
 from contraflow.training.run import read_config
 from contraflow.training.sources.base import first_learner
@@ -50,8 +50,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def evaluations(folder: Path) -> list[dict[str, float]]:
-    with (folder / "eval.csv").open() as file:
-        return [{k: float(v) for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_evaluations(folder)]
 
 
 def final_carry(folder: Path):

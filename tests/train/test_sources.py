@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from tests.cli_helpers import TINY, Guess, with_source
 
 from contraflow import Dataset, OfflineToOnline, Replay, Run, UserError, resume, train
+from contraflow.cli.settings import as_run, parse_train
 from contraflow.data.samplers import Mixed, NStep, Uniform
 from contraflow.experiments.report.scores import collect
 from contraflow.presets import PRESETS
@@ -118,6 +119,16 @@ def test_a_filled_replay_goes_on_behind_the_data(both: Run):
     np.testing.assert_array_equal(buffer.rows.reward[:41], np.append(np.ones(40), 0))
 
 
+def test_half_of_the_steps_are_offline_unless_said():
+    """So that the word for the source can come with any number of steps."""
+    assert OfflineToOnline().resolved(41).offline_steps == 20
+    assert OfflineToOnline(offline_steps=5).resolved(41).offline_steps == 5
+    options = parse_train(
+        "fql", ["source:offline-to-online", "--data", "a.npz", "--offline-steps", "3", "--steps", "9"]
+    )
+    assert as_run(options).source == OfflineToOnline("a.npz", offline_steps=3)
+
+
 def test_the_step_of_the_switch_is_drawn(both: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In the curve of the run, and in those of a report by environment steps, gradient steps and time."""
     from matplotlib.axes import Axes
@@ -190,6 +201,7 @@ def test_the_warm_up_depends_on_the_budget():
         (with_source(replace(PRESETS["rfm"], steps=1000), num_envs=7), 1001),
         (replace(PRESETS["bc"], steps=123), 123),
         (Run(source=OfflineToOnline(offline_steps=5, num_envs=4), steps=10), 13),
+        (Run(source=OfflineToOnline(num_envs=4), steps=14), 15),  # seven, and eight
     ],
 )
 def test_whole_iterations_are_trained(run: Run, total: int):

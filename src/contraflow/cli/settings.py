@@ -132,11 +132,8 @@ def _with_source(run: Run, args: list[str]) -> tuple[Run, list[str]]:
         raise UserError(f"{words[-1]}: there is no source {name}; {suggest(name, kinds)}")
     kind, old = kinds[name], run.source
     shared = {f.name for f in dataclasses.fields(kind)} & {f.name for f in dataclasses.fields(old)}
-    source = kind(**{name: getattr(old, name) for name in shared})
-    # A preset of recorded steps counts gradient steps on them alone: there must be some left to go on with.
-    steps = run.steps if run.steps > getattr(source, "offline_steps", 0) else Run.steps
     try:
-        run = dataclasses.replace(run, source=source, steps=steps)
+        run = dataclasses.replace(run, source=kind(**{name: getattr(old, name) for name in shared}))
     except ValueError as error:
         raise UserError(str(error)) from None
     return run, [arg for arg in args if arg not in words]

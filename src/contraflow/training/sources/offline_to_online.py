@@ -29,8 +29,8 @@ class OfflineToOnline:
     """A folder, a file, or the id of a Minari dataset (docs/how-to/data.md)."""
     env: str = ""
     """Environment to go on in; empty is the one that the data name."""
-    offline_steps: int = 10_000
-    """Gradient steps on the data before the first step in the environment."""
+    offline_steps: int | None = None
+    """Gradient steps on the data before the first step in the environment; None is half of all."""
     mix: float | None = 0.5
     """Share of the data in each batch afterwards; None puts the data into the replay, as its first rows."""
     num_envs: int = 1
@@ -79,13 +79,14 @@ class OfflineToOnline:
         """Raise ValueError for settings that do not go together."""
         self.offline.check(agent, steps)
         replace(self.online, collect=None).check(agent, steps)
-        if not 0 < self.offline_steps < steps:
+        if self.offline_steps is not None and not 0 < self.offline_steps < steps:
             raise ValueError(f"--offline-steps must lie between 0 and --steps {steps}, got {self.offline_steps}")
         if self.mix is not None and not 0 <= self.mix <= 1:
             raise ValueError(f"--mix is the share of the data, in [0, 1], got {self.mix}")
 
     def resolved(self, steps: int) -> "OfflineToOnline":
-        return self
+        """With a number in place of what depends on the budget."""
+        return self if self.offline_steps else replace(self, offline_steps=max(1, steps // 2))
 
     def open(self, run: Any, trust: Trust) -> Opened:
         """Both parts. Raises UserError where the data do not fit the environment."""
@@ -111,10 +112,12 @@ class OfflineToOnline:
 
     def total(self, steps: int) -> int:
         """Steps that a run of `steps` takes: whole iterations."""
-        return self.offline_steps + self.online.total(steps - self.offline_steps)
+        first = self.resolved(steps).offline_steps or 0
+        return first + self.online.total(steps - first)
 
     def stage(self, agent: Any, taken: int, until: int) -> tuple[Stage, int]:
         """The stage at step `taken`, and its iterations until step `until` at the most."""
+        assert self.offline_steps is not None
         if taken < self.offline_steps:
             return self.offline.stage(agent, taken, min(until, self.offline_steps))
         _, n = self.online.stage(agent, taken, until)
