@@ -112,7 +112,7 @@ def test_the_source_is_a_choice_too():
     old = PRESETS["rfm-paper"].source
     assert run.source == OfflineToOnline("a.npz", old.env, mix=None, num_envs=3, buffer_size=old.buffer_size)
     offline = parsed("source:offline-to-online", "--data", "a.npz", preset="qam")
-    assert offline.source == OfflineToOnline("a.npz", horizon=5) and offline.source.offline_steps < offline.steps
+    assert offline.source == OfflineToOnline("a.npz", horizon=5)
     assert parsed("source:dataset", "--data", "a.npz").source == Dataset("a.npz", BASE.source.env)
     told = parsed("--data", "a.npz", "--low", "-2", "-1", "--high", "2", "--clip", preset="bc").source
     assert told == Dataset("a.npz", low=(-2.0, -1.0), high=(2.0,), clip=True)
@@ -121,11 +121,11 @@ def test_the_source_is_a_choice_too():
 
 @pytest.mark.parametrize("preset", [name for name, run in PRESETS.items() if isinstance(run.source, Dataset)])
 def test_what_learns_from_recorded_steps_can_go_on_online(preset: str):
-    """Its own number of steps is that of the offline part, so the run has more."""
+    """Half of the steps are taken on the data unless the user says how many."""
     run = parsed("source:offline-to-online", "--data", "a.npz", "--env", "probe:action", preset=preset)
     old = PRESETS[preset].source
     assert run.source == OfflineToOnline("a.npz", "probe:action", horizon=old.horizon)
-    assert run.steps > run.source.offline_steps
+    assert run.source.resolved(run.steps).offline_steps == run.steps // 2
     told = parsed("source:offline-to-online", "--data", "a.npz", "--steps", "30", "--offline-steps", "7", preset=preset)
     assert (told.steps, told.source.offline_steps) == (30, 7)
 
