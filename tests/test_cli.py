@@ -253,7 +253,7 @@ def test_lists():
     code, out, _ = cli("list", "agents")
     assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(presets())
     assert all(len(line.split()) > 3 for line in out.splitlines()), "each with a word on what it is"
-    code, out, _ = cli("list", "presets", "PAPER")
+    code, out, _ = cli("list", "presets", "RFM-PAPER")
     assert code == 0 and out.split()[:3] == ["rfm-paper", "RFM", "envpool:CheetahRun-v1"] and len(out.splitlines()) == 1
     code, out, _ = cli("list", "envs", "probe:")
     assert code == 0 and "probe:two-step" in out.splitlines() and "probe:action" in out.splitlines()
