@@ -7,7 +7,7 @@ JOBS ?= 2
 TRAIN_EXTRAS = envpool,mujoco
 DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample
 
-.PHONY: train test test-all test-portable planted lint types docs clean
+.PHONY: train test tutorials test-all test-portable planted lint types docs clean
 
 # Below the bar is a result, not an error; a machine without OpenGL has no film.
 train: .venv/installed-train
@@ -17,6 +17,10 @@ train: .venv/installed-train
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS)
+
+# What the tutorials tell their readers to run.
+tutorials: .venv/installed-dev
+	.venv/bin/python -m pytest -m slow tests/test_docs.py
 
 test-all: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(JOBS) -m "not gpu"

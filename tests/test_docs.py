@@ -1,7 +1,8 @@
-"""Code of README and tutorials: every block after `<!-- run -->` runs, in the order of the pages, in one folder.
+"""Code of README and docs.
 
-A block after `<!-- file NAME -->` is written to that file first. Commands of the README, which take long or need a
-simulator, are run with few steps.
+Every block of a tutorial after `<!-- run -->` runs, in the order of the pages, in one folder; a block after
+`<!-- file NAME -->` is written to that file first. `contraflow train` of all other blocks, which may take long, must be a
+command whose flags exist.
 """
 
 import re
@@ -12,12 +13,15 @@ from pathlib import Path
 import jax
 import pytest
 
+from contraflow.agents import presets
 from contraflow.cli import main
+from contraflow.cli.settings import parse_train
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("first-run", "environment", "demonstrations", "offline", "comparing")
 BLOCK = re.compile(r"<!-- (run|file (?P<name>\S+)) -->\n```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
-COMMAND = re.compile(r"^(?:```sh\n|)((?:contraflow [^\n]+\n)+)", re.MULTILINE)
+TRAIN = re.compile(r"^contraflow train (?P<preset>[\w-]+) (?P<flags>[^\n]*)$", re.MULTILINE)
+TEXTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 DONE: set[str] = set()
 
 
@@ -50,6 +54,7 @@ def run_page(page: Path) -> int:
     return len(blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.usefixtures("allow_rank_promotion")
 def test_a_tutorial_runs(name, folder, monkeypatch):
@@ -60,3 +65,17 @@ def test_a_tutorial_runs(name, folder, monkeypatch):
             if page not in DONE:
                 assert run_page(ROOT / "docs" / "start" / f"{page}.md") > 0
                 DONE.add(page)
+
+
+def test_there_is_code_in_every_tutorial():
+    for name in PAGES:
+        assert list(BLOCK.finditer((ROOT / "docs" / "start" / f"{name}.md").read_text())), name
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_have_flags_that_exist(page):
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in TRAIN.finditer(block):
+            words = shlex.split(line["flags"], comments=True)
+            if line["preset"] in presets() and "--trust" not in words and "..." not in words:
+                parse_train(line["preset"], words)
