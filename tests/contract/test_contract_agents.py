@@ -89,8 +89,9 @@ def test_the_policy_is_put_together_from_the_state(case):
     acts = case.act(policy, obs, jr.key(2), True)
     used = {id(leaf) for leaf in jax.tree.leaves(policy)}
     read = [f.name for f in fields(state) if {id(x) for x in jax.tree.leaves(getattr(state, f.name))} & used]
-    assert set(read) & {"actor", "average", "critic", "mean"}
-    for name in set(read) & {"actor", "average", "critic", "mean"}:
+    networks = set(read) & {"actor", "average", "critic", "flow", "mean"}
+    assert networks, "what a policy reads is a field of its state by one of these names"
+    for name in networks:
         bare = replace(state, **{name: jax.tree.map(jnp.zeros_like, getattr(state, name))})
         assert differs(acts, case.act(case.agent.policy(bare), obs, jr.key(2), True)), name
     if case.name not in FOREIGN:
