@@ -326,7 +326,7 @@ def test_update_adds_matching_and_ties_and_moves_the_copy():
 def test_a_network_that_knows_times_only_is_no_average():
     """The flow is made an averaged one by its objective, and plain matching refuses one."""
     assert AVERAGE.flow.averaged and not SMALL.averaged
-    with pytest.raises(ValueError, match="objective that ties"):
+    with pytest.raises(ValueError, match="objective that makes steps consistent"):
         replace(AVERAGE, objective=Matching())
 
 

@@ -158,7 +158,7 @@ def test_names():
         ("ogbench:antmaze-large-navigate --out a.npz", ["trained policies", "download"]),
         (f"{SET} --out a.npy", ["ends in .npz"]),
         (f"{SET} --out there.npz", ["already exists"]),
-        (f"{SET} --out /proc/nowhere/a.npz", ["cannot be made", "choose another --out"]),
+        (f"{SET} --out /proc/nowhere/a.npz", ["cannot be created", "choose another --out"]),
         (f"{SET} --out a.npz --rows 0", ["must be at least 1"]),
         (SET, ["--out"]),
     ],

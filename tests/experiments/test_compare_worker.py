@@ -29,6 +29,7 @@ from contraflow.presets import PRESETS, default_run
 from contraflow.rl.critics import Critics
 from contraflow.training import checkpoint
 from contraflow.training import run as driver
+from contraflow.training.evaluate import Episodes
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import Result, write_config
 
@@ -170,9 +171,9 @@ def test_a_flow_is_evaluated_with_one_particle_and_without_its_actor(tmp_path: P
 
     def evaluated(policy, env, key, episodes):
         seen.append(policy)
-        return np.zeros(episodes)
+        return Episodes(np.zeros(episodes))
 
-    monkeypatch.setattr(bridge, "evaluate", evaluated)
+    monkeypatch.setattr(bridge, "evaluate_one", evaluated)
     rows = bridge.final_evaluations(tmp_path, 2, 0, "")
     names = [("last", "own"), ("last", "one particle"), ("last", "uniform actions"), ("best", "own"), ("random", "own")]
     assert [(row["policy"], row["rule"]) for row in rows] == names

@@ -320,5 +320,5 @@ def test_matching_is_of_the_velocity_at_t():
 def test_an_objective_makes_the_flow_an_average():
     plain = replace(AVERAGED, averaged=False)
     assert with_objective(plain, MeanFlow()) == AVERAGED and with_objective(plain, Matching()) == plain
-    with pytest.raises(ValueError, match="objective that ties"):
+    with pytest.raises(ValueError, match="objective that makes steps consistent"):
         with_objective(AVERAGED, Matching())

@@ -161,7 +161,7 @@ def reshape(folder: Path):
         (cut, "damaged"),
         (reshape, r"of shape \(3, 3, 3\), its settings need"),
         (lambda f: edit(f, schema=SCHEMA + 1), "upgrade contraflow"),
-        (lambda f: edit(f, schema=None), "names no schema"),
+        (lambda f: edit(f, schema=None), "has no schema"),
         (lambda f: saved(f, SIR(critic=CRITIC)), None),
         (lambda f: edit(f, policy="all of it"), "no part of a policy"),
         (lambda f: edit(f, policy={"kind": "policy.flow:Missing"}), "--trust"),

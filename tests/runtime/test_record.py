@@ -121,7 +121,7 @@ def test_what_behaviour_does(logged: list[Logged]):
     assert uniform.min() < -0.97 and uniform.max() > 0.97 and abs(uniform.mean()) < 0.06
     assert abs(actions(noise=3.0)).max() == 1
     for wrong in ({"noise": -0.1}, {"noise": np.nan}, {"random": 1.5}):
-        with pytest.raises(ValueError, match="must not be negative and random a share"):
+        with pytest.raises(ValueError, match="must not be negative and random must lie"):
             Behaviour(**wrong)
 
 
