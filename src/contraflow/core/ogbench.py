@@ -1,12 +1,12 @@
-"""Names of OGBench: what a dataset was recorded by stands in the name of a task, but not in its id in Gymnasium."""
+"""Names of OGBench: the name of a task contains the kind of its dataset, the id in Gymnasium does not."""
 
 PREFIX = "ogbench:"
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")
 
 
 def single_task(name: str) -> str | None:
-    """`cube-single-singletask-task1-v0`, the id in Gymnasium, of `ogbench:cube-single-play-singletask-task1-v0`; None
-    where `name` is that of no single task."""
+    """Returns the id in Gymnasium of a single task, `cube-single-singletask-task1-v0` for
+    `ogbench:cube-single-play-singletask-task1-v0`; None for other names."""
     words = name.removeprefix(PREFIX).split("-")
     if "singletask" not in words[1:]:
         return None

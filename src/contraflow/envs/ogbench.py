@@ -1,7 +1,7 @@
-"""OGBench's single tasks: `ogbench:cube-single-play-singletask-task1-v0`, as the package names them with their data.
+"""OGBench's single tasks, `ogbench:cube-single-play-singletask-task1-v0`, with the package's names for task and data.
 
-The episode ends with success, in the step after the one that reached it: a step is judged by the state it starts from,
-as the rewards of the data are (`contraflow.data.datasets.readers`).
+The episode ends with success, one step after the step that reached it. A step is judged by the state it starts from, as
+in the rewards of the data (`contraflow.data.datasets.readers`).
 """
 
 import warnings
@@ -14,11 +14,11 @@ from contraflow.core.types import PRNGKey, Step, UserError
 from contraflow.envs import base
 from contraflow.envs.gymnasium import Gymnasium
 
-SCRIPTED = ("cube", "scene", "puzzle")  # worlds whose data are play and noisy; those of the others are walks
+SCRIPTED = ("cube", "scene", "puzzle")  # worlds with play and noisy data; the others have walks
 
 
 def check(name: str) -> str:
-    """The id in Gymnasium. Raises UserError when OGBench is missing or has no such task."""
+    """Returns the id in Gymnasium. Raises UserError if OGBench is missing or has no such task."""
     if (registry := _registry()) is None:
         raise UserError(
             f"environment {PREFIX}{name} needs the package ogbench (Python below 3.13): "
@@ -31,7 +31,7 @@ def check(name: str) -> str:
 
 
 def available() -> list[str]:
-    """Tasks whose observations are no images, under the names of their data; [] where OGBench is not installed."""
+    """Returns the tasks without image observations, under the names of their data; [] without OGBench."""
     ids = []
     for id in sorted(_registry() or ()):
         world, found, task = id.partition("-singletask")
@@ -42,7 +42,7 @@ def available() -> list[str]:
 
 
 def _registry() -> dict[str, Any] | None:
-    """What Gymnasium knows, with OGBench's environments; None where that is not installed."""
+    """Returns Gymnasium's registry with OGBench's environments; None if OGBench is not installed."""
     base.prefer_egl()
     try:
         with base.quiet():
@@ -54,7 +54,7 @@ def _registry() -> dict[str, Any] | None:
 
 
 class OGBench(Gymnasium):
-    """Its environments build their spaces anew in every reset, of whose precision Gymnasium warns each time."""
+    """Silences Gymnasium's warnings about precision. These environments rebuild their spaces in every reset."""
 
     def reset(self, key: PRNGKey) -> tuple[np.ndarray, Any]:
         with warnings.catch_warnings():
@@ -73,5 +73,5 @@ def make(name: str, num_envs: int, seed: int, render: bool) -> OGBench:
         return OGBench(check(name), num_envs, seed, render=render)
 
 
-# A copy takes 130 MiB and a second for each reset, in which its model is built anew.
+# A copy takes 130 MiB. A reset rebuilds its model, which takes a second.
 KIND = base.Kind(make, check, available, jittable=False, renders=True, most=10)

@@ -1,4 +1,4 @@
-"""Other rewards to learn from than the environment's own; returns stay those of the environment."""
+"""Rewards for learning in place of the environment's. Reported returns stay those of the environment."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,31 +14,31 @@ from contraflow.envs.base import Env, close, notes
 
 DENSE, SPARSE = "dense", "sparse"
 Rule = Callable[[dict[str, Any]], Any]
-"""Rewards [n] of n rows: arrays `obs`, `action` in [-1, 1], `next_obs`, `reward`, `terminated`, and `success` where it
-is known."""
+"""Rewards [n] of n rows: arrays `obs`, `action` in [-1, 1], `next_obs`, `reward`, `terminated`, and `success` if it is
+known."""
 
 
 def rule(name: str, trust: Trust) -> Rule | None:
-    """What `sparse` or `module:function` stands for; None for `dense`, the rewards as they are. Raises UserError for
-    code that is not trusted or not there."""
+    """Returns the rule of `sparse` or `module:function`; None for `dense`, which keeps the rewards. Raises UserError
+    for code that is not trusted or does not exist."""
     return None if name == DENSE else sparse if name == SPARSE else import_path(name, trust)
 
 
 def check(name: str) -> None:
-    """Raise ValueError for what is no name of a rule."""
+    """Raises ValueError if `name` is not the name of a rule."""
     if name not in (DENSE, SPARSE) and ":" not in name:
         raise ValueError(f"--reward is dense, sparse or module:function, got {name}")
 
 
 def sparse(rows: dict[str, Any]) -> Any:
-    """0 where all of the task is done, -1 elsewhere."""
+    """Returns 0 if the whole task is done, else -1."""
     if rows.get("success") is None:
         raise UserError("--reward sparse needs to know of success, as with tasks of OGBench: name one, or leave it out")
     return rows["success"] - np.float32(1.0)
 
 
 def rewards(rule: Rule | None, rows: dict[str, Any], shift: float, name: str) -> Any:
-    """float32 [n]: by the rule, or as they are, plus `shift`. Raises UserError if the rule returns anything else."""
+    """Returns rewards, float32 [n]: by the rule, or unchanged, plus `shift`. Raises UserError for any other value."""
     if rule is None:
         return rows["reward"] + np.float32(shift)
     try:
@@ -59,7 +59,7 @@ def rewards(rule: Rule | None, rows: dict[str, Any], shift: float, name: str) ->
 
 @dataclass(frozen=True)
 class Rewarded:
-    """`env` with the rewards of a rule, plus `shift`; `Step.undiscounted` has its own, of which returns are made."""
+    """`env` with the rewards of a rule, plus `shift`. `Step.undiscounted` keeps those of `env` for the returns."""
 
     env: Env
     rule: Rule | None = None
@@ -72,16 +72,16 @@ class Rewarded:
 
     @property
     def holds(self) -> bool:
-        """Whether `step` can leave out copies."""
+        """Whether `step` can skip copies of the environment."""
         return getattr(self.env, "holds", False)
 
     def reset(self, key: PRNGKey) -> tuple[Any, Any]:
-        """As the environment's own; the state holds what was observed, too."""
+        """Resets the environment. The state also holds the observation."""
         state, obs = self.env.reset(key)
         return (state, obs), obs
 
     def step(self, state: Any, action: Any, *active: Any) -> tuple[Any, Step]:
-        """As the environment's own, with other rewards."""
+        """Advances the environment and replaces its rewards."""
         inner, obs = state
         inner, step = self.env.step(inner, action, *active)
         xp: Any = jnp if self.spec.jittable else np

@@ -1,27 +1,28 @@
 """Adjoint matching (arXiv 2409.08861): a flow tilted by exp(-g(x_1)), from gradients of g at the end alone.
 
-A base field v_b has the ends p_b. Sought is the field v whose ends have the density p_b(x) exp(-g(x)) / Z: for
-g = -tau Q a policy close to behaviour (QAM, 2601.14234), for g = -reward / lambda a generative flow that is fine-tuned.
-On the linear path x_t = t x1 + (1 - t) x0 the process
+A base field v_b has ends of density p_b. Adjoint matching learns a field v with ends of density p_b(x) exp(-g(x)) / Z.
+With g = -tau Q this is a policy close to behaviour (QAM, 2601.14234), with g = -reward / lambda a fine-tuned generative
+flow. On the linear path x_t = t x1 + (1 - t) x0 the process
 
     dx = (2 v_b(x, t) - x / t + sigma u) dt + sigma dW,   sigma^2 = 2 (1 - t) / t,   u = 2 (v - v_b) / sigma,
 
-has the ends of the field v, and is memoryless: x_1 does not depend on x_0. So the control u of least E[int |u|^2 / 2
-+ g(x_1)], which is the relative entropy of paths and g, makes exactly that tilt. At the optimum u = -sigma E[a | x_t]
-with the lean adjoint a, which only sees the base:
+has the ends of the field v, and is memoryless: x_1 does not depend on x_0. The control u that minimises the relative
+entropy of paths plus g, E[int |u|^2 / 2 + g(x_1)], therefore makes exactly that tilt. At the optimum u = -sigma
+E[a | x_t] with the lean adjoint a, which depends on the base alone:
 
     da/dt = -(2 dv_b/dx - 1 / t)^T a,   a_1 = grad g(x_1),   so that   v = v_b - sigma^2 / 2 E[a_t | x_t].
 
-Discrete, with K steps of h = 1 / K at t_i = i h: `rollout` takes x_{i+1} = x_i + h (2 v - x_i / (t_i + h)) + sqrt(h)
-sigma_i noise with sigma_i^2 = 2 (1 - t_i + h) / (t_i + h), and its last step x + h v_b without noise. `lean_adjoint`
-is the exact derivative of these steps along the base, and the control of step i is matched to the adjoint behind it,
-a_{i+1}: what makes the expectation of sum_i h |u_i|^2 / 2 + g(x_K) stationary, for any K. The released code (QAM, and
-TRQAM after it) evaluates the base at t_i in the roll-out and at t_i + h in the adjoint, takes the last step for one of
-the process and matches u_i to a_i, three deviations that nearly cancel: between Gaussians its mean is the closer one in
-10 steps with a small tau, and off by twice as much from 50 steps on (tests/flow/test_flow_adjoint.py has both). It
-draws x_0 and the noises from one key.
+In K steps of h = 1 / K at t_i = i h, `rollout` takes x_{i+1} = x_i + h (2 v - x_i / (t_i + h)) + sqrt(h) sigma_i noise
+with sigma_i^2 = 2 (1 - t_i + h) / (t_i + h). Its last step is x + h v_b without noise. `lean_adjoint` is the exact
+derivative of these steps along the base. The control of step i is matched to the adjoint after it, a_{i+1}, which makes
+the expectation of sum_i h |u_i|^2 / 2 + g(x_K) stationary for any K.
 
-All functions take one sample; fields are called as field(x [d], t []) -> [d].
+The released code (QAM, and TRQAM after it) evaluates the base at t_i in the roll-out and at t_i + h in the adjoint,
+treats the last step as one of the process and matches u_i to a_i. These three deviations nearly cancel: between
+Gaussians its mean is the closer one in 10 steps with a small tau, and off by twice as much from 50 steps on
+(tests/flow/test_flow_adjoint.py has both). It draws x_0 and the noises from one key.
+
+All functions take one sample. A field is called as field(x [d], t []) -> [d].
 """
 
 from collections.abc import Callable
@@ -39,12 +40,12 @@ Field = Callable[[Vector, Scalar], Vector]
 
 
 def sigma(t: Float[Array, "*n"], h: float = 0.0) -> Float[Array, "*n"]:
-    """sqrt(2 (1 - t + h) / (t + h)): the memoryless noise at time t, of steps of length h."""
+    """Returns sqrt(2 (1 - t + h) / (t + h)), the memoryless noise at time t for steps of length h."""
     return jnp.sqrt(2.0 * (1.0 - t + h) / (t + h))
 
 
 def memoryless(field: Field, steps: int) -> kernel.Kernel:
-    """The process as a kernel (mean, std) of step k; the field is asked at the time at which a step begins."""
+    """Returns the process as a kernel (mean, std) of step k. The field is evaluated at the beginning of a step."""
     h = 1.0 / steps
 
     def step(x, k):
@@ -56,9 +57,9 @@ def memoryless(field: Field, steps: int) -> kernel.Kernel:
 
 
 def rollout(fine: Field, base: Field, x0: Vector, steps: int, key: PRNGKey) -> Float[Array, "n d"]:
-    """x_0 ... x_K, [K + 1, d], under the field `fine`, the last step without noise and by the base; key: of the noises.
+    """Returns x_0 ... x_K, [K + 1, d], under the field `fine`; the last step is one of the base, without noise.
 
-    x_0 ~ N(0, I) must have been drawn from another key.
+    `key` draws the noises. Draw x_0 ~ N(0, I) from another key.
     """
     xs = kernel.rollout(memoryless(fine, steps), x0, steps - 1, key)
     last = xs[-1]
@@ -67,7 +68,7 @@ def rollout(fine: Field, base: Field, x0: Vector, steps: int, key: PRNGKey) -> F
 
 
 class Targets(eqx.Module):
-    """Where a roll-out was, and what is to be learned there, one row for each of its K steps."""
+    """The states of a roll-out and the targets there, one row for each of its K steps."""
 
     x: Float[Array, "K d"]
     t: Float[Array, " K"]
@@ -82,24 +83,24 @@ class Targets(eqx.Module):
 
     @property
     def velocity(self) -> Float[Array, "K d"]:
-        """v_b - sigma^2 / 2 a: its conditional mean given x_i is the field sought."""
+        """v_b - sigma^2 / 2 a, with the tilted field as its conditional mean given x_i."""
         return self.base - 0.5 * self.sigma[:, None] ** 2 * self.adjoint
 
     def control(self, field: Field) -> Float[Array, "K d"]:
-        """u_i = 2 (v - v_b) / sigma_i of a field v."""
+        """Returns u_i = 2 (v - v_b) / sigma_i of a field v."""
         return 2.0 / self.sigma[:, None] * (jax.vmap(field)(self.x, self.t) - self.base)
 
     def error(self, control: Float[Array, "K d"]) -> Float[Array, "K d"]:
-        """u_i + sigma_i a_{i+1}, whose mean square is the loss; at the optimum its mean given x_i is 0."""
+        """Returns u_i + sigma_i a_{i+1}. The loss is its mean square; at the optimum its mean given x_i is 0."""
         return control + self.sigma[:, None] * self.adjoint
 
 
 def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector) -> Targets:
-    """The targets of a roll-out xs [K + 1, d]; slope: grad g(x_K).
+    """Returns the targets of a roll-out xs [K + 1, d], with `slope` = grad g(x_K).
 
-    What g sees of x_K is the caller's business. Where it is Q(clip(x)), `slope` is 0 in the coordinates that lie
-    outside the box, and so is their adjoint: nothing pulls them back, as the clipped action would not change. That is
-    the tilt of the actions that are carried out, and what the released code does too.
+    The caller decides what g sees of x_K. With g = Q(clip(x)), `slope` and the adjoint at the end are 0 in coordinates
+    outside the box. Nothing pulls them back, because the clipped action would not change. This is the tilt of the
+    actions that are carried out, as in the released code.
     """
     steps = xs.shape[0] - 1
     h = 1.0 / steps
@@ -109,7 +110,7 @@ def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector) -> Targets
         t = k * h
         v, transposed = jax.vjp(lambda x: base(x, t), x)
         (pulled,) = transposed(a)
-        # The last step is x + h v_b; all others have twice the velocity and go back to the origin.
+        # The last step is x + h v_b. All others have twice the velocity and a pull to the origin.
         last = k == steps - 1
         before = a + h * jnp.where(last, pulled, 2.0 * pulled - a / (t + h))
         return before, (v, a)
@@ -120,8 +121,8 @@ def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector) -> Targets
 
 
 def path_kl(control: Float[Array, "K d"]) -> Scalar:
-    """sum_i h |u_i|^2 / 2, in nats: its mean over roll-outs is the relative entropy of the paths to those of the base.
+    """Returns sum_i h |u_i|^2 / 2, in nats. Its mean over roll-outs is the relative entropy of paths to the base's.
 
-    It bounds that of the ends; at the optimum both are equal but for what steps of finite length add.
+    It is an upper bound on that of the ends. At the optimum both are equal up to the error of finite steps.
     """
     return 0.5 * jnp.sum(control**2) / control.shape[0]

@@ -1,4 +1,4 @@
-"""Edits: actions of a policy, moved a little by a Gaussian that sees them (2507.07986)."""
+"""Edits: small Gaussian changes of the actions of a policy, given these actions (2507.07986)."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class Edit(eqx.Module):
     scale: float = eqx.field(static=True)
 
     def draw(self, obs: Obs, action: Action, key: PRNGKey) -> tuple[Action, Float[Array, ""]]:
-        """The edited action, and log pi(tanh u): the log-density of the edit in units of `scale`."""
+        """Returns the edited action, and log pi(tanh u), the log-density of the edit in units of `scale`."""
         mean, log_std = jnp.split(self.net(obs, action), 2)
         std = jnp.exp(jnp.clip(log_std, *LOG_STD))
         u = mean + std * jr.normal(key, mean.shape)
@@ -49,13 +49,13 @@ class Edited(eqx.Module):
 
 
 class AlsoEdited(eqx.Module):
-    """Candidates: half of them, or one more, actions of a policy, the others the edits of these."""
+    """Candidates: actions of a policy and their edits, in equal numbers; an odd one is an action of the policy."""
 
     policy: Any
     edit: Edit
 
     def particles(self, obs: Obs, key: PRNGKey, n: int) -> Float[Array, "n a"]:
-        """n actions."""
+        """Returns n actions."""
         k_policy, k_edit = jr.split(key)
         few = n // 2
         own = self.policy.particles(obs, k_policy, n - few)
@@ -68,5 +68,5 @@ class AlsoEdited(eqx.Module):
 
     @property
     def cost(self) -> Cost:
-        """Of a candidate: the evaluations of an action and its edit, shared by both and rounded up."""
+        """The cost of a candidate: half the evaluations of an action and its edit, rounded up."""
         return Cost(1, (self.policy.cost.nfe + 2) // 2, 0)

@@ -1,9 +1,10 @@
-"""Q-guided flow, QGF (arXiv 2606.11087): a cloned flow that a critic guides while it acts; nothing is trained for it.
+"""Q-guided flow, QGF (arXiv 2606.11087): a critic guides a cloned flow while it acts. Nothing is trained for it.
 
     dx/dt = v(x_t, t, s) + weight grad_a Q(s, a) at a = clip(x_t + (1 - t) v, -1, 1),
 
-the end that the flow predicts at x_t: Q is asked at actions, not at noisy ones, and the derivative of that end by x_t
-is left out. The weight is in units of action^2 by Q; divided by `value_scale` it means the same for all rewards.
+which is the end that the flow predicts at x_t. Q is evaluated at actions, not at noisy ones, and the derivative of that
+end by x_t is left out. The weight is in units of action^2 by Q. Divided by `value_scale` it means the same for all
+rewards.
 """
 
 from dataclasses import replace
@@ -27,7 +28,7 @@ from contraflow.policy.flow import FlowPolicy
 
 
 class Pushed(eqx.Module):
-    """A network of velocities, and what pushes them up Q under one observation."""
+    """A network of velocities that are pushed up Q, under one observation."""
 
     net: Any
     critic: QEnsemble
@@ -46,7 +47,7 @@ class Pushed(eqx.Module):
 
 
 class Guided(eqx.Module):
-    """A flow that the slope of Q guides; where the weight is 0 the flow as it is."""
+    """A flow guided by the slope of Q; with the weight 0 the flow itself."""
 
     policy: FlowPolicy
     critic: QEnsemble
@@ -58,13 +59,13 @@ class Guided(eqx.Module):
         return self.policy.flow
 
     def pushed(self, obs: Obs) -> FlowPolicy:
-        """The policy under one observation."""
+        """Returns the policy under one observation."""
         flow, seen = self.flow, self.critic.encode(obs)
         net = Pushed(flow.net, self.critic, seen, self.weight, flow.spec.clock)
         return replace(self.policy, flow=replace(flow, net=net))
 
     def particles(self, obs: Obs, key: PRNGKey, n: int) -> Float[Array, "n a"]:
-        """n independent actions."""
+        """Returns n independent actions."""
         return self.pushed(obs).particles(obs, key, n)
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
@@ -72,15 +73,15 @@ class Guided(eqx.Module):
 
     @property
     def cost(self) -> Cost:
-        """Each step asks the critic, with a gradient."""
+        """Each step also takes one evaluation of the critic, with a gradient."""
         nfe = self.policy.cost.nfe
         return Cost(1, nfe, nfe)
 
 
 def guided(policy: Policy, weight: float) -> Policy:
-    """The policy with the flow within it guided by the critic within it; wrappers and the choice of actions stay.
+    """Returns the policy with its flow guided by its critic; wrappers and the choice of actions stay.
 
-    Raises UserError for one without a flow or critic, and for a flow that is no velocity on the linear path.
+    Raises UserError for a policy without a flow or critic, and for a flow that is not a velocity on the linear path.
     """
     if inner(policy, "flow") is None or inner(policy, "critic") is None:
         raise UserError("guidance needs a flow and a critic, such as those of ifql: this policy has not both")
@@ -101,7 +102,7 @@ def _within(policy: Any, critic: QEnsemble, weight: Float[Array, ""]) -> Any:
 
 
 def value_scale(policy: Policy, obs: Any, key: PRNGKey) -> Float[Array, ""]:
-    """mean |Q(s, a)| over observations [N, ...] and actions of the policy, by the critic within it."""
+    """Returns mean |Q(s, a)| over observations [N, ...] and actions of the policy, by the critic within it."""
     critic, stats = inner(policy, "critic"), inner(policy, "stats")
 
     def one(obs, key):

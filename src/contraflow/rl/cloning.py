@@ -11,9 +11,9 @@ from contraflow.flow.model import EDGE, Flow
 
 
 def cloning_loss(flow: Flow, batch: Batch, key: PRNGKey, weight: Float[Array, " B"] | None = None) -> Float[Array, ""]:
-    """sum w mask |f(x_t, t, s) - f*|^2 / sum mask, x_t between noise and a_data, t ~ U(0, 1), each row its own.
+    """Returns sum w mask |f(x_t, t, s) - f*|^2 / sum mask, x_t between noise and a_data, t ~ U(0, 1) for each row.
 
-    f* is what the flow predicts: a_data - x_0, the noise x_0 or a_data. Without `weight` every row counts 1.
+    f* is a_data - x_0, the noise x_0 or a_data, as the flow predicts. Without `weight` every row has the weight 1.
     """
 
     def one(obs, action, key):

@@ -1,4 +1,4 @@
-"""Learning a Gaussian edit of given actions, as SAC learns its actor: what QAM-E and EXPO share."""
+"""A Gaussian edit of given actions, learned as SAC learns its actor; shared by QAM-E and EXPO."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from contraflow.nets.mlp import MLPSpec
 from contraflow.policy.edit import Edit
 
 HIGHEST = 0.6836
-"""Entropy of tanh(u), u ~ N(0, std^2), in nats, at the std at which it is largest, .874."""
+"""Largest entropy of tanh(u), u ~ N(0, std^2), in nats, reached at the std .874."""
 
 
 class EditState(eqx.Module):
@@ -29,16 +29,19 @@ class EditState(eqx.Module):
 
 @dataclass(frozen=True)
 class Edits:
-    """Settings of edits a + scale tanh(u), which minimise E[alpha log pi(tanh u) - Q(s, clip(a + scale tanh u))] with
-    alpha tuned to an entropy (1812.05905; 2507.07986). Raises ValueError for an entropy that no edit can have."""
+    """Settings of edits a + scale tanh(u) (1812.05905; 2507.07986).
+
+    They minimise E[alpha log pi(tanh u) - Q(s, clip(a + scale tanh u))] with alpha tuned to an entropy. Raises
+    ValueError for an entropy that no edit can have.
+    """
 
     scale: float = 0.1
-    """Largest change of a number of an action, whose range is [-1, 1]."""
+    """Largest change of a coordinate of an action in [-1, 1]."""
     entropy: float = -0.5
-    """Wanted, in nats per number."""
+    """Target, in nats per coordinate."""
     unit: Literal["edit", "action"] = "edit"
-    """What the density is counted in: the edit over its scale, or the action, log `scale` less entropy (as published;
-    out of reach for -.5 and scales up to .306)."""
+    """Unit of the density: the edit over its scale, or the action, which adds log `scale` to the entropy (as
+    published; out of reach for -.5 and scales up to .306)."""
     init_alpha: float = 1.0
     net: MLPSpec = MLPSpec(256, 3)
     optim: Optim = Optim(3e-4)
@@ -54,11 +57,11 @@ class Edits:
 
     @property
     def target(self) -> float:
-        """The wanted entropy of tanh(u), per number."""
+        """The target entropy of tanh(u), per coordinate."""
         return self.entropy - (math.log(self.scale) if self.unit == "action" else 0.0)
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> EditState:
-        """A fresh network of (s, a)."""
+        """Returns a fresh network of (s, a)."""
         edit = Edit(self.net.init(key, spec.observation, 2 * spec.action_dim, more=spec.action_dim), self.scale)
         log_alpha = jnp.log(jnp.asarray(self.init_alpha, jnp.float32))
         return EditState(edit, log_alpha, self.optim.init(edit), self.alpha_optim.init(log_alpha))
@@ -71,11 +74,11 @@ class Edits:
         action: Float[Array, "B a"],
         key: PRNGKey,
     ) -> tuple[EditState, Metrics]:
-        """One step up value(s, edited action), and of alpha; the actions [B, a] are held fixed."""
+        """Makes one step up value(s, edited action) and one of alpha. The actions [B, a] are held fixed."""
         keys, alpha = jr.split(key, action.shape[0]), jnp.exp(state.log_alpha)
 
         def loss_fn(edit):
-            """(loss, entropy per number)."""
+            """Returns (loss, entropy per coordinate)."""
 
             def one(obs, action, key):
                 edited, log_prob = edit.draw(obs, action, key)

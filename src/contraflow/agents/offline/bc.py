@@ -1,9 +1,9 @@
-"""Imitation of demonstrations by conditional flow matching on chunks of actions; one-step policies too.
+"""Imitation of demonstrations by conditional flow matching on chunks of actions, in several steps or in one.
 
     x_t = alpha_t x1 + beta_t x0,   loss |v(x_t, t, s) - (alpha'_t x1 + beta'_t x0)|^2,
 
-x1 the chunk that follows s and x0 ~ N(0, I) (2210.02747; for control Diffusion Policy, 2303.04137). Where the policy
-predicts noise, that is regressed on x0 (DDPM, 2006.11239).
+with x1 the chunk that follows s and x0 ~ N(0, I) (2210.02747; for control Diffusion Policy, 2303.04137). A policy that
+predicts noise is regressed on x0 (DDPM, 2006.11239).
 """
 
 from dataclasses import dataclass, replace
@@ -41,11 +41,15 @@ class BCState(eqx.Module):
 
 @dataclass(frozen=True)
 class BC:
-    """Per row one evaluation with gradients, and one to three without for the rows that tie steps together."""
+    """Behaviour cloning with a flow.
+
+    An update takes, per row, one evaluation with gradients, and one to three without for the rows that tie steps
+    together.
+    """
 
     flow: FlowSpec = FlowSpec()
     objective: Objective = Matching()
-    """Other than `Matching` it makes the flow an averaged one."""
+    """Any objective but `Matching` makes the flow an averaged one."""
     coupling: Coupling = Independent()
     """Of x0 and x1, for the rows that are matched to the flow."""
     dispersion: float = 0.0
@@ -59,17 +63,17 @@ class BC:
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
-        """A fresh flow for `spec`'s sizes; statistics come from the data, but for parts, which are not normalised."""
+        """Returns a fresh flow for the sizes of `spec`. Statistics come from the data; parts are not normalised."""
         flow = self.flow.init(key, spec.action_dim, spec.observation, spec.horizon)
         stats, step = None if spec.obs_parts else RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
         return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step)
 
     def policy(self, state: BCState) -> Policy:
-        """The end of the flow from a random x_0."""
+        """Returns the end of the averaged flow from a random x_0."""
         return normalised(state.stats, FlowPolicy(state.average))
 
     def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
-        """One gradient step on chunks [B, h a]; nothing but `obs`, `action` and `mask` is read."""
+        """Makes one gradient step on chunks [B, h a]. Of the batch it reads only `obs`, `action` and `mask`."""
         cond = jax.vmap(partial(normalise, state.stats))(batch.obs)
         k_noise, k_rows, k_spread = jr.split(key, 3)
         n = batch.action.shape[0]
@@ -80,7 +84,7 @@ class BC:
         rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n)
 
         def loss_fn(flow):
-            """(loss, metrics) over all rows."""
+            """Returns (loss, metrics) over all rows."""
 
             def losses(fn, part):
                 error = jax.vmap(fn)(*jax.tree.map(lambda x: x[part], rows))
@@ -120,11 +124,11 @@ class BC:
         return BCState(flow, average, opt, state.stats, state.step + 1), metrics
 
     def starting_from(self, policy: Policy) -> "BC":
-        """The settings with the flow of a pretrained policy."""
+        """Returns the settings with the flow of a pretrained policy."""
         return replace(self, flow=flow_of(policy, self)[0].spec)
 
     def adopt(self, state: BCState, policy: Policy) -> BCState:
-        """The state with the networks of a pretrained policy."""
+        """Returns the state with the networks of a pretrained policy."""
         flow, stats = adopted(self.flow, policy, self)
         average = jax.tree.map(jnp.copy, flow)
         return replace(state, flow=flow, average=average, stats=state.stats if stats is None else stats)

@@ -1,14 +1,14 @@
-"""Diffusion actor-critic, DAC (arXiv 2405.20555): regression of noise, shifted by the slope of Q at the noisy action.
+"""Diffusion actor-critic, DAC (arXiv 2405.20555): noise regression, shifted by the slope of Q at the noisy action.
 
     actor     eta |eps(s, x_t, t) - x_0|^2 + beta_t G(s, x_t) . eps(s, x_t, t),   G = sg grad_a Q(s, x_t) / mean|Q|,
 
-so that eps -> E[x_0 | x_t] - beta_t G / (2 eta): an exponential tilt of the data at the temperature 2 eta mean|Q|,
+with the minimiser eps = E[x_0 | x_t] - beta_t G / (2 eta), a tilt of the data at the temperature 2 eta mean|Q|,
 
     critics   y = r + discount (mean_j V_j - rho std_j V_j),   V_j the mean or the best of Q_j over ten actions at s',
-    dual      eta += rate clip(|eps - x_0|^2 - cloning, -1, 1): less of Q while the data are cloned worse than that.
+    dual      eta += rate clip(|eps - x_0|^2 - cloning, -1, 1): less of Q while the cloning error exceeds `cloning`.
 
-Both means of the actor's loss run over the numbers of an action. The shift is not that of the exact tilt: for data
-N(m, c^2) and Q = g.a that carries alpha_t c^2 / (alpha_t^2 c^2 + beta_t^2), here it is 1, right at t = 1 alone.
+Both terms of the actor's loss are means over the coordinates of an action. The shift is not exact: for data N(m, c^2)
+and Q = g.a the exact tilt has the factor alpha_t c^2 / (alpha_t^2 c^2 + beta_t^2). Here it is 1, exact only at t = 1.
 """
 
 from dataclasses import dataclass, replace
@@ -47,37 +47,40 @@ class DACState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class DAC:
-    """Per row of a batch candidates K + 2 evaluations of the actor, K the steps of its solver, of which one with
-    gradients, candidates + 2 of each critic and one gradient of it. Raises ValueError for a flow that does not predict
-    the noise of actions themselves, and an eta outside [.001, 100]."""
+    """A diffusion policy by noise regression with a shift along the slope of Q.
+
+    An update takes, per row, `candidates` K + 2 evaluations of the actor, K the steps of its solver, one of them with
+    gradients, and `candidates` + 2 of each critic and one gradient of it. Raises ValueError for a flow that does not
+    predict the noise of actions themselves, and an eta outside [.001, 100].
+    """
 
     flow: FlowSpec = replace(DIFFUSION, solver=Ddpm(5, wide=True))
     eta: float = 1.0
     """Weight of cloning at the start, within [.001, 100]; lambda = 2 eta mean|Q|."""
     eta_rate: float = 1e-3
-    """Of the dual; 0 keeps eta, as on the mazes of the paper (at .1)."""
+    """Rate of the dual; 0 keeps eta, as on the mazes of the paper (at .1)."""
     cloning: float = 1.0
-    """Error of the noise that the dual aims at; 1 is that of a constant, .05 to .1 on expert data in the paper."""
+    """Target error of the noise; a constant prediction has 1, the paper .05 to .1 on expert data."""
     candidates: int = 10
     """Next actions for each target."""
     over: Literal["mean", "max"] = "mean"
-    """What each critic makes of them; "max" on mazes in the paper."""
+    """Each critic takes their mean or their best; "max" on mazes in the paper."""
     particles: int = 10
-    """Draws of which the best acts, exploring or not."""
+    """Draws of which the best acts, in evaluation and while exploring."""
     normalise_q: bool = True
-    """Q is divided by the mean of |Q| at the actions of the batch, as released; without it lambda is 2 eta."""
+    """Divides Q by the mean of |Q| at the actions of the batch, as released; without it lambda is 2 eta."""
     ema: float = 0.999
-    """Of the actor's moving average."""
+    """Decay of the actor's moving average."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(10, reduce=Mean(), backup=Mean(1.0), width=256, depth=3, optim=OPTIM)
     optim: Optim = OPTIM
-    """Of the actor."""
+    """Optimiser of the actor."""
 
     def __post_init__(self):
         check_positive(self, "candidates", "particles")
@@ -94,7 +97,7 @@ class DAC:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> DACState:
-        """Fresh networks for `spec`'s sizes; target and average are copies."""
+        """Returns fresh networks for the sizes of `spec`; target and average are copies."""
         k_actor, k_critic = jr.split(key)
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -104,25 +107,25 @@ class DAC:
         )  # fmt: skip
 
     def policy(self, state: DACState) -> Policy:
-        """The best of several draws of the actor, by the slow critics; the same while exploring."""
+        """Returns the best of several draws of the actor by the slow critics; the same while exploring."""
         best = BestOf(FlowPolicy(state.actor), state.target, None, Argmax(self.particles), Argmax(self.particles))
         return normalised(state.stats, best)
 
     def update(self, state: DACState, batch: Batch, key: PRNGKey) -> tuple[DACState, Metrics]:
-        """One step of the critics, the actor, its average and eta on a batch [B] (2405.20555, algorithm 1)."""
+        """Makes one step of the critics, the actor, its average and eta on a batch [B] (2405.20555, algorithm 1)."""
         k_next, k_critic, k_noise = jr.split(key, 3)
         n = batch.reward.shape[0]
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
         count = jnp.maximum(batch.mask.sum(), 1.0)
 
-        # 1. Critics, with ten a' of the slow actor.
+        # 1. Critics, with several a' from the slow actor.
         slow = FlowPolicy(state.average)
         action = jax.vmap(lambda o, k: slow.particles(o, k, self.candidates))(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, over=self.over
         )
 
-        # 2. Actor. What does not depend on it comes first: times, noise, and the slope of Q at x_t.
+        # 2. Actor. The parts that do not depend on it come first: times, noise, and the slope of Q at x_t.
         def noisy(obs, action, key):
             k_x0, k_level = jr.split(key)
             x0, t = state.actor.noise(k_x0), level(state.actor, k_level)
@@ -134,7 +137,7 @@ class DAC:
             push = unit_scale(jax.vmap(target.value)(batch.obs, batch.action)) * push
 
         def cloning(actor):
-            """(mean square error of the noise, the noise)."""
+            """Returns (mean square error of the noise, the noise)."""
             noise = jax.vmap(actor.output)(x, t, batch.obs)
             return jnp.sum(batch.mask * (noise - x0) ** 2) / count, noise
 
@@ -145,7 +148,7 @@ class DAC:
         actor, actor_opt, loss, grad_norm = gradient_step(self.optim.tx, actor_loss, state.actor, state.actor_opt)
         average = follow(state.average, actor, state.step, self.ema)
 
-        # 3. The dual, by the actor after its step, at the same times and noise.
+        # 3. The dual, from the actor after its step, at the same times and noise.
         error = cloning(actor)[0]
         eta = jnp.clip(state.eta + self.eta_rate * jnp.clip(error - self.cloning, -1.0, 1.0), LOW, HIGH)
         metrics |= {"actor_loss": loss, "actor_grad_norm": grad_norm, "matching_loss": error, "eta": state.eta}

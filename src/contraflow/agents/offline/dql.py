@@ -1,12 +1,12 @@
 """Diffusion-QL, DQL (arXiv 2208.06193): a diffusion policy of few steps that climbs Q through all of them.
 
     actor     |eps(s, x_t, t) - x_0|^2 - eta Q_i(s, a) / sg mean|Q_j(s, a)|,   a the end of the sampler, with gradients;
-    critics   y = r + discount min_j Q_j(s', a'),   a' of a moving average of the actor;
+    critics   y = r + discount min_j Q_j(s', a'),   a' from a moving average of the actor;
     acting    one of 50 draws, with probability softmax(min_j Q_j) of the slow critics.
 
-t is one of the K levels 0, 1/K, ..., (K - 1)/K of the sampler; i and j are two different critics, drawn for each
+t is one of the K levels 0, 1/K, ..., (K - 1)/K of the sampler. i and j are two different critics, drawn for each
 update. The division makes the gradient the same for all scales of Q. The choice among 50 is in the released code, not
-in the paper; its temperature is in units of Q, so that for large values it is an argmax.
+in the paper. Its temperature is in units of Q, and for large values it is an argmax.
 """
 
 from dataclasses import dataclass
@@ -46,13 +46,16 @@ class DQLState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class DQL:
-    """Per row of a batch backup K + 1 + K evaluations of the actor, K the steps of its solver, of which 1 + K with
-    gradients, and backup + 1 of each critic. Raises ValueError for a single critic and a negative eta."""
+    """A diffusion policy that is cloned and climbs Q through its K steps.
+
+    An update takes, per row, `backup` K + 1 + K evaluations of the actor, 1 + K of them with gradients, and
+    `backup` + 1 of each critic. Raises ValueError for a single critic and a negative eta.
+    """
 
     flow: FlowSpec = DIFFUSION
     eta: float = 1.0
@@ -60,16 +63,16 @@ class DQL:
     backup: int = 1
     """Next actions of which each critic takes the best; 10 on most mazes in the paper."""
     choose: Selector = Softmax(50)
-    """How one of several draws is taken, exploring or not; `First()` is the paper's own policy."""
+    """How one of several draws is taken, in evaluation and while exploring; `First()` is the paper's policy."""
     temperature: float = 1.0
     """Of that choice, in units of Q."""
     ema: float = 0.999
-    """Of the actor's moving average."""
+    """Decay of the actor's moving average."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(width=256, depth=3, optim=Optim(3e-4, max_grad_norm=10.0))
     optim: Optim = Optim(3e-4, max_grad_norm=10.0)
-    """Of the actor."""
+    """Optimiser of the actor."""
 
     def __post_init__(self):
         check_positive(self, "backup", "temperature")
@@ -83,7 +86,7 @@ class DQL:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> DQLState:
-        """Fresh networks for `spec`'s sizes; target and average are copies."""
+        """Returns fresh networks for the sizes of `spec`; target and average are copies."""
         k_actor, k_critic = jr.split(key)
         actor = self.flow.init(k_actor, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -93,28 +96,28 @@ class DQL:
         )  # fmt: skip
 
     def policy(self, state: DQLState) -> Policy:
-        """One of several draws of the actor, by the slow critics; the same while exploring."""
+        """Returns the choice of one of several draws by the slow critics; the same while exploring."""
         choose = state.temperature, self.choose, self.choose
         return normalised(state.stats, BestOf(FlowPolicy(state.actor), state.target, *choose))
 
     def update(self, state: DQLState, batch: Batch, key: PRNGKey) -> tuple[DQLState, Metrics]:
-        """One step of the critics, the actor, and its average on a batch [B] (2208.06193, algorithm 1)."""
+        """Makes one step of the critics, the actor and its average on a batch [B] (2208.06193, algorithm 1)."""
         k_next, k_critic, k_noise, k_now, k_pair = jr.split(key, 5)
         n = batch.reward.shape[0]
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critics, with a' of the slow actor.
+        # 1. Critics, with a' from the slow actor.
         slow = FlowPolicy(state.average)
         action = jax.vmap(lambda o, k: slow.particles(o, k, self.backup))(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic, over="max"
         )
 
-        # 2. Actor: cloned, and up one critic in units of another.
+        # 2. Actor: cloned, and maximising one critic in units of another.
         one, other = jr.permutation(k_pair, self.critic.members)[:2]
 
         def actor_loss(actor):
-            """(loss, metrics)."""
+            """Returns the loss."""
             cloning = noise_loss(actor, batch, jr.split(k_noise, n))
             ends = jax.vmap(FlowPolicy(actor))(batch.obs, jr.split(k_now, n))
             q = jax.vmap(critic)(batch.obs, ends)
@@ -128,13 +131,13 @@ class DQL:
 
 
 def level(flow: Flow, key: PRNGKey) -> Scalar:
-    """One of the times 0, 1/K, ..., (K - 1)/K from which the K steps of a flow's solver begin."""
+    """Draws one of the times 0, 1/K, ..., (K - 1)/K at which the K steps of a flow's solver begin."""
     steps = flow.spec.solver.steps
     return jr.randint(key, (), 0, steps) / steps
 
 
 def noise_loss(flow: Flow, batch: Batch, keys: Key[Array, " B"]) -> Float[Array, ""]:
-    """Mean square error of what the flow predicts at a random level of each row, over numbers that are not masked."""
+    """Returns the mean square error of the prediction at a random level of each row, without masked coordinates."""
 
     def one(obs, action, key):
         k_noise, k_level = jr.split(key)

@@ -1,10 +1,10 @@
 """EXPO (arXiv 2507.07986): a cloned flow, small edits of its actions, and the best of both, offline and online.
 
-    base      a flow or diffusion policy, matched to the actions of the batch, whoever took them;
-    edit      a + beta tanh(u) with u Gaussian given (s, a), SAC's actor: alpha log pi - mean_j Q_j(s, .);
-    policy    of N actions of the base and their N edits the one of the largest Q: no parameters of its own, so that it
-              follows the critic at once, and no gradient of the critic ever reaches the base;
-    critic    y = r + discount min over two drawn of ten Q'_j(s', a'), a' of that policy.
+    base      a flow or diffusion policy, matched to the actions of the batch from any policy;
+    edit      a + beta tanh(u) with u Gaussian given (s, a), learned as SAC's actor: alpha log pi - mean_j Q_j(s, .);
+    policy    of N actions of the base and their N edits the one with the largest Q. It has no parameters and follows
+              the critic at once, and no gradient of the critic reaches the base;
+    critic    y = r + discount min over two drawn of ten Q'_j(s', a'), a' from that policy.
 
 The best of n independent actions is log n - (n - 1) / n nats away from the base, if Q has no ties.
 """
@@ -38,29 +38,32 @@ OPTIM = Optim(3e-4)
 
 class EXPOState(eqx.Module):
     flow: Flow
-    average: Flow  # of the flow, which acts
+    average: Flow  # moving average of the flow, which acts
     critic: QEnsemble
     target: QEnsemble
     flow_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
     edit: EditState | None = None
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class EXPO:
-    """Per row of a batch N K evaluations of the flow without and one with gradients, N + 1 of the edit; the target's
-    members 2 N + 1 times, the critic's twice. An action: N K of the flow, N of the edit, 2 N of the critic."""
+    """The best of N actions of a cloned flow and their N edits.
+
+    An update takes, per row, N K evaluations of the flow and one with gradients, N + 1 of the edit, 2 N + 1 of each
+    target and two of each critic. An action takes N K of the flow, N of the edit and 2 N of each target.
+    """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(256, 3))
-    """The base; its solver takes K steps (10). `path` VP() and `predict` "noise" make it a diffusion policy."""
+    """The base, with K steps (10) of its solver. `path` VP() and `predict` "noise" make it a diffusion policy."""
     candidates: int = 8
-    """N, of the base, and as many edits of them."""
+    """N, the number of actions of the base; each has one edit."""
     edit: Edits | None = Edits(0.1)
-    """None chooses among actions of the base alone; then N = 1 is the critic of a cloned policy."""
+    """None chooses among actions of the base alone. N = 1 then learns the critic of a cloned policy."""
     delay: int = 1
-    """Updates of the critics for one of base and edit: `updates` of the source, as released, for one a step."""
+    """Updates of the critics for one of base and edit; as many as `updates` of the source in the released code."""
     ema: float = 0.999
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
@@ -68,7 +71,7 @@ class EXPO:
         members=10, reduce=Mean(), backup=SubsetMin(2), width=256, depth=3, block="normalised", optim=OPTIM
     )
     optim: Optim = OPTIM
-    """Of the base."""
+    """Optimiser of the base."""
 
     def __post_init__(self):
         check_positive(self, "candidates", "delay")
@@ -80,7 +83,7 @@ class EXPO:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> EXPOState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the average and the target critic are copies."""
         k_flow, k_critic, k_edit = jr.split(key, 3)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -91,7 +94,7 @@ class EXPO:
         )  # fmt: skip
 
     def policy(self, state: EXPOState) -> Policy:
-        """The best candidate by the target critics' mean; the same while exploring."""
+        """Returns the best candidate by the mean of the target critics; the same while exploring."""
         return normalised(state.stats, self._best(state))
 
     def _best(self, state: EXPOState) -> BestOf:
@@ -101,24 +104,24 @@ class EXPO:
         return BestOf(base, state.target, None, Argmax(n), Argmax(n))
 
     def update(self, state: EXPOState, batch: Batch, key: PRNGKey) -> tuple[EXPOState, Metrics]:
-        """One step of the critics, the base and the edit on a batch [B] (2507.07986, algorithm 1)."""
+        """Makes one step of the critics, the base and the edit on a batch [B] (2507.07986, algorithm 1)."""
         k_next, k_critic, k_flow, k_edit = jr.split(key, 4)
         n = batch.reward.shape[0]
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' the best candidate by the target.
+        # 1. Critic, with the best candidate by the target as a'.
         action = jax.vmap(self._best(state))(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
 
-        # 2. Base: cloning of the batch.
+        # 2. Base: behaviour cloning of the batch.
         clone = lambda flow: cloning_loss(flow, batch, k_flow)
         flow, flow_opt, loss, grad_norm = gradient_step(self.optim.tx, clone, state.flow, state.flow_opt)
         moved = flow, flow_opt, polyak(flow, state.average, 1 - self.ema)
         metrics |= {"matching_loss": loss, "actor_grad_norm": grad_norm}
 
-        # 3. Edit, of the actions of the batch.
+        # 3. Edit of the actions of the batch.
         edit = state.edit
         if self.edit is not None and edit is not None:
             edit, more = self.edit.learn(edit, critic.value, batch.obs, batch.action, k_edit)
@@ -130,12 +133,12 @@ class EXPO:
         return EXPOState(flow, average, critic, target, flow_opt, critic_opt, state.step + 1, edit, stats), metrics
 
     def starting_from(self, policy: Policy) -> "EXPO":
-        """The settings with the flow and the normalisation of a pretrained policy."""
+        """Returns the settings with the flow and the normalisation of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         return replace(self, flow=flow.spec, normalise_obs=pretrained_mode(self.normalise_obs, stats))
 
     def adopt(self, state: EXPOState, policy: Policy) -> EXPOState:
-        """The state with a pretrained policy as the base."""
+        """Returns the state with a pretrained policy as the base."""
         flow, stats = adopted(self.flow, policy, self)
         average = jax.tree.map(jnp.copy, flow)
         return replace(state, flow=flow, average=average, stats=state.stats if stats is None else stats)

@@ -1,17 +1,17 @@
 """Flow Q-learning, FQL (arXiv 2502.02538): a one-step policy between a cloned flow and the critic.
 
-    flow      v(x_t, t, s) is matched to the actions of the data: behaviour cloning, which no critic touches;
-    actor     mu(s, z), one evaluation: alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the flow's end of that z;
+    flow      v(x_t, t, s) is matched to the actions of the data: behaviour cloning, without the critic;
+    actor     mu(s, z), one evaluation: alpha |mu(s, z) - x_1(s, z)|^2 - Q(s, mu(s, z)), x_1 the end of the flow from z;
     critic    y = r + discount mean_j Q_j(s', mu(s', z')).
 
-A proximal step in the Wasserstein sense, not an exponential tilt: with Q = g.a the actor is the flow shifted by g / w,
-w = 2 alpha / d. Because the distillation is a mean over the d numbers of an action or chunk and Q is not, the same
-alpha pulls less where d is larger. Q is divided by the mean of |Q| in the batch, so that alpha means the same for all
-rewards; `fql-paper` does without, as published.
+The actor is a proximal step in the Wasserstein sense, not an exponential tilt. With Q = g.a it is the flow shifted by
+g / w, w = 2 alpha / d. The distillation is a mean over the d coordinates of an action or chunk and Q is not: the same
+alpha pulls less for a larger d. Q is divided by the mean of |Q| in the batch, and alpha means the same for all rewards.
+`fql-paper` uses Q as it is, as published.
 
-Two newer methods change one part each. The anchor of FAN (2605.01663) is the flow's own matching loss with mu(s, z) in
+Two newer methods change one part each. The anchor of FAN (2605.01663) is the flow's matching loss with mu(s, z) in
 place of the action of the data, at one random t, which saves the steps of the teacher. GFP (2512.03973) clones the rows
-whose action is better than the actor's.
+with an action better than the actor's.
 """
 
 from collections.abc import Callable
@@ -51,11 +51,11 @@ class OneStep(eqx.Module):
         return self.net.last.bias.shape[0]
 
     def mu(self, obs: Obs, z: Float[Array, " d"]) -> Float[Array, " d"]:
-        """The action before it is clipped."""
+        """Returns the action before it is clipped."""
         return self.net(obs, z)
 
     def from_noise(self, obs: Obs, z: Float[Array, " d"]) -> Float[Array, " d"]:
-        """The action of z."""
+        """Returns the action of z."""
         return jnp.clip(self.mu(obs, z), -1.0, 1.0)
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " d"]:
@@ -70,16 +70,16 @@ Actions = Float[Array, "B d"]
 
 
 def from_end(flow: Flow, obs: Obs, z: Actions, key: PRNGKey) -> Callable[[Actions], Actions]:
-    """mu - x_1(s, z), x_1 the flow's end of z as an action."""
+    """Returns the error mu -> mu - x_1(s, z), x_1 the end of the flow from z as an action."""
     teacher = flow.action(jax.vmap(flow.sample)(z, obs))
     return lambda mu: mu - teacher
 
 
 def from_velocity(flow: Flow, obs: Obs, z: Actions, key: PRNGKey) -> Callable[[Actions], Actions]:
-    """(mu - z) - v(x_t, t, s), x_t = t mu + (1 - t) z, t ~ U(0, 1): 0 for all t where the path from z to mu is one of
-    the flow's. mu moves x_t too (2605.01663).
+    """Returns the error mu -> (mu - z) - v(x_t, t, s), x_t = t mu + (1 - t) z, t ~ U(0, 1) (2605.01663).
 
-    The best mu is not the flow's end where its paths bend. For data N(m, s^2) and the exact v it is m + (2 / pi) s z.
+    It is 0 for all t if the path from z to mu is one of the flow's. Gradients also flow through x_t. If the paths bend,
+    the best mu is not the end of the flow. For data N(m, s^2) and the exact v it is m + (2 / pi) s z.
     """
     t = jr.uniform(key, (z.shape[0],), minval=EDGE, maxval=1 - EDGE)
     return lambda mu: jax.vmap(lambda *row: matching_error(flow, *row))(obs, z, flow.spec.support.latent(mu), t)
@@ -97,35 +97,36 @@ class FQLState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class FQL:
-    """Per row of a batch K + 3 evaluations of the flow, three of the actor and one of each critic and its target.
+    """A one-step actor between a cloned flow and the critic.
 
-    The anchor "velocity" takes one evaluation with gradients in place of K. Raises ValueError where the flow predicts
+    An update takes, per row, K + 3 evaluations of the flow, three of the actor and one of each critic and its target.
+    The anchor "velocity" takes one evaluation with gradients in place of K, and raises ValueError if the flow predicts
     something else.
     """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
-    """The cloned flow; its solver's K steps (10) make the targets of the actor."""
+    """The cloned flow. K steps (10) of its solver make the targets of the actor."""
     actor: MLPSpec = MLPSpec(512, 4, "gelu")
     alpha: float = 3.0
-    """Weight of the distillation against Q of order one: the paper's authors advise .03 to 10. Without `normalise_q`
-    10 to 1000 on OGBench, by task."""
+    """Weight of the distillation against Q of order one; the paper's authors advise .03 to 10. Without `normalise_q`
+    it is 10 to 1000 on OGBench, by task."""
     normalise_q: bool = True
-    """Q is divided by the mean of |Q| in the batch: alpha means the same for all rewards. Off as published."""
+    """Divides Q by the mean of |Q| in the batch, and alpha means the same for all rewards. Off as published."""
     anchor: Literal["end", "velocity"] = "end"
-    """What the actor is held to: the flow's end of the same noise, or its velocity on the way there."""
+    """Holds the actor to the end of the flow from the same noise, or to its velocity on the way there."""
     guidance: float | None = None
-    """Temperature, in units of mean |Q|, of weights sigmoid((Q'(s, a_data) - Q'(s, mu)) / temperature) of the rows that
-    are cloned; None clones all alike."""
+    """Temperature, in units of mean |Q|, of the weights sigmoid((Q'(s, a_data) - Q'(s, mu)) / temperature) of cloned
+    rows. None gives all rows the same weight."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(reduce=Mean(), backup=Mean(), width=512, depth=4, block="normalised", optim=OPTIM)
     optim: Optim = OPTIM
-    """Of the flow and of the actor, each by itself."""
+    """Optimiser of the flow and of the actor, each with its own state."""
 
     def __post_init__(self):
         check_positive(self, "alpha", *(["guidance"] if self.guidance is not None else []))
@@ -137,7 +138,7 @@ class FQL:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> FQLState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the target critic is a copy of the critic."""
         k_flow, k_actor, k_critic = jr.split(key, 3)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         actor = OneStep(self.actor.init(k_actor, spec.observation, spec.action_dim, more=spec.action_dim))
@@ -147,22 +148,22 @@ class FQL:
         return FQLState(flow, actor, critic, target, *opts, jnp.zeros((), jnp.int32), stats)
 
     def policy(self, state: FQLState) -> Policy:
-        """The actor, in one evaluation; the same while exploring."""
+        """Returns the actor, which acts in one evaluation; the same while exploring."""
         return normalised(state.stats, state.actor)
 
     def update(self, state: FQLState, batch: Batch, key: PRNGKey) -> tuple[FQLState, Metrics]:
-        """One step of the critics, the flow and the actor on a batch [B] (2502.02538, algorithm 1)."""
+        """Makes one step of the critics, the flow and the actor on a batch [B] (2502.02538, algorithm 1)."""
         k_next, k_critic, k_flow, k_actor = jr.split(key, 4)
         n = batch.reward.shape[0]
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' of the actor.
+        # 1. Critic, with a' from the actor.
         action = jax.vmap(state.actor)(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
 
-        # 2. Flow: behaviour cloning; weights are those of the actor before this update, at the noise it learns from.
+        # 2. Flow: behaviour cloning. Weights use the actor before this update, at the noise that it learns from.
         z, weight = state.flow.noise(k_actor, n), None
         if self.guidance is not None:
             ours = jax.vmap(target.value)(batch.obs, jax.vmap(state.actor.from_noise)(batch.obs, z))
@@ -172,7 +173,7 @@ class FQL:
             self.optim.tx, lambda flow: cloning_loss(flow, batch, k_flow, weight), state.flow, state.flow_opt
         )
 
-        # 3. Actor: towards the flow, from the same noise, and up Q. The flow is the one before this update.
+        # 3. Actor: towards the flow from the same noise, and up Q. The flow is that before this update.
         error = ANCHORS[self.anchor](state.flow, batch.obs, z, jr.fold_in(k_actor, 1))
 
         def actor_loss(actor):

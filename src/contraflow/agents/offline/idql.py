@@ -1,8 +1,8 @@
-"""IDQL (arXiv 2304.10573): implicit Q-learning with a cloned diffusion policy, of whose 64 actions the best acts.
+"""IDQL (arXiv 2304.10573): implicit Q-learning with a cloned diffusion policy. The best of 64 of its actions acts.
 
-The variance-preserving path whose noise rate grows from .1 to 10, the noise predicted, x_1 clipped to the box within
-every step. kappa = .7 and N = 64 are of its paper (locomotion); for mazes it takes .9. The paper has five steps with
-noise in each; of ours, which have none, five leave too little spread, so there are 20.
+The path is variance preserving with a noise rate from .1 to 10. The network predicts the noise, and x_1 is clipped to
+the box in every step. kappa = .7 and N = 64 are the paper's for locomotion. It takes kappa = .9 for mazes. The paper
+has five steps with noise in each. Steps here have no noise, and five of them leave too little spread: there are 20.
 """
 
 from contraflow.agents.base import Preset

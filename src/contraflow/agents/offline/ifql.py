@@ -1,4 +1,4 @@
-"""IFQL: implicit Q-learning with a cloned flow, of whose 32 actions the best acts (2502.02538, baselines)."""
+"""IFQL: implicit Q-learning with a cloned flow. The best of 32 of its actions acts (2502.02538, baselines)."""
 
 from contraflow.agents.base import Preset
 from contraflow.agents.offline.iql import IQL, Cloned

@@ -1,11 +1,11 @@
-"""Implicit Q-learning (arXiv 2110.06169): values of actions that are in the data, and an actor beside them.
+"""Implicit Q-learning (arXiv 2110.06169): values of recorded actions, and an actor beside them.
 
     value     V(s): the kappa-expectile of min_j Q'_j(s, a) over the actions of the data, Q' the target critics;
-    critic    y = r + discount V(s'): no action is ever asked for that the data do not hold;
-    actor     learned from the data alone, by a rule of its own: `Regressed` or `Cloned`.
+    critic    y = r + discount V(s'): only actions of the data are evaluated;
+    actor     learned from the data alone, by the rule `Regressed` or `Cloned`.
 
-kappa = 1/2 makes V the mean over the data, which is SARSA; kappa -> 1 the best action that the data hold. IFQL and IDQL
-are this class with a cloned flow or diffusion policy, in files of their own beside this one.
+With kappa = 1/2, V is the mean over the data, which is SARSA. As kappa -> 1 it becomes the value of the best action in
+the data. IFQL and IDQL are this class with a cloned flow or diffusion policy (ifql.py, idql.py).
 """
 
 from dataclasses import dataclass, replace
@@ -36,16 +36,16 @@ from contraflow.rl.expectile import expectile_loss
 from contraflow.rl.normalise import NormaliseObs, initial_moments, unit_scale, update_and_normalise
 
 OPTIM = Optim(3e-4)
-LOG_STD = (-5.0, 2.0)  # where the deviation of a regressed actor stops
+LOG_STD = (-5.0, 2.0)  # bounds of the log-deviation of a regressed actor
 
 
 @dataclass(frozen=True)
 class Regressed:
     """A Gaussian by advantage-weighted regression: - min(exp(beta A), cap) log pi(a | s), A = min_j Q'_j(s, a) - V(s).
 
-    With `normalise_q` A is divided by the mean of |A| in the batch. Not by that of |Q|, as where an actor climbs Q: the
-    level of Q has left A, and weights would tend to 1 where rewards have an offset. Raises ValueError unless
-    beta and cap are positive.
+    `normalise_q` divides A by the mean of |A| in the batch. Actors that climb Q divide by the mean of |Q| instead. Here
+    the level of Q cancels in A, and with an offset of the rewards that division would make all weights close to 1.
+    Raises ValueError unless beta and cap are positive.
     """
 
     net: MLPSpec = MLPSpec(512, 4, "gelu")
@@ -54,23 +54,23 @@ class Regressed:
     cap: float = 100.0
     """Largest weight of a row."""
     normalise_q: bool = True
-    """beta means the same for all rewards; off as published."""
+    """Gives beta the same meaning for all rewards; off as published."""
 
     def __post_init__(self):
         check_positive(self, "beta", "cap")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> ClippedGaussian:
-        """A fresh network; the deviation is 1."""
+        """Returns a fresh network with a deviation of 1."""
         return ClippedGaussian(self.net.init(key, spec.observation, spec.action_dim), jnp.zeros(spec.action_dim))
 
     def policy(self, actor: ClippedGaussian, critic: QEnsemble) -> Policy:
-        """The mean; a draw while exploring."""
+        """Returns the Gaussian, which acts by its mean and explores by draws."""
         return actor
 
     def loss(
         self, actor: ClippedGaussian, batch: Batch, advantage: Float[Array, " B"], key: PRNGKey
     ) -> Float[Array, ""]:
-        """Mean over the numbers of actions that count."""
+        """Returns the loss, a mean over the coordinates of actions that are not masked."""
         scale = unit_scale(advantage) if self.normalise_q else 1.0
         weight = jnp.minimum(jnp.exp(self.beta * scale * advantage), self.cap)
         log_std = jnp.clip(actor.log_std, *LOG_STD)[None]
@@ -81,9 +81,9 @@ class Regressed:
 
 @dataclass(frozen=True)
 class Cloned:
-    """A cloned flow, of whose `particles` actions the one with the highest min_j Q_j acts (2304.10573, section 4).
+    """A cloned flow: of `particles` of its actions the one with the highest min_j Q_j acts (2304.10573, section 4).
 
-    The critic does not enter the loss, by design: what it prefers is only chosen from what the data hold.
+    The critic does not enter the loss. It only chooses among cloned actions.
     """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
@@ -93,15 +93,15 @@ class Cloned:
         check_count(self, 1, "particles")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> Flow:
-        """A fresh flow."""
+        """Returns a fresh flow."""
         return self.flow.init(key, spec.action_dim, spec.observation, spec.horizon)
 
     def policy(self, actor: Flow, critic: QEnsemble) -> Policy:
-        """The best of the particles, while exploring too."""
+        """Returns the best of the particles, in evaluation and while exploring."""
         return BestOf(FlowPolicy(actor), critic, None, Argmax(self.particles), Argmax(self.particles))
 
     def loss(self, actor: Flow, batch: Batch, advantage: Float[Array, " B"], key: PRNGKey) -> Float[Array, ""]:
-        """Matching of the actions of the data, all alike."""
+        """Returns the matching loss of the actions of the data, all with the same weight."""
         return cloning_loss(actor, batch, key)
 
 
@@ -115,25 +115,28 @@ class IQLState(eqx.Module):
     value_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class IQL:
-    """Per row of a batch one evaluation with gradients of actor, V and each critic, and two more of V and one of each
-    target without."""
+    """Implicit Q-learning with one of two rules for the actor.
+
+    An update takes, per row, one evaluation with gradients of the actor, V and each critic, and without gradients two
+    more of V and one of each target.
+    """
 
     actor: Regressed | Cloned = Regressed()
     kappa: float = 0.9
     """Expectile, in (0, 1); .7 or .9 in the papers."""
     ema: float = 0.0
-    """What the acting copy keeps of itself in each update; 0 acts by the actor as it is."""
+    """Decay of the averaged actor, which acts; 0 acts by the actor itself."""
     value: MLPSpec = MLPSpec(512, 4, "gelu")
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(width=512, depth=4, block="normalised", optim=OPTIM)
     optim: Optim = OPTIM
-    """Of the actor and of V, each by itself."""
+    """Optimiser of the actor and of V, each with its own state."""
 
     def __post_init__(self):
         if not 0 < self.kappa < 1:
@@ -146,7 +149,7 @@ class IQL:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> IQLState:
-        """Fresh networks for `spec`'s sizes; the copies are copies."""
+        """Returns fresh networks for the sizes of `spec`; the average and the targets are copies."""
         k_actor, k_value, k_critic = jr.split(key, 3)
         actor = self.actor.init(k_actor, spec)
         value = self.value.init(k_value, spec.observation, 1)
@@ -157,11 +160,11 @@ class IQL:
         )  # fmt: skip
 
     def policy(self, state: IQLState) -> Policy:
-        """That of the actor's rule, by its average."""
+        """Returns the policy of the actor's rule, with the averaged actor."""
         return normalised(state.stats, self.actor.policy(state.average, state.critic))
 
     def update(self, state: IQLState, batch: Batch, key: PRNGKey) -> tuple[IQLState, Metrics]:
-        """One step of V, the critics and the actor on a batch [B] (2110.06169, algorithm 1)."""
+        """Makes one step of V, the critics and the actor on a batch [B] (2110.06169, algorithm 1)."""
         k_critic, k_actor = jr.split(key)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
@@ -173,7 +176,7 @@ class IQL:
 
         value, value_opt, loss, _ = gradient_step(self.optim.tx, value_loss, state.value, state.value_opt)
 
-        # 2. Critic. With V as the value of s', a row is one that ends with the reward y.
+        # 2. Critic. A row with the value V of s' equals a row that ends with the reward y.
         following = jnp.where(batch.discount == 0, 0.0, jax.vmap(value)(batch.next_obs)[:, 0])
         ended = replace(batch, reward=batch.reward + batch.discount * following, discount=jnp.zeros_like(batch.reward))
         critic, target, critic_opt, metrics = self.critic.learn(

@@ -1,13 +1,13 @@
 """Q-learning with adjoint matching, QAM (arXiv 2601.14234): a cloned flow, tilted by exp(tau Q).
 
-    base      v_b(x_t, t, s) is matched to the actions of the data; its slow copy is what is tilted;
+    base      v_b(x_t, t, s) is matched to the actions of the data; its slow copy is tilted;
     actor     v(x_t, t, s) is regressed on v_b - sigma_t^2 / 2 a~, a~ the lean adjoint of -tau grad Q(s, x_1) along
-              paths that the actor itself walks (flow/adjoint.py): its fixed point is p_b(a | s) exp(tau Q(s, a)) / Z;
+              paths of the actor itself (flow/adjoint.py): its fixed point is p_b(a | s) exp(tau Q(s, a)) / Z;
     critic    y = r + discount (mean_j Q'_j - rho std_j Q'_j)(s', a'), a' of the actor.
 
-The gradient of Q is used at the ends of paths only, and no gradient passes through the solver. With `edit` (QAM-E) a
-Gaussian moves the actor's actions on, uphill; with `budget` (TRQAM, 2605.27079) tau follows from how far the actor may
-go from the base.
+The gradient of Q is used only at the ends of paths, and no gradient passes through the solver. With `edit` (QAM-E) a
+Gaussian moves the actor's actions uphill. With `budget` (TRQAM, 2605.27079) tau follows from the allowed relative
+entropy to the base.
 """
 
 from dataclasses import dataclass, replace
@@ -43,16 +43,16 @@ OPTIM = Optim(3e-4, max_grad_norm=1.0)
 
 @dataclass(frozen=True)
 class Budget:
-    """1 / tau such that the actor's paths have `nats` of relative entropy to those of the base.
+    """Tunes 1 / tau until the actor's paths have a relative entropy of `nats` to those of the base.
 
-    log(1 / tau) += rate (KL / nats - 1), KL a moving average of batches, each counted as 2 `nats` at the most.
+    log(1 / tau) += rate (KL / nats - 1). KL is a moving average over batches, each clipped at 2 `nats`.
     """
 
     nats: float = 0.2
-    """Per number of an action or chunk: 1 for each action of five numbers, as released."""
+    """Per coordinate of an action or chunk: 1 for each action of five coordinates, as released."""
     rate: float = 0.01
     smooth: float = 0.1
-    """Share of the newest batch in the average."""
+    """Weight of the newest batch in the average."""
     low: float = 1e-4
     high: float = 1e4
     """Bounds of 1 / tau."""
@@ -65,7 +65,7 @@ class Budget:
     def following(
         self, lam: Float[Array, ""], average: Float[Array, ""], kl: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(1 / tau, the average) after a batch with this relative entropy."""
+        """Returns (1 / tau, the average) after a batch with the relative entropy `kl`."""
         average = average + self.smooth * (jnp.minimum(kl, 2 * self.nats) - average)
         return jnp.clip(lam * jnp.exp(self.rate * (average / self.nats - 1)), self.low, self.high), average
 
@@ -80,39 +80,42 @@ class QAMState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     lam: Float[Array, ""]  # 1 / tau
-    kl: Float[Array, ""]  # moving average, where there is a budget
+    kl: Float[Array, ""]  # moving average; unused without a budget
     step: Int[Array, ""]
     edit: EditState | None = None
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class QAM:
-    """Per row of a batch, with K steps: 2 K evaluations of the actor (a', and paths), of which K are in turn each time,
-    and K with gradients at once; of the base K with gradients in turn, and one more; of the cloned flow one with
-    gradients. Each critic once, its target twice. An action takes K evaluations."""
+    """A cloned flow tilted by exp(tau Q), learned by adjoint matching.
+
+    An update takes, per row and with K steps: 2 K evaluations of the actor (a' and paths, K in sequence for each) and K
+    with gradients in parallel; K of the base with gradients in sequence and one more; one of the cloned flow with
+    gradients; one of each critic and two of its target. An action takes K evaluations.
+    """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
-    """Base and actor; velocities on the linear path, whose solver's K steps (10) are those of paths too."""
+    """Base and actor, velocities on the linear path. The K steps (10) of the solver are also those of paths."""
     tau: float = 10.0
-    """Inverse temperature; without `normalise_q` .1 to 30 in the paper, by task. The first one where there is a
-    `budget`."""
+    """Inverse temperature; without `normalise_q` .1 to 30 in the paper, by task. With a `budget` it is the initial
+    value."""
     normalise_q: bool = True
-    """Q is divided by the mean of |Q| at the ends of the paths: tau then means the same for all rewards. Off is as
+    """Divides Q by the mean of |Q| at the ends of the paths, and tau means the same for all rewards. Off as
     published."""
     budget: Budget | None = None
-    """What tunes tau, as TRQAM does."""
+    """Tunes tau, as in TRQAM."""
     edit: Edits | None = None
-    """What moves the actor's actions on, as in QAM-E."""
+    """Moves the actor's actions uphill, as in QAM-E."""
     rate: float = 0.005
-    """At which the base follows the cloned flow."""
+    """Rate at which the base follows the cloned flow."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(
         members=10, reduce=Mean(), backup=Mean(0.5), width=512, depth=4, block="normalised", optim=OPTIM
     )
     optim: Optim = OPTIM
-    """Of base and actor, each by itself."""
+    """Optimiser of the base and of the actor, each with its own state."""
 
     def __post_init__(self):
         check_positive(self, "tau", "rate")
@@ -127,8 +130,8 @@ class QAM:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> QAMState:
-        """Fresh networks for `spec`'s sizes; the base and the actor begin as the cloned flow, the target as the
-        critic."""
+        """Returns fresh networks for the sizes of `spec`. Base and actor begin as copies of the cloned flow, the target
+        as a copy of the critic."""
         k_flow, k_critic, k_edit = jr.split(key, 3)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         average, actor = (jax.tree.map(jnp.copy, flow) for _ in range(2))
@@ -141,7 +144,7 @@ class QAM:
         )  # fmt: skip
 
     def policy(self, state: QAMState) -> Policy:
-        """The actor's end of random noise, edited where there is an edit; the same while exploring."""
+        """Returns the end of the actor from random noise, with the edit if there is one; the same while exploring."""
         return normalised(state.stats, self._acting(state))
 
     def _acting(self, state: QAMState) -> FlowPolicy | Edited:
@@ -149,22 +152,22 @@ class QAM:
         return flow if state.edit is None else Edited(flow, state.edit.edit)
 
     def update(self, state: QAMState, batch: Batch, key: PRNGKey) -> tuple[QAMState, Metrics]:
-        """One step of the critics, the base, the actor and the edit on a batch [B] (2601.14234, algorithm 1)."""
+        """Makes one step of the critics, the base, the actor and the edit on a batch [B] (2601.14234, algorithm 1)."""
         k_next, k_critic, k_flow, k_start, k_path, k_draw, k_edit = jr.split(key, 7)
         n, steps = batch.reward.shape[0], self.flow.solver.nfe
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' of the policy.
+        # 1. Critic, with a' from the policy.
         action = jax.vmap(self._acting(state))(batch.next_obs, jr.split(k_next, n))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic
         )
 
-        # 2. Base: behaviour cloning, which no critic touches.
+        # 2. Base: behaviour cloning, without the critic.
         clone = lambda flow: cloning_loss(flow, batch, k_flow)
         flow, flow_opt, matching, _ = gradient_step(self.optim.tx, clone, state.flow, state.flow_opt)
 
-        # 3. Paths of the actor, and grad Q where they end. Beyond a box the action does not change, nor does Q.
+        # 3. Paths of the actor, and grad Q at their ends. Outside the box neither the action nor Q changes.
         field = lambda flow, cond: lambda x, t: flow.velocity(x, t, cond)
         fine, base = (jax.vmap(f.encode)(batch.obs) for f in (state.actor, state.average))
 
@@ -179,7 +182,7 @@ class QAM:
 
         # 4. Actor: adjoint matching, mean over rows, steps and coordinates.
         def actor_loss(actor):
-            """(loss, relative entropy of paths per number)."""
+            """Returns (loss, relative entropy of paths per coordinate)."""
 
             def one(obs, targets):
                 control = targets.control(field(actor, actor.encode(obs)))
@@ -192,7 +195,7 @@ class QAM:
         actor = eqx.apply_updates(state.actor, updates)
         metrics |= {"actor_loss": loss, "matching_loss": matching, "path_kl": kl, "tau": 1.0 / state.lam}
 
-        # 5. The temperature that keeps to the budget, and the edit of the actor's actions.
+        # 5. The temperature for the budget, and the edit of the actor's actions.
         lam, average_kl = state.lam, state.kl
         if self.budget is not None:
             lam, average_kl = self.budget.following(lam, average_kl, kl)
@@ -206,12 +209,12 @@ class QAM:
         return QAMState(*nets, *opts, lam, average_kl, state.step + 1, edit, stats), metrics
 
     def starting_from(self, policy: Policy) -> "QAM":
-        """The settings with the flow and the normalisation of a pretrained policy."""
+        """Returns the settings with the flow and the normalisation of a pretrained policy."""
         flow, stats = flow_of(policy, self)
         return replace(self, flow=flow.spec, normalise_obs=pretrained_mode(self.normalise_obs, stats))
 
     def adopt(self, state: QAMState, policy: Policy) -> QAMState:
-        """The state with a pretrained policy as the base, its slow copy and the actor."""
+        """Returns the state with a pretrained policy as the cloned flow, the base and the actor."""
         flow, stats = adopted(self.flow, policy, self)
         average, actor = (jax.tree.map(jnp.copy, flow) for _ in range(2))
         return replace(state, flow=flow, average=average, actor=actor, stats=state.stats if stats is None else stats)

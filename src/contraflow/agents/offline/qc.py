@@ -1,13 +1,12 @@
-"""Q-chunking, QC (arXiv 2507.07969): the best of N chunks of a cloned flow, for acting and as the target's next chunk.
+"""Q-chunking, QC (arXiv 2507.07969): the best of N chunks of a cloned flow acts and makes the target's next chunk.
 
     flow      cloned on chunks A = (a_t, ..., a_{t+h-1}) of the data;
-    policy    argmax of mean_j Q_j(s, A) over N chunks of the flow: N times at the most as likely as in the data;
+    policy    argmax of mean_j Q_j(s, A) over N chunks of the flow, each at most N times as likely as in the clone;
     critic    y = sum_{i<h} gamma^i r_i + gamma^h mean_j Q'_j(s_{t+h}, A'), A' the policy's chunk there.
 
-Q knows the whole chunk, so rewards of h steps are summed without correction: what follows the first action is part of
-what is valued. For single actions with rewards of n steps it is not, and the value of the behaviour in steps 2 to n
-comes in. Chunks are made by the source of the data (`horizon`); nothing here knows of them. With single actions and
-N = 4 this is the paper's BFN.
+Q sees the whole chunk, and the sum of h rewards needs no correction. With single actions and rewards of n steps, Q
+learns the value of what the behaviour did in steps 2 to n. The source of the data makes the chunks (`horizon`), and the
+agent treats them as actions. With single actions and N = 4 this is the paper's BFN.
 """
 
 from dataclasses import dataclass
@@ -43,13 +42,16 @@ class QCState(eqx.Module):
     flow_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class QC:
-    """Per row of a batch N K evaluations of the flow and N of each critic for the next chunk, one of each target, and
-    one of the flow and of each critic with gradients."""
+    """The best of N chunks of a cloned flow.
+
+    An update takes, per row, N K evaluations of the flow and N of each critic for the next chunk, one of each target,
+    and one of the flow and of each critic with gradients.
+    """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
     particles: int = 32
@@ -67,7 +69,7 @@ class QC:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> QCState:
-        """Fresh networks for `spec`'s sizes; the target critic is a copy of the critic."""
+        """Returns fresh networks for the sizes of `spec`; the target critic is a copy of the critic."""
         k_flow, k_critic = jr.split(key)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -75,18 +77,18 @@ class QC:
         return QCState(flow, critic, target, self.optim.init(flow), critic_opt, jnp.zeros((), jnp.int32), stats)
 
     def policy(self, state: QCState) -> Policy:
-        """The best of N chunks, while exploring too."""
+        """Returns the best of N chunks, in evaluation and while exploring."""
         return normalised(state.stats, self._best(state))
 
     def _best(self, state: QCState) -> BestOf:
         return BestOf(FlowPolicy(state.flow), state.critic, None, Argmax(self.particles), Argmax(self.particles))
 
     def update(self, state: QCState, batch: Batch, key: PRNGKey) -> tuple[QCState, Metrics]:
-        """One step of the critics and the flow on a batch [B] (2507.07969, algorithm 1)."""
+        """Makes one step of the critics and the flow on a batch [B] (2507.07969, algorithm 1)."""
         k_next, k_critic, k_flow = jr.split(key, 3)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic. The critics choose the next chunk, the targets value it.
+        # 1. Critic. The critics choose the next chunk and the targets value it.
         action = jax.vmap(self._best(state))(batch.next_obs, jr.split(k_next, batch.reward.shape[0]))
         critic, target, critic_opt, metrics = self.critic.learn(
             state.critic, state.target, state.critic_opt, batch, action, k_critic

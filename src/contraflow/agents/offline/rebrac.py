@@ -1,10 +1,10 @@
-"""ReBRAC (arXiv 2305.09836): TD3 that is held to the actions of the data, in the actor and in the critic.
+"""ReBRAC (arXiv 2305.09836): TD3 held to the actions of the data, in the actor and in the critic.
 
     actor     a = tanh f(s): actor_penalty |a - a_data|^2 - Q(s, a) / mean |Q|;
     critic    y = r + discount (min_j Q'_j(s', a') - critic_penalty |a' - a'_data|^2), a' of the slow copy, smoothed.
 
-Squares are summed over the numbers of an action. Without both penalties it is TD3. A deterministic actor goes to the
-mean of the data where they hold several ways of acting: it is the reference that flows are compared with.
+Squares are sums over the coordinates of an action. Without both penalties this is TD3. If the data contain several ways
+of acting, a deterministic actor goes to their mean. It is the reference for flows.
 """
 
 from dataclasses import dataclass
@@ -37,22 +37,25 @@ class ReBRACState(eqx.Module):
     actor_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class ReBRAC:
-    """Per row of a batch one evaluation of the slow copy and each target, one of each critic with gradients, and one of
-    the actor and each critic with those of the actor, which count every `delay`-th time."""
+    """TD3 with a penalty for the distance from the data in the actor and in the targets.
+
+    An update takes, per row, one evaluation of the slow copy and each target, one of each critic with gradients, and
+    one of the actor and each critic for the step of the actor, which is applied every `delay`-th time.
+    """
 
     actor_penalty: float = 0.1
     """Weight of |a - a_data|^2 against Q of order one; .01 to 1 on OGBench, by task."""
     critic_penalty: float = 0.01
     """Weight of |a' - a'_data|^2 in targets, in the unit of rewards; 0 or .01 on OGBench."""
     normalise_q: bool = True
-    """Q is divided by the mean of |Q| in the batch, as published; off, `actor_penalty` is in the unit of returns."""
+    """Divides Q by the mean of |Q| in the batch, as published. Off, `actor_penalty` is in the unit of returns."""
     noise: float = 0.2
-    """Standard deviation of what is added while exploring."""
+    """Standard deviation of the noise while exploring."""
     smoothing: float = 0.2
     """Standard deviation of the noise of a' in targets."""
     smoothing_clip: float = 0.5
@@ -75,7 +78,7 @@ class ReBRAC:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> ReBRACState:
-        """Fresh networks for `spec`'s sizes; the slow copies are copies."""
+        """Returns fresh networks for the sizes of `spec`; the slow copies are copies of them."""
         k_actor, k_critic = jr.split(key)
         actor = self.actor.init(k_actor, spec.observation, spec.action_dim)
         critic, target, critic_opt = self.critic.init(k_critic, spec)
@@ -85,15 +88,15 @@ class ReBRAC:
         )  # fmt: skip
 
     def policy(self, state: ReBRACState) -> Policy:
-        """tanh f(s), with noise while exploring."""
+        """Returns tanh f(s), with noise while exploring."""
         return normalised(state.stats, Deterministic(state.actor, self.noise))
 
     def update(self, state: ReBRACState, batch: Batch, key: PRNGKey) -> tuple[ReBRACState, Metrics]:
-        """One step of the critics on a batch [B], and every `delay`-th time of the actor and its slow copy."""
+        """Makes one step of the critics on a batch [B], and every `delay`-th time one of the actor and its copy."""
         k_smooth, k_critic = jr.split(key)
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critic, with a' of the slow copy, smoothed, and its distance from the data where they say what was done.
+        # 1. Critic, with a smoothed a' from the slow copy, and its distance from the data if the next action is known.
         noise = self.smoothing * jr.normal(k_smooth, batch.action.shape)
         noise = jnp.clip(noise, -self.smoothing_clip, self.smoothing_clip)
         action = jnp.clip(jnp.tanh(jax.vmap(state.slow)(batch.next_obs)) + noise, -1.0, 1.0)
@@ -104,7 +107,7 @@ class ReBRAC:
             state.critic, state.target, state.critic_opt, batch, action, k_critic, -self.critic_penalty * penalty
         )
 
-        # 2. Actor: up Q(s, tanh f(s)), near the data.
+        # 2. Actor: maximise Q(s, tanh f(s)) near the data.
         def actor_loss(actor):
             action = jnp.tanh(jax.vmap(actor)(batch.obs))
             q = jax.vmap(critic.value)(batch.obs, action)

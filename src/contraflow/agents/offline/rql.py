@@ -1,14 +1,14 @@
 """Reversal Q-learning, RQL (arXiv 2606.17551): each step of a flow is an action, valued by V(s, x_f, f).
 
-V says what an action that is half made is worth: at f = 1 it is Q(s, a), at f = 0 the value of a state and a noise. An
-action of the data is taken back along the flow to a random time f, which gives a state of that inner process; the
-return of the action is a sample of its value. So nothing is bootstrapped along the flow, and no gradient runs along it:
+V values an action that is half made. At f = 1 it is Q(s, a), at f = 0 the value of a state and a noise. An action of
+the data is taken back along the flow to a random time f, which gives a state of this inner process. The return of the
+action is a sample of its value. Nothing is bootstrapped along the flow, and no gradient runs along it:
 
     critics   V_j(s, x_f, f) -> the expectile of y = r + discount (mean_j V_j - rho std_j V_j)(s', z, 0),  z ~ N(0, I);
     actor     alpha |v(s, x_t, t) - (x_1 - x_0)|^2 - mean_j V_j(s, x_t + h v(s, x_t, t), t + h),  h = min(1/K, 1 - t).
 
-x_f is reached by K steps of Euler back from x_1 = a, each of length (1 - f) / K. Where V has the slope g in x, the
-velocity is that of the data shifted by d h g / (2 alpha), because cloning is a mean over the d numbers of an action.
+K steps of Euler, each of length (1 - f) / K, lead back from x_1 = a to x_f. If V has the slope g in x, the velocity is
+that of the data shifted by d h g / (2 alpha), because cloning is a mean over the d coordinates of an action.
 """
 
 from dataclasses import dataclass, replace
@@ -45,29 +45,32 @@ class RQLState(eqx.Module):
     flow_opt: PyTree
     critic_opt: PyTree
     step: Int[Array, ""]
-    stats: RunningMoments | None = None  # of observations, where they are normalised
+    stats: RunningMoments | None = None  # of observations; None if they are not normalised
 
 
 @dataclass(frozen=True)
 class RQL:
-    """Per row of a batch K + 1 evaluations of the flow, K the steps of its solver, one of them with gradients, and
-    three of each critic. Raises ValueError for a flow that is not a velocity on the linear path."""
+    """A flow that takes greedy steps on the value of half-made actions, held to the data by cloning.
+
+    An update takes, per row, K + 1 evaluations of the flow, K the steps of its solver, one of them with gradients, and
+    three of each critic. Raises ValueError for a flow that is not a velocity on the linear path.
+    """
 
     flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
     alpha: float = 1.0
-    """Weight of cloning; .1 to 10 in the paper, by task, for V as it is."""
+    """Weight of cloning; .1 to 10 in the paper, by task, without `normalise_q`."""
     normalise_q: bool = True
-    """V is divided by the mean of |V| in the batch: alpha then means the same for all rewards. Off as released."""
+    """Divides V by the mean of |V| in the batch, and alpha means the same for all rewards. Off as released."""
     ema: float = 0.999
-    """Of the moving average that acts."""
+    """Decay of the moving average that acts."""
     normalise_obs: NormaliseObs = "off"
     """"frozen" normalises by the moments of the data."""
     critic: Critics = Critics(
         10, head=Expectile(0.7), reduce=Mean(), backup=Mean(0.5), width=512, depth=4, block="normalised", optim=OPTIM
     )
-    """The paper's levels are .5, .7 and .9, by task; .5 is the mean."""
+    """The paper's expectiles are .5, .7 and .9, by task; .5 is the mean."""
     optim: Optim = OPTIM
-    """Of the flow."""
+    """Optimiser of the flow."""
 
     def __post_init__(self):
         check_positive(self, "alpha")
@@ -85,7 +88,7 @@ class RQL:
         return self.critic.gamma
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> RQLState:
-        """Fresh networks for `spec`'s sizes; target and average are copies."""
+        """Returns fresh networks for the sizes of `spec`; target and average are copies."""
         k_flow, k_critic = jr.split(key)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
         critic, target, critic_opt = self.critic.init(k_critic, replace(spec, action_dim=spec.action_dim + 1))
@@ -94,16 +97,16 @@ class RQL:
         return RQLState(flow, jax.tree.map(jnp.copy, flow), critic, target, *opts, jnp.zeros((), jnp.int32), stats)
 
     def policy(self, state: RQLState) -> Policy:
-        """The end of the averaged flow from a random x_0; the same while exploring."""
+        """Returns the end of the averaged flow from a random x_0; the same while exploring."""
         return normalised(state.stats, FlowPolicy(state.average))
 
     def update(self, state: RQLState, batch: Batch, key: PRNGKey) -> tuple[RQLState, Metrics]:
-        """One step of the critics, the flow and its average on a batch [B]."""
+        """Makes one step of the critics, the flow and its average on a batch [B]."""
         k_back, k_next, k_critic, k_flow = jr.split(key, 4)
         n, count, steps = batch.reward.shape[0], jnp.maximum(batch.mask.sum(), 1.0), self.flow.solver.nfe
         stats, batch = update_and_normalise(state.stats, batch, self.normalise_obs)
 
-        # 1. Critics, at actions that are taken back: half of them to any time, half to the times of the solver.
+        # 1. Critics, at actions taken back along the flow: half to any time, half to the times of the solver.
         k_any, k_grid = jr.split(k_back)
         grid = jr.randint(k_grid, (n,), 0, steps + 1) / steps
         way = jnp.where(jnp.arange(n) < n // 2, jr.uniform(k_any, (n,)), grid)
@@ -115,10 +118,10 @@ class RQL:
             state.critic, state.target, state.critic_opt, half_made, following, k_critic
         )
 
-        # 2. Flow: cloned, and up V after one step of the solver.
+        # 2. Flow: cloned, and maximising V after one step of the solver.
         def flow_loss(flow):
             def one(obs, action, key):
-                """(error of the velocity, V after the step)."""
+                """Returns (error of the velocity, V after the step)."""
                 k_noise, k_t = jr.split(key)
                 x0, t = flow.noise(k_noise), jr.uniform(k_t)
                 x, cond = self.flow.path.perturb(x0, action, t), flow.encode(obs)
@@ -137,12 +140,12 @@ class RQL:
 
 
 def place(x: Vector, f: Scalar) -> Float[Array, " d_plus_1"]:
-    """What critics see in place of an action: x_f and f."""
+    """Returns x_f and f in one vector, the input of the critics in place of an action."""
     return jnp.append(x, f)
 
 
 def reversed_flow(flow: Flow, obs: Obs, action: Vector, way: Scalar) -> Vector:
-    """x_f, f = 1 - way: from x_1 = a back by as many steps of Euler as the solver has, each of length way / steps."""
+    """Returns x_f, f = 1 - way: from x_1 = a back by the solver's number of Euler steps, each of length way / steps."""
     steps, cond = flow.spec.solver.nfe, flow.encode(obs)
     h = way / steps
 

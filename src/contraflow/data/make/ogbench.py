@@ -1,12 +1,12 @@
-"""OGBench's datasets (2410.20092), made here: with the environments and scripted oracles of the package `ogbench`.
+"""Makes OGBench's datasets (2410.20092) with the environments and scripted oracles of the package `ogbench`.
 
 - `play`: an arm follows open-loop plans to random targets, with correlated noise. `noisy`: closed-loop oracles with
-  Gaussian noise, of another strength in each episode, and a share of uniform actions.
-- `navigate`: a point walks through a maze to one corner or crossing after the other, with noisy actions. `stitch`:
-  short walks to a cell that is four steps away.
+  Gaussian noise of a different strength in each episode, and a share of uniform actions.
+- `navigate`: a point walks through a maze from one corner or crossing to the next, with noisy actions. `stitch`: short
+  walks to a cell four steps away.
 
-Every episode draws from a seed of its own: it is the same whatever is made before it, or beside it in other processes.
-The sets of ant, humanoid and ball come from trained policies, and are not made here.
+Every episode has its own seed. It does not depend on the episodes made before it or in other processes. The sets of
+ant, humanoid and ball come from trained policies and are not made here.
 """
 
 import importlib.util
@@ -46,19 +46,19 @@ NAMES = tuple(
 STACKING = {
     "cube-double": (0.0, 0.25), "cube-triple": (0.05, 0.35), "cube-quadruple": (0.1, 0.5), "cube-octuple": (0.0, 0.35),
 }  # fmt: skip
-"""Range of the probability that a cube is put onto another, drawn for each episode."""
+"""Range of the probability that a cube is put on top of another, drawn for each episode."""
 SCALE = np.array([1.0, 1.0, 1.0, 3.0, 10.0])  # of the noise on x, y, z, yaw and gripper
 WALK_NOISE, REACH = 0.5, 4  # standard deviation on the actions of a point; cells of a short walk
-TRIES = 100  # for an episode in which nothing is lost
-KINDS = {"terminals": np.bool_, "button_states": np.int64}  # the other arrays are float32
-WAIT = 0.2  # seconds between two looks at whether to stop
+TRIES = 100  # attempts at an episode in which no cube is lost
+KINDS = {"terminals": np.bool_, "button_states": np.int64}  # all other arrays are float32
+WAIT = 0.2  # seconds between two checks whether to stop
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides about every number of an episode, beside its place in the set."""
+    """The name and seed of a set. With its number in the set they determine an episode."""
 
     name: str
     seed: int
@@ -73,13 +73,13 @@ class Recipe:
 
     @property
     def states(self) -> int:
-        """Rows of an episode in the file: a step less is one of the dataset, for the last row is where the last step
-        leads to."""
+        """Rows of an episode in the file. The dataset has one step less, because the last row is the state after the
+        last step."""
         return 201 if self.kind == "stitch" else 2001 if self.world == "pointmaze-giant" else 1001
 
 
 def find(name: str) -> str:
-    """The name of a set in `NAMES`, of `ogbench:cube-single-play`. Raises UserError for another."""
+    """Returns the name in `NAMES` of a set such as `ogbench:cube-single-play`. Raises UserError for other sets."""
     plain = name.removeprefix(PREFIX).removesuffix("-v0")
     if not name.startswith(PREFIX) or plain not in NAMES:
         if plain.startswith(("ant", "humanoid", "visual-", "powderworld")):
@@ -92,14 +92,16 @@ def find(name: str) -> str:
 def make(
     name: str, rows: int, out: Path, seed: int = 0, jobs: int = 1, progress: Callable[[int], bool] = lambda done: False
 ) -> bool:
-    """Write at least `rows` steps, in whole episodes, to the new file `out`, in the layout of OGBench's own files: a
-    row for each state; `observations`, `actions`, `terminals`, `qpos`, `qvel`, and `button_states` where there are any.
+    """Writes at least `rows` steps, in whole episodes, to the new file `out`; returns whether it is complete.
 
-    Finished episodes lie in a folder beside the file until it is whole; another call with the same name and seed goes
-    on from there. `progress` is told the steps that are there, and stops the work by returning True: then False is
-    returned. With several `jobs` the main module is imported by each, as `multiprocessing` does.
+    The layout is that of OGBench's files, a row for each state: `observations`, `actions`, `terminals`, `qpos`, `qvel`,
+    and `button_states` if the world has buttons.
 
-    Raises UserError for an unknown name, a missing package, a place that cannot be written, or a file that is there.
+    Finished episodes are kept in a folder beside the file until it is complete. A later call with the same name and
+    seed continues from there. `progress` gets the number of steps made so far, and returns True to stop the work. With
+    several `jobs` each process imports the main module, as `multiprocessing` does.
+
+    Raises UserError for an unknown name, a missing package, a place that cannot be written, or a file that exists.
     """
     recipe = Recipe(find(name), seed)
     if min(rows, jobs) < 1 or seed < 0:
@@ -139,7 +141,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def _agree(recipe: Recipe, folder: Path) -> None:
-    """Episodes of another recipe, or of other versions, are not mixed with these."""
+    """Raises UserError if the folder holds episodes of another recipe or of other versions."""
     wanted: dict[str, Any] = asdict(recipe)
     with suppress(ImportError):
         wanted |= {name: version(name) for name in ("ogbench", "mujoco")}
@@ -167,7 +169,7 @@ def _assemble(files: Sequence[Path], out: Path) -> None:
 
 
 def _work(recipe: Recipe, folder: Path, todo: list[int], jobs: int, told: Callable[[], bool]) -> None:
-    """Make the episodes `todo`, until all are there or `told` says to stop; those that are begun are finished."""
+    """Makes the episodes `todo` until all exist or `told` returns True. Episodes that were begun are finished."""
     if jobs == 1:
         maker = Maker(recipe)
         for number in todo:
@@ -177,8 +179,8 @@ def _work(recipe: Recipe, folder: Path, todo: list[int], jobs: int, told: Callab
         return
     context, left = multiprocessing.get_context("spawn"), todo[::-1]
     busy: dict[Any, Any] = {}  # pipe -> process
-    # Ctrl-C reaches the whole group of processes: the workers inherit that they do not hear it. What tracks resources
-    # would make them hear again when it starts, so it starts first.
+    # Ctrl-C reaches the whole group of processes. The workers inherit a mask that blocks it. The resource tracker
+    # unblocks the signal when it starts: start it first.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -212,8 +214,8 @@ def _work(recipe: Recipe, folder: Path, todo: list[int], jobs: int, told: Callab
 
 
 def _serve(pipe: Connection, recipe: Recipe, folder: Path) -> None:
-    """Make the episodes whose numbers arrive, and answer with "" or what went wrong, until None or the end of the
-    process that asks."""
+    """Makes the episodes with the numbers that arrive, and answers "" or an error, until None arrives or the other
+    process ends."""
     with suppress(EOFError, OSError):
         maker = None
         while (number := pipe.recv()) is not None:
@@ -232,7 +234,7 @@ def _serve(pipe: Connection, recipe: Recipe, folder: Path) -> None:
 
 
 class Maker:
-    """One environment, and episodes from it. Raises UserError when the package cannot be imported."""
+    """One environment, and episodes from it. Raises UserError if the package cannot be imported."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -248,7 +250,7 @@ class Maker:
             ) from None
 
     def episode(self, number: int) -> Arrays:
-        """Episode `number` of the set; NumPy's global generator, from which the oracles draw, is left as it was."""
+        """Returns episode `number` of the set. Restores NumPy's global generator, from which the oracles draw."""
         before = np.random.get_state()  # noqa: NPY002
         try:
             for attempt in range(TRIES):
@@ -266,7 +268,7 @@ class Maker:
 
 
 class Rows(dict[str, list[Any]]):
-    """Columns that grow by a row at a time."""
+    """Columns that grow by one row at a time."""
 
     def add(self, obs: Any, action: np.ndarray, end: bool, info: dict[str, Any]) -> None:
         row = {"observations": obs, "actions": action, "terminals": end}
@@ -276,7 +278,7 @@ class Rows(dict[str, list[Any]]):
 
 
 class Arm:
-    """An arm that moves cubes, buttons, a drawer and a window to random targets, one after the other."""
+    """An arm that moves cubes, buttons, a drawer and a window to random targets, one at a time."""
 
     def __init__(self, recipe: Recipe):
         import gymnasium
@@ -308,7 +310,7 @@ class Arm:
         self.oracles = {key: pair[self.noisy](env=self.env, **options) for key, pair in parts.items()}
 
     def run(self, rng: np.random.Generator) -> Rows | None:
-        """One episode; None if the cube of the scene got lost."""
+        """Returns one episode; None if the cube of the scene was lost."""
         rows, end = Rows(), False
         stacking, noise = rng.uniform(*self.stacking), rng.uniform(0, 0.1) * SCALE
         obs, info = self.env.reset(seed=int(rng.integers(2**31)))
@@ -335,13 +337,13 @@ class Arm:
 
 
 def _lost(qpos: np.ndarray) -> bool:
-    """Whether the cube of the scene fell off to a side, or behind the drawer without lying in it."""
+    """Returns whether the cube of the scene fell off to a side, or behind the drawer and not into it."""
     _, y, z = qpos[:, 14:17].T
     return bool((y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any())
 
 
 class Walk:
-    """A point that follows the shortest way through a maze."""
+    """A point that follows the shortest path through a maze."""
 
     def __init__(self, recipe: Recipe):
         import gymnasium
@@ -362,7 +364,7 @@ class Walk:
         self.corners = self.cells[[tuple(map(bool, way)) not in passages for way in ways]]
 
     def run(self, rng: np.random.Generator) -> Rows:
-        """One episode; a walk that is no short one goes on to another goal when it has arrived."""
+        """Returns one episode. In `navigate` the walk gets a new goal each time it arrives."""
         maze, rows, end = self.maze, Rows(), False
         maze.action_space.seed(int(rng.integers(2**31)))
         start = _one(rng, self.cells)
@@ -372,7 +374,7 @@ class Walk:
         obs, _ = self.env.reset(seed=int(rng.integers(2**31)), options={"task_info": task})
         while not end:
             here, target = maze.get_xy(), np.array(maze.cur_goal_xy)
-            if maze.xy_to_ij(here) != maze.xy_to_ij(target):  # the centre of its cell may be out of reach of the goal
+            if maze.xy_to_ij(here) != maze.xy_to_ij(target):  # the centre of its cell may be too far from the goal
                 target = maze.get_oracle_subgoal(here, target)[0]
             way = target - here
             action = way / (np.linalg.norm(way) + 1e-6) + WALK_NOISE * rng.standard_normal(2)
