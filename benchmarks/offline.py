@@ -170,6 +170,13 @@ def picture(options: Options) -> None:
         figure.savefig(DATA.parent / "img" / "offline.png", dpi=200)
 
 
+def with_flow(part: Any, depth: int) -> Any:
+    """The agent whose flow has `depth` blocks, hence depth + 1 hidden layers, in place of its own number."""
+    if hasattr(part, "flow"):
+        return replace(part, flow=replace(part.flow, network=replace(part.flow.network, depth=depth)))
+    return replace(part, actor=with_flow(part.actor, depth))
+
+
 def updater(agent: Any, horizon: int) -> Callable[[], object]:
     """One jitted, donated update for each call."""
     spec, k = EnvSpec(OBS, ACT * horizon, 1, None, False, horizon=horizon, execute=horizon), jr.split(jr.key(0), 5)
@@ -192,7 +199,7 @@ def speed(options: Options) -> None:
     for width, depth in ((256, 2), (512, 4)):
         for name, horizon in (("fql", 1), ("ifql", 1), ("fql", 5), ("qam", 5)):
             agent = agent_of(name, width, depth)
-            agent = replace(agent, critic=replace(agent.critic, members=2))
+            agent = with_flow(replace(agent, critic=replace(agent.critic, members=2)), depth - 1)
             sizes = {"obs": OBS, "act": ACT, "rows": ROWS, "width": width, "depth": depth, "horizon": horizon}
             others = peer(options.peer, name, **sizes)
             print(f"{name}, {depth} x {width}, chunks of {horizon}", flush=True)

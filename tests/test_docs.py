@@ -1,8 +1,8 @@
 """Code of README and docs.
 
 Every block of a tutorial after `<!-- run -->` runs, in the order of the pages, in one folder; a block after
-`<!-- file NAME -->` is written to that file first. `contraflow train` of all other blocks, which may take long, must be a
-command whose flags exist.
+`<!-- file NAME -->` is written to that file first. In all other blocks, which may take long, `contraflow train` must be
+a command whose flags exist.
 """
 
 import re
