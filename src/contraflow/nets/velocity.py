@@ -61,6 +61,7 @@ class ResidualMLP:
 
     width: int = 256
     depth: int = 3
+    """Residual layers, after a first one."""
     embedding: int = 32
     """Size of the time features."""
 

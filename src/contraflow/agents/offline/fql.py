@@ -109,7 +109,7 @@ class FQL:
     something else.
     """
 
-    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 3))
     """The cloned flow. K steps (10) of its solver make the targets of the actor."""
     actor: MLPSpec = MLPSpec(512, 4, "gelu")
     alpha: float = 3.0

@@ -86,7 +86,7 @@ class Cloned:
     The critic does not enter the loss. It only chooses among cloned actions.
     """
 
-    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 3))
     particles: int = 32
 
     def __post_init__(self):

@@ -95,7 +95,7 @@ class QAM:
     gradients; one of each critic and two of its target. An action takes K evaluations.
     """
 
-    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 3))
     """Base and actor, velocities on the linear path. The K steps (10) of the solver are also those of paths."""
     tau: float = 10.0
     """Inverse temperature; without `normalise_q` .1 to 30 in the paper, by task. With a `budget` it is the initial

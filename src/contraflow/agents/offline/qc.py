@@ -53,7 +53,7 @@ class QC:
     and one of the flow and of each critic with gradients.
     """
 
-    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 3))
     particles: int = 32
     """N. The divergence from the clone is at most log N - (N - 1) / N nats, 2.5 for 32."""
     normalise_obs: NormaliseObs = "off"

@@ -56,7 +56,7 @@ class RQL:
     three of each critic. Raises ValueError for a flow that is not a velocity on the linear path.
     """
 
-    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 4))
+    flow: FlowSpec = FlowSpec(network=ResidualMLP(512, 3))
     alpha: float = 1.0
     """Weight of cloning; .1 to 10 in the paper, by task, without `normalise_q`."""
     normalise_q: bool = True
