@@ -13,7 +13,7 @@ from tests.cli_helpers import cli
 from contraflow.agents.offline.dql import DIFFUSION
 from contraflow.agents.offline.iql import IQL, Cloned
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.flow.model import Ddim, Flow, FlowSpec
+from contraflow.flow.model import Ddim, Ddpm, Flow, FlowSpec
 from contraflow.flow.solver import EulerMaruyama
 from contraflow.flow.support import Tanh
 from contraflow.nets.critic import QEnsemble
@@ -148,8 +148,14 @@ def test_the_scale_of_values_is_that_of_the_policys_actions():
 
 @pytest.mark.parametrize(
     "spec",
-    [DIFFUSION, FlowSpec(support=Tanh()), FlowSpec(solver=EulerMaruyama(5)), FlowSpec(averaged=True)],
-    ids=["diffusion", "tanh", "stochastic", "averaged"],
+    [
+        DIFFUSION,
+        FlowSpec(support=Tanh()),
+        FlowSpec(solver=EulerMaruyama(5)),
+        FlowSpec(solver=Ddpm(5)),
+        FlowSpec(averaged=True),
+    ],
+    ids=["diffusion", "tanh", "stochastic", "ancestral", "averaged"],
 )
 def test_what_cannot_be_guided_is_refused(spec):
     policy = policy_of(Plane)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from contraflow.core.observation import rows
 from contraflow.core.types import Obs, PRNGKey, UserError
-from contraflow.flow.model import Flow
+from contraflow.flow.model import Ddpm, Flow
 from contraflow.flow.path import Linear, Scalar, Vector
 from contraflow.flow.solver import EulerMaruyama
 from contraflow.flow.support import Box
@@ -88,7 +88,7 @@ def guided(policy: Policy, weight: float) -> Policy:
     spec = inner(policy, "flow").spec
     plain = spec.predict == "velocity" and spec.clip is None and not spec.averaged and not spec.unit_input
     straight = isinstance(spec.path, Linear) and isinstance(spec.support, Box)
-    if not (plain and straight) or isinstance(spec.solver, EulerMaruyama):
+    if not (plain and straight) or isinstance(spec.solver, EulerMaruyama | Ddpm):
         raise UserError("guidance is for velocities on the linear path, solved without noise, of actions in the box")
     return _within(policy, inner(policy, "critic"), jnp.asarray(weight, jnp.float32))
 
