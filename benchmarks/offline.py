@@ -103,7 +103,7 @@ def learn(options: Options) -> None:
                 rewards = {"reward": task.reward, "reward_shift": options.shift} if method != "bc" else {}
                 source = Dataset(file, task.env, ROWS, task.horizon, task.horizon, **rewards)
                 run = Run(
-                    agent_of(method), source, updates, None, updates // 3, 50, updates // 30, seed=seed, trackers=()
+                    agent_of(method), source, updates, None, -(-updates // 3), 50, updates // 30, seed=seed, trackers=()
                 )
                 folder = options.runs / f"{name}-{method}-{options.shift:g}" / f"seed{seed}"
                 began = time.process_time()
@@ -157,13 +157,15 @@ def picture(options: Options) -> None:
                 if not mine:
                     continue
                 look = {"color": COLOURS[i], "linestyle": DASHES[i % len(DASHES)]}
-                seeds = sorted({row["seed"] for row in mine})
-                curves = [sorted((r["updates"], 100 * r["success"]) for r in mine if r["seed"] == s) for s in seeds]
+                curves = []
+                for seed in sorted({row["seed"] for row in mine}):
+                    points = sorted((row["updates"], 100 * row["success"]) for row in mine if row["seed"] == seed)
+                    curves.append({round(step / 1000): value for step, value in points})  # the last two fall together
                 for curve in curves if len(curves) > 1 else []:
-                    ax.plot(*zip(*curve, strict=True), linewidth=0.6, alpha=0.5, **look)
-                x = [step for step, _ in curves[0]]
-                ax.plot(x, np.mean([[y for _, y in c] for c in curves], axis=0), label=method, marker="o", ms=3, **look)
-            ax.set(title=TASKS[name].env.partition(":")[2].partition("-single")[0] + ", task 1", xlabel="updates")
+                    ax.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.5, **look)
+                mean = np.mean([list(curve.values()) for curve in curves], axis=0)
+                ax.plot(list(curves[0]), mean, label=method, marker="o", ms=3, clip_on=False, **look)
+            ax.set(title=f"{TASKS[name].data}, task 1", xlabel="thousand updates", xlim=(0, 42))
             ax.set_ylim(0, 100)
             ax.legend(frameon=False, fontsize=8)
         axes[0].set_ylabel("success, %")
