@@ -229,6 +229,7 @@ def cloned(flow: Any, target: Modes | Ring, shares: tuple[float, ...], key: jax.
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, CLONE))
 
     def step(carry, key):
+        """One step of matching: ((flow, state of the optimiser), None)."""
         flow, state = carry
         k_x, k_0, k_t = jr.split(key, 3)
         x1 = flow.spec.support.latent(target.samples(k_x, BATCH, shares))

@@ -173,6 +173,7 @@ def table() -> tuple[list[Row], dict[tuple[str, str], jax.Array]]:
 
 
 def picture(file: Path, samples: dict[tuple[str, str], jax.Array]) -> None:
+    """Samples [n, 2] by (task, method) over contours of the exact density, as docs/img/prior.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -120,6 +120,8 @@ class RQL:
 
         # 2. Flow: cloned, and maximising V after one step of the solver.
         def flow_loss(flow):
+            """Returns alpha |v - (x1 - x0)|^2 - V after the step, a mean over the batch."""
+
             def one(obs, action, key):
                 """Returns (error of the velocity, V after the step)."""
                 k_noise, k_t = jr.split(key)

@@ -171,6 +171,7 @@ class PMD:
             """Mean over observations, actions and coordinates."""
 
             def one(obs, action, w, key):
+                """Returns the weighted loss of one candidate [d]."""
                 k_x0, k_match, k_tie = jr.split(key, 3)
                 x1 = actor.spec.support.latent(action)
                 x0 = actor.noise(k_x0)
