@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "policy": {"core", "flow", "nets"},
     "rl": BELOW_RL,
     "data": {"core"},
-    "envs": {"core"},
+    "envs": {"core", "flow"},
     "agents": BELOW_RL | {"rl"},
     "sampling": BELOW_RL | {"rl"},
     "training": BELOW_TRAIN,

@@ -12,6 +12,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "replay": {},
     "rollout": {"steps": 1_000_000, "eval_every": 50_000, "log_every": 10_000},
     "dataset": {"steps": 20_000, "eval_every": 5_000, "log_every": 500},
+    "conditions": {"steps": 50_000, "eval_every": 10_000, "eval_episodes": 500, "log_every": 1_000},
 }
 """What differs from the defaults of `Run` by what an agent learns from."""
 

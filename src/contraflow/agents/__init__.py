@@ -39,6 +39,8 @@ MODULES = (
     "offline.dql",
     "offline.dac",
     "offline.rql",
+    "align.flow_grpo",
+    "align.nft",
 )
 
 
@@ -56,13 +58,17 @@ def classes() -> dict[str, type[Any]]:
 
 
 def needs(agent: Any) -> str:
-    """What an agent learns from: "replay", "rollout" or "dataset"; one of the user's own says it, or is off-policy.
+    """What an agent learns from: "replay", "rollout", "dataset" or "conditions".
+
+    A user-defined agent says it in `needs`, or is off-policy.
 
     Raises UserError for a word that is none of these.
     """
     found = getattr(agent, "needs", None) or next(
         (preset.needs for preset in presets().values() if type(preset.agent) is type(agent)), "replay"
     )
-    if found not in ("replay", "rollout", "dataset"):
-        raise UserError(f"{type(agent).__name__}.needs is {found!r}: say 'replay', 'rollout' or 'dataset'")
+    if found not in ("replay", "rollout", "dataset", "conditions"):
+        raise UserError(
+            f"{type(agent).__name__}.needs is {found!r}: say 'replay', 'rollout', 'dataset' or 'conditions'"
+        )
     return found

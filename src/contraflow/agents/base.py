@@ -16,8 +16,9 @@ from contraflow.flow.model import Flow, FlowSpec
 from contraflow.policy.base import Policy, inner, innermost
 from contraflow.policy.normalise import RunningMoments
 
-Needs = Literal["replay", "rollout", "dataset"]
-"""The data an agent learns from: a `Batch` of replayed steps, a `Rollout`, or a `Batch` of recorded steps."""
+Needs = Literal["replay", "rollout", "dataset", "conditions"]
+"""The data an agent learns from: a `Batch` of replayed steps, a `Rollout`, a `Batch` of recorded steps, or rewarded
+samples of its own under conditions."""
 
 
 @runtime_checkable

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 
 from contraflow.cli.flags import Modules, Switch, read_flags
 from contraflow.core.interrupt import INTERRUPTED, noted
-from contraflow.data.datasets.dataset import Dataset
+from contraflow.core.types import UserError
+from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import load as load_dataset
 from contraflow.data.datasets.write import check_target, write
 from contraflow.data.make import ogbench
+from contraflow.envs import align
 from contraflow.runtime.collect import Behaviour, record
 from contraflow.runtime.policy import load
 from contraflow.training.console import Progress
@@ -78,7 +81,8 @@ class Make:
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """A set of OGBench such as ogbench:cube-single-play or ogbench:pointmaze-large-navigate."""
+    """A set of OGBench such as ogbench:cube-single-play or ogbench:pointmaze-large-navigate, or the data of a problem
+    of alignment such as align:digits."""
     out: Path
     """The new file, which ends in .npz."""
     rows: int = 1_000_000
@@ -120,6 +124,9 @@ def data_command(args: list[str]) -> int:
 def make_command(args: list[str]) -> int:
     """`contraflow data make NAME --rows N --out FILE`: 0, or 130 after Ctrl-C with the finished episodes kept."""
     options = read_flags(Make, args, prog="contraflow data make")
+    if options.name.startswith(align.PREFIX):
+        _make_align(options.name, options.out)
+        return 0
     header = f"{options.name}, {options.rows:,} rows, seed {options.seed}, in {options.out}"
     start, done = time.monotonic(), []
     with ExitStack() as stack:
@@ -144,6 +151,19 @@ def make_command(args: list[str]) -> int:
     print(f"written {options.out}: {done[-1]:,} rows in {seconds:.0f} s{speed}, {size:.1f} MB")
     print(f"next    contraflow data info {shlex.quote(str(options.out))}")
     return 0
+
+
+def _make_align(name: str, out: Path) -> None:
+    """Writes the data of a problem of alignment as episodes of one step; rewards are those of its default."""
+    problem, _ = align.find(name.removeprefix(align.PREFIX))
+    found = problem.data()
+    if found is None:
+        raise UserError(f"{name} has no data of its own: pretrain on another set")
+    cond, x = found
+    n = len(x)
+    arrays = {"obs": cond, "action": x, "next_obs": cond, "reward": np.zeros(n), "terminated": np.ones(n, bool)}
+    data = build(arrays | {"end": np.ones(n, bool)}, name=name, env=name, low=-1.0, high=1.0)
+    print(f"written {write(data, out)}: {n:,} rows")
 
 
 def _print(data: Dataset) -> None:

@@ -7,7 +7,7 @@ The simulators are optional packages; each is imported when an environment of it
 from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
-from contraflow.envs import bandit, envpool, episodes, gymnasium, ogbench, own, playground, probe
+from contraflow.envs import align, bandit, envpool, episodes, gymnasium, ogbench, own, playground, probe
 from contraflow.envs.base import Env, Kind, check_num_envs, close, not_rendered, notes, unknown_id
 from contraflow.envs.control import CartpoleSwingup, Pendulum
 from contraflow.envs.ways import MultiGoal, TwoWayArm
@@ -25,6 +25,7 @@ KINDS: dict[str, Kind] = {
     "jax": episodes.kind("jax", TASKS),
     "probe": probe.KIND,
     "bandit": bandit.KIND,
+    "align": align.KIND,
 }
 
 

@@ -30,7 +30,7 @@ from contraflow.training.evaluate import Episodes, evaluate_seeds
 from contraflow.training.log import TrackerName, check_trackers
 from contraflow.training.loop import Carry, epoch, next_due, of_seed, reset, stacked
 from contraflow.training.run_writer import RunWriter, check_finite
-from contraflow.training.sources import Replay, Rollouts, Source
+from contraflow.training.sources import Conditions, Replay, Rollouts, Source
 from contraflow.training.sources.base import Opened, check_counts
 from contraflow.training.sources.dataset import recorded
 
@@ -65,7 +65,9 @@ class Run:
             raise ValueError(f"--seed must not be negative, got {self.seed}")
         learns = needs(self.agent)
         recorded = hasattr(self.source, "data")
-        if (learns == "rollout") != isinstance(self.source, Rollouts) or (learns == "dataset" and not recorded):
+        own = {"rollout": Rollouts, "conditions": Conditions}
+        unfit = any((learns == need) != isinstance(self.source, kind) for need, kind in own.items())
+        if unfit or (learns == "dataset" and not recorded):
             kind = type(self.agent).__name__
             raise ValueError(f"{kind} learns from a {learns}, not from {type(self.source).__name__}")
         self.source.check(self.agent, self.steps)

@@ -1,0 +1,219 @@
+"""Flow-GRPO (arXiv 2505.05470): a flow is a Markov chain with densities, improved by clipped policy gradients.
+
+    rho_{i,k} = p(x_{k+1} | x_k) / p_old(x_{k+1} | x_k),    A_i = (r_i - mean of its group) / deviation,
+    loss = mean_{i,k} w_k max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + kl mean_{i,k} |mean - mean_ref|^2 / (2 std^2).
+
+The whole family has this loss. Its members differ in the plan of the noise (flow/plan.py), in the weights w_k, in how
+the ratio is guarded and in the anchor; each has a file of its own with its settings.
+
+`kl` weighs the relative entropy of paths. With std="none" in the advantage and ratio="sum", the optimum over paths is
+the reference times exp(r / kl), at any noise that makes x_1 independent of x_0.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from contraflow.agents.align.base import (
+    AlignState,
+    Draws,
+    Pairs,
+    Scored,
+    checked_flow,
+    descend,
+    encoded,
+    field,
+    first_state,
+    flat,
+    policy_of,
+    repeated,
+    with_pretrained,
+)
+from contraflow.agents.base import Preset, flow_of
+from contraflow.core.optim import Optim, check_positive
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey
+from contraflow.flow.matching import matching_error
+from contraflow.flow.model import EDGE, Flow, FlowSpec
+from contraflow.flow.plan import Plan, generate
+from contraflow.policy.base import Policy
+from contraflow.rl.group import GroupAdvantage
+
+Steps = Float[Array, "n w"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """PPO's clip: max(-A rho, -A clip(rho, 1 - eps, 1 + eps))."""
+
+    eps: float = 0.2
+
+    def __post_init__(self):
+        check_positive(self, "eps")
+
+    def __call__(self, log_ratio: Steps, advantage: Float[Array, "n 1"], divergence: Steps) -> Steps:
+        rho = jnp.exp(log_ratio)
+        return jnp.maximum(-advantage * rho, -advantage * jnp.clip(rho, 1 - self.eps, 1 + self.eps))
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Flow-DPPO's trust region (2606.11025): -A rho, left out where the step has moved too far in the direction of A.
+
+    A step counts as moved where |mean - mean_old|^2 / (2 std^2) >= `limit`.
+    """
+
+    limit: float = 0.02
+
+    def __post_init__(self):
+        check_positive(self, "limit")
+
+    def __call__(self, log_ratio: Steps, advantage: Float[Array, "n 1"], divergence: Steps) -> Steps:
+        onward = jnp.where(advantage > 0, log_ratio > 0, log_ratio < 0)
+        return jnp.where((divergence >= self.limit) & onward, 0.0, -advantage * jnp.exp(log_ratio))
+
+
+@dataclass(frozen=True)
+class FlowGRPO:
+    """Policy gradients through the noisy steps of a flow.
+
+    Cost of a sample: K evaluations to draw it, and w with gradients (and w of the reference if kl > 0) to learn from
+    it. Raises ValueError for values out of range.
+    """
+
+    flow: FlowSpec = FlowSpec()
+    """The flow to align; a pretrained policy replaces it."""
+    plan: Plan = Plan()
+    advantage: GroupAdvantage = GroupAdvantage()
+    ratio: Literal["sum", "mean"] = "sum"
+    """Densities, divergences and norms are summed over the d numbers of a sample, or averaged, as in the released code;
+    with the mean a useful clip is about d times smaller."""
+    guard: bool = False
+    """GRPO-Guard: the ratio is normalised to mean 1, and each step weighs 1 / h."""
+    weight: Literal["equal", "noise"] = "equal"
+    """Weights of the noisy steps: all 1, or their standard deviation over its mean (TempFlow)."""
+    trust: Clip | Filter = Clip()
+    kl: float = 0.04
+    """Weight of the divergence from the reference."""
+    data: float = 0.0
+    """Weight of the matching loss on the data of the problem, or on samples of the reference where it has none
+    (DDRL)."""
+    minibatches: int = 2
+    """Gradient steps for the samples of one iteration."""
+    optim: Optim = Optim(3e-4, max_grad_norm=1.0)
+
+    needs = "conditions"
+
+    def __post_init__(self):
+        check_positive(self, "minibatches")
+        if self.kl < 0 or self.data < 0:
+            raise ValueError(f"kl and data must not be negative, got {self.kl} and {self.data}")
+
+    @property
+    def leaves(self) -> int:
+        """Samples that share a start; the size of a group is a multiple of it."""
+        return self.plan.leaves
+
+    def init(self, key: PRNGKey, spec: EnvSpec) -> AlignState:
+        """Returns fresh networks; `adopt` inserts the pretrained flow."""
+        return first_state(self.flow, self.optim, key, spec)
+
+    def policy(self, state: AlignState) -> Policy:
+        """Returns the end of the ODE from random noise."""
+        return policy_of(state)
+
+    def starting_from(self, policy: Policy) -> "FlowGRPO":
+        """Returns the settings with the flow of a pretrained policy."""
+        return replace(self, flow=checked_flow(flow_of(policy, self)[0].spec, "FlowGRPO"))
+
+    def adopt(self, state: AlignState, policy: Policy) -> AlignState:
+        """Returns the state with the networks of a pretrained policy."""
+        return with_pretrained(state, self.flow, policy, self)
+
+    def explore(self, state: AlignState, cond: Float[Array, "B c"], group: int, key: PRNGKey) -> Draws:
+        """Returns samples, with their noisy steps."""
+        k_start, k_x0, k_noise = jr.split(key, 3)
+        start, roots = self.plan.start(state.step, k_start), group // self.leaves
+
+        def one(cond, k_x0, k_noise):
+            x0 = state.flow.noise(k_x0, 1 if self.plan.shared else roots)
+            x0 = jnp.broadcast_to(x0, (roots, x0.shape[-1]))
+            return generate(self.plan, field(state.flow, cond), x0, start, k_noise)
+
+        n = cond.shape[0]
+        end, steps = jax.vmap(one)(encoded(state, cond), jr.split(k_x0, n), jr.split(k_noise, n))
+        return Draws(end, steps)
+
+    def update(self, state: AlignState, scored: Scored, key: PRNGKey) -> tuple[AlignState, Metrics]:
+        """Makes one gradient step on each share of the samples."""
+        k_data, k_steps = jr.split(key)
+        cond, group = encoded(state, scored.cond), scored.reward.shape[1]
+        advantage = self.advantage(scored.reward, scored.weights).reshape(-1)
+        rows = repeated(cond, group), advantage, flat(scored.draws.extras)
+        real = self._data(state, scored, k_data) if self.data else None
+        reduce = jnp.sum if self.ratio == "sum" else jnp.mean
+        scales = self.plan.scales()
+
+        def means(flow, cond, steps):
+            one = lambda x, k, c: self.plan.step(field(flow, c), x, k, scales[k - steps.k[0, 0]])[0]
+            return jax.vmap(lambda x, k, c: jax.vmap(lambda x, k: one(x, k, c))(x, k))(steps.x, steps.k, cond)
+
+        def loss(flow, part, key):
+            cond, advantage, steps = part
+            mean, var = means(flow, cond, steps), steps.std**2
+            gap = steps.mean - mean
+            moved = reduce(gap**2, -1) / (2 * var)
+            log_ratio = reduce((steps.new - steps.mean) ** 2 - (steps.new - mean) ** 2, -1) / (2 * var)
+            if self.guard:
+                log_ratio = steps.std * (log_ratio + moved)
+            losses = self.trust(log_ratio, advantage[:, None], jax.lax.stop_gradient(moved))
+            losses = losses * self._weights(steps.std)
+            value = jnp.mean(losses)
+            metrics = {"moved": jnp.mean(moved), "log_ratio": jnp.mean(log_ratio)}
+            if self.kl:
+                away = mean - jax.lax.stop_gradient(means(state.reference, cond, steps))
+                divergence = jnp.mean(reduce(away**2, -1) / (2 * var))
+                value, metrics = value + self.kl * divergence, metrics | {"kl": divergence}
+            if real is not None:
+                matching = self._matching(flow, real, key)
+                value, metrics = value + self.data * matching, metrics | {"data_loss": matching}
+            return value, metrics
+
+        return descend(self.optim, state, loss, rows, k_steps, self.minibatches)
+
+    def _weights(self, std: Steps) -> Steps:
+        """Weights of the noisy steps."""
+        if self.guard:
+            return jnp.full_like(std, 1.0 / self.plan.h)
+        if self.weight == "equal":
+            return jnp.ones_like(std)
+        k = jnp.arange(self.plan.starts + self.plan.noisy - 1)
+        zero = jnp.zeros(1)
+        every = jax.vmap(lambda k: self.plan.noise(zero, zero, k * self.plan.h, self.plan.h)[1])(k)
+        return std / jnp.mean(every)
+
+    def _data(self, state: AlignState, scored: Scored, key: PRNGKey) -> Pairs:
+        """Returns rows to hold the flow to, with conditions as the networks take them."""
+        if scored.data is not None:
+            return Pairs(encoded(state, scored.data.cond), state.flow.spec.support.latent(scored.data.x))
+        cond, n = encoded(state, scored.cond), scored.reward.shape[1]
+        x1 = jax.vmap(lambda c, k: state.reference.particles(c, k, n)[1])(cond, jr.split(key, cond.shape[0]))
+        return Pairs(repeated(cond, n), flat(x1))
+
+    def _matching(self, flow: Flow, rows: Pairs, key: PRNGKey) -> Float[Array, ""]:
+        def one(cond, x1, key):
+            k_x0, k_t = jr.split(key)
+            error = matching_error(flow, cond, flow.noise(k_x0), x1, jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE))
+            return jnp.mean(error**2)
+
+        return jnp.mean(jax.vmap(one)(rows.cond, rows.x, jr.split(key, rows.x.shape[0])))
+
+
+PRESETS = (
+    Preset(
+        "flow-grpo", FlowGRPO(), "Flow-GRPO", "2505.05470", "clipped policy gradients on a noisy flow", "conditions"
+    ),
+)

@@ -1,0 +1,114 @@
+"""Reward alignment: samples for conditions, their rewards, an update; no environment but for evaluations."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from contraflow.agents.align.base import Pairs, Scored
+from contraflow.core.trust import Trust
+from contraflow.core.types import Metrics, PRNGKey, UserError
+from contraflow.envs import align, make
+from contraflow.training.loop import Carry, Learner, World
+from contraflow.training.sources.base import Opened, check_counts, first_learner, iterations
+
+
+@dataclass(frozen=True)
+class Align:
+    """`prompts` conditions with a group of samples each, then `agent.update` on them and their rewards."""
+
+    prompts: int
+    group: int
+
+    name = "learning"
+    learns = True
+
+    def compiled(self, world: World) -> bool:
+        return True
+
+    def iterate(self, agent: Any, world: World, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
+        learner, metrics = learn(self, agent, world, carry.learner, key)
+        return Carry(learner, carry.env, carry.obs), metrics
+
+
+@partial(jax.jit, static_argnames=("stage", "agent"))
+def learn(stage: Align, agent: Any, world: World, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
+    """One iteration."""
+    env = world.env
+    k_cond, k_draw, k_data, k_update = jr.split(jr.fold_in(key, learner.iteration), 4)
+    cond = env.conditions(k_cond, stage.prompts)
+    draws = agent.explore(learner.agent, cond, stage.group, k_draw)
+    support = agent.flow.support
+    reward = jax.vmap(lambda c, x: jax.vmap(lambda x: env.each(x, c))(x))(cond, support.action(draws.end))
+    data = None
+    if world.data is not None:
+        rows = jr.randint(k_data, (stage.prompts * stage.group,), 0, world.data.x.shape[0])
+        data = Pairs(world.data.cond[rows], world.data.x[rows])
+    scored = Scored(cond, draws, reward, data, env.weights, env.score)
+    state, metrics = agent.update(learner.agent, scored, k_update)
+    count = jnp.asarray(stage.prompts * stage.group, jnp.int32)
+    metrics |= {"episodes": count, "episode_return_sum": jnp.sum(scored.total)}
+    return Learner(state, None, learner.returns, learner.steps + count, learner.iteration + 1), metrics
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Samples of the flow itself, scored by rewards. Step counts are rewards: `prompts` x `group` in an iteration."""
+
+    env: str = "align:mixture2d"
+    """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`)."""
+    reward: tuple[str, ...] = ()
+    """Several rewards of the problem, by name; empty is that of `env`."""
+    weights: tuple[float, ...] = ()
+    """Weights of the rewards; empty is 1 for each."""
+    prompts: int = 8
+    """Conditions of an iteration."""
+    group: int = 16
+    """Samples for each condition."""
+
+    def check(self, agent: Any, steps: int) -> None:
+        """Raise ValueError for settings that do not go together."""
+        check_counts(self, "prompts", "group")
+        if self.weights and len(self.weights) != max(1, len(self.reward)):
+            raise ValueError(f"--weights needs a number for each reward, got {len(self.weights)} for {self.reward}")
+        if self.group % (leaves := getattr(agent, "leaves", 1)):
+            raise ValueError(f"--group must be a multiple of {leaves}, the samples that share a start: {self.group}")
+
+    def resolved(self, steps: int) -> "Conditions":
+        return self
+
+    def open(self, run: Any, trust: Trust) -> Opened:
+        """The problem with its rewards, to train on and to evaluate."""
+        env: Any = make(self.env, 1, run.seed, trust=trust)
+        if not isinstance(env, align.Generation):
+            raise UserError(f"{self.env} is not a problem of alignment: give --env align:NAME (`contraflow list envs`)")
+        names = self.reward
+        found = align.rewards(env.problem, names) if names else env.rewards
+        env = replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
+        data = env.problem.data()
+        pairs = None if data is None else Pairs(jnp.asarray(data[0]), jnp.asarray(data[1]))
+        return Opened(World(env.spec, env, pairs), replace(env, num_envs=run.eval_episodes))
+
+    def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
+        """A fresh one."""
+        return first_learner(agent, opened.world.spec, key)
+
+    @property
+    def each(self) -> int:
+        """Steps of one iteration."""
+        return self.prompts * self.group
+
+    def total(self, steps: int) -> int:
+        """Steps that a run of `steps` takes: whole iterations."""
+        return -(-steps // self.each) * self.each
+
+    def stage(self, agent: Any, taken: int, until: int) -> tuple[Align, int]:
+        """The stage at step `taken`, and its iterations until step `until`."""
+        return Align(self.prompts, self.group), iterations(taken, until, self.each)
+
+    def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
+        """Conditions, to look at the policy with."""
+        return world.env.conditions(key, 64)
