@@ -120,5 +120,5 @@ def test_a_sweeping_window_visits_every_place():
     ],
 )
 def test_plans_that_do_not_fit_are_refused(bad):
-    with pytest.raises(ValueError, match="window|branches|compress|eta|must be positive"):
+    with pytest.raises(ValueError, match=r"window|branches|compress|eta|must be positive"):
         bad()
