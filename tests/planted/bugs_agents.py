@@ -13,7 +13,6 @@ from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.fql import FQL
 from contraflow.agents.offline.iql import IQL, Regressed
 from contraflow.agents.offline.qc import QC
-from contraflow.agents.offline.rebrac import ReBRAC
 from contraflow.agents.online import dacer, pmd, rfm, sac
 from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
@@ -365,14 +364,14 @@ def a_chunk_is_discounted_as_one_step(patch: pytest.MonkeyPatch) -> None:
 
 @bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
 def rebrac_compares_the_next_action_with_the_last(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, ReBRAC, "update")
+    @wrong(patch, TD3, "update")
     def update(right, self, state, batch, key):
         return right(self, state, replace(batch, next_action=batch.action), key)
 
 
 @bug(REBRAC_TESTS + "test_targets_pay_for_the_distance_from_what_the_data_do_next")
 def rebrac_makes_up_actions_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, ReBRAC, "update")
+    @wrong(patch, TD3, "update")
     def update(right, self, state, batch, key):
         known = None if batch.next_mask is None else jnp.ones_like(batch.next_mask)
         return right(self, state, replace(batch, next_mask=known), key)
@@ -380,7 +379,7 @@ def rebrac_makes_up_actions_beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 
 @bug(REBRAC_TESTS + "test_the_actor_weighs_the_data_against_a_quadratic_value")
 def rebrac_is_held_to_the_data_half_as_much(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, ReBRAC, "update")
+    @wrong(patch, TD3, "update")
     def update(right, self, state, batch, key):
         return right(replace(self, actor_penalty=0.5 * self.actor_penalty), state, batch, key)
 
