@@ -23,6 +23,7 @@ MODULES = (
     "online.sac",
     "online.td3",
     "online.sir",
+    "online.dsrl",
     "onpolicy.ppo",
     "onpolicy.reinflow",
     "onpolicy.dppo",

@@ -18,6 +18,4 @@ REBRAC = TD3(
     critic=Critics(width=512, depth=4, block="normalised", optim=Optim(3e-4)),
     actor=MLPSpec(512, 4, "gelu"),
 )
-PRESETS = (
-    Preset("rebrac", REBRAC, "ReBRAC", "2305.09836", "TD3 held to the data", "dataset"),
-)
+PRESETS = (Preset("rebrac", REBRAC, "ReBRAC", "2305.09836", "TD3 held to the data", "dataset"),)
