@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tests.planted import bug, wrong
 
@@ -10,6 +11,7 @@ from contraflow.agents.online.dsrl import DSRL
 from contraflow.flow.targets import log_normal
 from contraflow.policy import noise
 from contraflow.policy.noise import Prior, Steered
+from contraflow.runtime import monitor
 
 DSRL_TESTS = "agents/test_dsrl.py::"
 
@@ -37,3 +39,24 @@ def the_frozen_policy_is_trained(patch: pytest.MonkeyPatch) -> None:
         base = state.base
         last = replace(base.net.last, bias=base.net.last.bias - 1e-4 * jnp.ones_like(base.net.last.bias))
         return replace(state, base=replace(base, net=replace(base.net, last=last))), metrics
+
+
+@bug("runtime/test_monitor.py::test_the_order_statistic_covers")
+def a_threshold_is_the_empirical_quantile(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, monitor, "order_statistic")
+    def order_statistic(right, scores, delta):
+        return float(np.quantile(scores, 1 - delta))
+
+
+@bug("runtime/test_monitor.py::test_the_band_bounds_the_upper_side")
+def a_band_bounds_the_lower_side(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, monitor, "band")
+    def band(right, curves, delta):
+        return 2 * curves[::2].mean(0) - right(2 * curves[::2].mean(0) - curves, delta)
+
+
+@bug("runtime/test_monitor.py::test_entropy_counts_full_cells")
+def cells_grow_with_the_spread(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, monitor, "chunk_entropy")
+    def chunk_entropy(right, actions, cell):
+        return right(actions, cell * (actions.max() - actions.min() + 1.0) * 10)

@@ -22,6 +22,7 @@ commands:
   compare         train a matrix of agents, environments and seeds, or continue one
   report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
   record POLICY   roll a policy out and write the episodes as a dataset
+  monitor DIR     learn what a policy's good episodes look like, to raise alarms later
   data info SET   sizes, returns and ranges of a dataset, and problems found in it
   data make SET   make a dataset of a benchmark here, such as ogbench:cube-single-play
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
@@ -42,6 +43,7 @@ COMMANDS = {
     "report": "contraflow.cli.report:report_command",
     "record": "contraflow.cli.data:record_command",
     "data": "contraflow.cli.data:data_command",
+    "monitor": "contraflow.cli.monitor:monitor_command",
     "sample": "contraflow.cli.sample:sample_command",
     "list": "contraflow.cli.listing:list_command",
 }
