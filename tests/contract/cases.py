@@ -22,6 +22,7 @@ from contraflow.agents.online.sac import SAC
 from contraflow.agents.online.sir import SIR
 from contraflow.agents.online.td3 import TD3
 from contraflow.agents.onpolicy.dppo import DIFFUSION, DPPO
+from contraflow.agents.onpolicy.flow_ppo import FlowPPO
 from contraflow.agents.onpolicy.fpo import FPO
 from contraflow.agents.onpolicy.ppo import PPO
 from contraflow.agents.onpolicy.reinflow import ReinFlow
@@ -30,6 +31,7 @@ from contraflow.core.types import Batch, EnvSpec, Rollout
 from contraflow.flow.fewstep import MeanFlow
 from contraflow.flow.likelihood import Pushforward
 from contraflow.flow.model import Ddim, FlowSpec
+from contraflow.flow.plan import Plan
 from contraflow.flow.posterior.control import Fixed, MinVariance
 from contraflow.flow.posterior.importance import Pooled, Reverse
 from contraflow.flow.posterior.markov import Markov
@@ -88,6 +90,7 @@ TABLE: dict[str, Any] = {
     "reinflow": ReinFlow(FLOW, steps=2, anchor=0.1, ppo=PASSES),
     "dppo": DPPO(replace(DIFFUSION, solver=Ddim(3), network=NET), learned=2, ppo=PASSES),
     "fpo": FPO(FLOW, pairs=2, ppo=PASSES),
+    "flow-sde": FlowPPO(FLOW, Plan(2, window=1, place="random"), ppo=PASSES),
     "bc": BC(FLOW, optim=FAST),
     "expo": EXPO(FLOW, candidates=2, edit=Edits(net=MLPSpec(8, 1), optim=FAST), **LEARNED),
     "cross-entropy": CrossEntropy(rate=0.3),

@@ -8,6 +8,8 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.agents.online.dsrl import DSRL
+from contraflow.agents.onpolicy import flow_ppo
+from contraflow.agents.onpolicy.flow_ppo import PlannedFlow
 from contraflow.flow.targets import log_normal
 from contraflow.policy import noise
 from contraflow.policy.noise import Prior, Steered
@@ -60,3 +62,20 @@ def cells_grow_with_the_spread(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, monitor, "chunk_entropy")
     def chunk_entropy(right, actions, cell):
         return right(actions, cell * (actions.max() - actions.min() + 1.0) * 10)
+
+
+FLOW_PPO = "agents/test_flow_ppo.py::"
+
+
+@bug(FLOW_PPO + "test_ratios_of_another_policy_average_to_one")
+def the_ratio_of_a_noisy_step_forgets_its_variance(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, PlannedFlow, "log_ratio")
+    def log_ratio(right, self, obs, steps):
+        return right(self, obs, steps) * steps.std
+
+
+@bug(FLOW_PPO + "test_the_critic_learns_first")
+def the_actor_does_not_wait_for_the_critic(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, flow_ppo, "improve")
+    def improve(right, settings, *rest):
+        return right(replace(settings, warmup=0), *rest)

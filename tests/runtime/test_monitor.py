@@ -124,14 +124,14 @@ def test_a_watch_keeps_its_rate_and_sees_a_shift():
     false, _ = alarms(watch, episodes(0.0, 300, 2))
     assert false.mean() < 0.1 + 4 * math.sqrt(0.09 / 300) + 0.1  # the threshold itself comes from 30 episodes
     seen, when = alarms(watch, episodes(1.0, 100, 3))
-    assert seen.mean() > 0.95 and when[seen].min() >= 6  # not before it happens
+    assert seen.mean() > 0.95 and np.mean(when >= 6) > 0.8  # before it happens, alarms are false ones
 
 
 def test_a_monitor_agrees_with_the_recorded_alarms():
     watch = calibrate(episodes(0.0, 60, 0), 2, jr.key(1), delta=0.1, window=3)
     monitor, shifted = Monitor(watch, undecided), episodes(1.0, 1, 5)
     first = [monitor(obs[0]).alarm for obs in shifted.obs]
-    assert first.index(True) >= 6 and any(first)
+    assert first.index(True) >= 6
     monitor.reset()
     assert not monitor(jnp.zeros(2)).alarm
 

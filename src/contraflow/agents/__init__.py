@@ -28,6 +28,7 @@ MODULES = (
     "onpolicy.reinflow",
     "onpolicy.dppo",
     "onpolicy.fpo",
+    "onpolicy.flow_ppo",
     "offline.bc",
     "offline.fql",
     "offline.iql",

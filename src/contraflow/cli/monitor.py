@@ -12,7 +12,7 @@ import tyro
 from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.types import UserError
 from contraflow.policy.artifact import load_policy, policy_folder, save_policy
-from contraflow.runtime.monitor import Traces, alarms, calibrate, trace
+from contraflow.runtime.monitor import Rule, Traces, alarms, calibrate, trace
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import environment
 
@@ -21,7 +21,7 @@ from contraflow.runtime.variants import environment
 class Options:
     """Watch a policy for failure: learn from its good episodes what is usual, and write FOLDER/monitor.
 
-    A later alarm means that observations are new and the policy is undecided at once. Of good episodes at most a share
+    A later alarm means that observations are new and that the policy is undecided. Of good episodes at most a share
     DELTA raise one.
     """
 
@@ -33,6 +33,8 @@ class Options:
     """Largest share of good episodes with an alarm."""
     above: float | None = None
     """Episodes with at least this return are good; unless given, those that the environment calls a success."""
+    rule: Rule = "both"
+    """What raises an alarm: new observations and an undecided policy at once, or either of them."""
     window: int = 5
     """Decisions that a score is summed over."""
     draws: int = 32
@@ -63,7 +65,7 @@ def monitor_command(args: list[str]) -> int:
     found = play(options.episodes, options.seed, k[0])
     well = _good(found, options.above)
     print(f"{well.sum()} of {options.episodes} episodes are good (returns {found.returns.mean():.1f} on average)")
-    watch = calibrate(select(found, well), policy.spec.observation, k[1], options.delta, options.window)
+    watch = calibrate(select(found, well), policy.spec.observation, k[1], options.delta, options.window, options.rule)
     place = policy_folder(options.folder).parent if (options.folder / "policy").is_dir() else options.folder
     save_policy(place / "monitor", watch, policy.spec, id)
     check = play(max(1, options.episodes // 2), options.seed + 1, k[2])

@@ -39,6 +39,8 @@ class PPOSettings:
     """Approximate KL(old, new) above which the rest of the passes is skipped; None never stops early."""
     normalise_obs: NormaliseObs = "off"
     """A pretrained policy comes with statistics, which stay "frozen" unless this is "running"."""
+    warmup: int = 0
+    """Rollouts from which only the critic learns, before the actor does."""
     scale_reward: bool = True
     """Rewards are divided by the standard deviation of the return."""
     critic: MLPSpec = MLPSpec(256, 3, "silu")
@@ -49,6 +51,8 @@ class PPOSettings:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must not be negative, got {self.warmup}")
         check_positive(self, "epochs", "minibatches", *(["target_kl"] if self.target_kl is not None else []))
 
 
@@ -125,6 +129,9 @@ def improve(
         flat = rollout.obs.reshape(-1, rollout.obs.shape[-1])
         stats = stats.update(flat, rollout.valid.reshape(-1))
     actor, critic, actor_opt, critic_opt = trained
+    if settings.warmup:
+        warm, held = state.step >= settings.warmup, (state.actor, state.actor_opt)
+        actor, actor_opt = jax.tree.map(lambda new, old: jnp.where(warm, new, old), (actor, actor_opt), held)
     new = PPOState(actor, critic, actor_opt, critic_opt, stats, scale, state.step + 1, state.reference)
     return new, metrics | {"value": data.target.mean()}
 

@@ -1,14 +1,17 @@
-"""Watching a policy for failure, with a bound on false alarms (FIPER, arXiv 2510.09459).
+"""Watching a policy for failure, with a bound on false alarms (after FIPER, arXiv 2510.09459).
 
 Two scores of every decision: how new the observation is (random network distillation), and how undecided the policy is
-(entropy of the actions that it draws). Thresholds come from successful episodes by conformal prediction. An alarm needs
-both scores above their thresholds at the same step. A successful episode that is exchangeable with the calibrating ones
-raises an alarm with probability at most delta, because each score alone exceeds its constant threshold in at most a
-share delta of them.
+(entropy of the actions that it draws). Each is summed over a window and divided by a unit, the median of its largest
+value in an episode. The smaller of the two, or the larger, is compared with one threshold, which comes from successful
+episodes by conformal prediction: a successful episode that is exchangeable with them raises an alarm with probability
+at most delta.
+
+FIPER gives each score a threshold of its own at the same delta and asks for both. That keeps the bound too, but wastes
+most of it: hardly any good episode exceeds both at once.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -108,8 +111,12 @@ class Novelty(eqx.Module):
         return eqx.tree_at(lambda n: n.fitted, start, fit(start.fitted))
 
 
+Rule = Literal["both", "either"]
+"""Which scores must be above their thresholds at the same step."""
+
+
 class Alarm(NamedTuple):
-    """Scores of one decision, as multiples of their thresholds, and whether both are above 1."""
+    """Scores of one decision, as multiples of their thresholds, and whether they raise an alarm."""
 
     novelty: float
     entropy: float
@@ -117,11 +124,12 @@ class Alarm(NamedTuple):
 
 
 class Watch(eqx.Module):
-    """A calibrated monitor: two scores and their thresholds."""
+    """A calibrated monitor: two scores and their thresholds, of which one or both must be exceeded."""
 
     novelty: Novelty
     cell: Float[Array, " a"]
     thresholds: Float[Array, " 2"]
+    rule: Rule = eqx.field(static=True)
     window: int = eqx.field(static=True)
     draws: int = eqx.field(static=True)
     horizon: int = eqx.field(static=True)
@@ -152,7 +160,7 @@ class Monitor:
         self._seen.append(np.asarray(self._score(self._watch, self._policy, jnp.asarray(obs, jnp.float32), key)))
         sums = np.sum(self._seen[-self._watch.window :], 0)
         ratio = sums / np.asarray(self._watch.thresholds)
-        return Alarm(float(ratio[0]), float(ratio[1]), bool((ratio > 1).all()))
+        return Alarm(float(ratio[0]), float(ratio[1]), bool(_joint(self._watch.rule, ratio) > 1))
 
 
 def drawn(policy: Policy, obs: Obs, key: PRNGKey, draws: int, horizon: int) -> Float[Array, "B h a"]:
@@ -207,11 +215,13 @@ def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32
     return Traces(np.stack(observed), np.stack(actions), kept, np.stack(alive), returns, success if said else None)
 
 
-def calibrate(good: Traces, observation: Observation, key: PRNGKey, delta: float = 0.1, window: int = 5) -> Watch:
+def calibrate(
+    good: Traces, observation: Observation, key: PRNGKey, delta: float = 0.1, window: int = 5, rule: Rule = "both"
+) -> Watch:
     """Returns a monitor from successful episodes.
 
-    Half of them, every other one, fit the novelty and the size of the cells. The others set the thresholds, so that
-    they are exchangeable with later episodes. Raises UserError for images, and where delta needs more episodes.
+    Half of them, every other one, fit the novelty, the size of the cells and the units. The others set the threshold,
+    so that they are exchangeable with later episodes. Raises UserError for images, and where delta needs more episodes.
     """
     if not isinstance(observation, int):
         raise UserError("a monitor watches vectors of observations: this policy takes images")
@@ -225,10 +235,17 @@ def calibrate(good: Traces, observation: Observation, key: PRNGKey, delta: float
     used = good.plans[:, fit][good.running[:, fit]]  # [rows, B, h, a]
     spread = used.max((0, 1, 2)) - used.min((0, 1, 2))
     cell = jnp.asarray(CELL * np.where(spread > 0, spread, max(spread.max(), 1e-6)))
-    sums = [window_sums(score, window) for score in measured(novelty, cell, good)]
-    maxima = [np.where(good.running, s, -np.inf).max(0)[rest] for s in sums]
-    thresholds = jnp.asarray([max(order_statistic(m, delta), 1e-6) for m in maxima])
-    return Watch(novelty, cell, thresholds, window, good.plans.shape[2], good.plans.shape[3])
+    sums = np.stack([window_sums(score, window) for score in measured(novelty, cell, good)])  # [2, T, N]
+    sums = np.where(good.running, sums, 0.0)
+    units = np.maximum(np.median(sums[:, :, fit].max(1), 1), 1e-6)
+    joint = _joint(rule, sums[:, :, rest] / units[:, None, None])
+    thresholds = jnp.asarray(units * order_statistic(joint.max(0), delta))
+    return Watch(novelty, cell, thresholds, rule, window, good.plans.shape[2], good.plans.shape[3])
+
+
+def _joint(rule: Rule, ratios: Any) -> Any:
+    """Returns the smaller or the larger of the two scores, which are the first axis."""
+    return ratios.min(0) if rule == "both" else ratios.max(0)
 
 
 def measured(novelty: Novelty, cell: Float[Array, " a"], found: Traces) -> tuple[np.ndarray, np.ndarray]:
@@ -240,8 +257,7 @@ def measured(novelty: Novelty, cell: Float[Array, " a"], found: Traces) -> tuple
 
 def alarms(watch: Watch, found: Traces) -> tuple[np.ndarray, np.ndarray]:
     """Returns whether each recorded episode [N] raises an alarm, and the step of the first (T if none)."""
-    sums = [window_sums(score, watch.window) for score in measured(watch.novelty, watch.cell, found)]
-    over = [s > t for s, t in zip(sums, np.asarray(watch.thresholds), strict=True)]
-    both = over[0] & over[1] & found.running
-    any_alarm = both.any(0)
-    return any_alarm, np.where(any_alarm, both.argmax(0), len(both))
+    sums = np.stack([window_sums(score, watch.window) for score in measured(watch.novelty, watch.cell, found)])
+    over = (_joint(watch.rule, sums / np.asarray(watch.thresholds)[:, None, None]) > 1) & found.running
+    raised = np.asarray(over.any(0))
+    return raised, np.where(raised, over.argmax(0), len(over))
