@@ -172,6 +172,9 @@ def measure(name: str, case: Case, policy: Any, seed: int) -> tuple[list[Row], A
     rows = []
     for rule, watch in watches.items():
         for case_name, found in curves.items():
+            if not found.obs.shape[1]:
+                print(f"{name}: no episode is spoiled by {case_name}")
+                continue
             raised, first = alarms(watch, found)
             lead = (found.running.sum(0) - first)[raised]
             rows.append(
@@ -179,11 +182,11 @@ def measure(name: str, case: Case, policy: Any, seed: int) -> tuple[list[Row], A
                  "alarms": float(raised.mean()), "lead": float(np.median(lead)) if raised.any() else float("nan")}
             )  # fmt: skip
             print(rows[-1], flush=True)
-    return rows, (watches["both"], curves)
+    return rows, (watches["either"], curves)
 
 
 def picture(kept: dict[str, Any]) -> None:
-    """Both scores of each episode at the step where the smaller one is largest: an alarm is the upper right corner."""
+    """Both scores of each episode at the step where the larger one is largest: an alarm is beyond one of the lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,7 +202,7 @@ def picture(kept: dict[str, Any]) -> None:
                 ratio = [
                     np.where(found.running, s / t, 0.0) for s, t in zip(sums, np.asarray(watch.thresholds), strict=True)
                 ]
-                at = np.minimum(*ratio).argmax(0)
+                at = np.maximum(*ratio).argmax(0)
                 points = [np.maximum(r[at, np.arange(r.shape[1])], 1e-2)[:150] for r in ratio]
                 ax.plot(*points, ".", ms=4, color=colour, label=case, alpha=0.7)
             ax.axvline(1, color="0.4", lw=0.8)

@@ -18,7 +18,7 @@ from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.noise import Bounded, Prior, Steered, moments
+from contraflow.policy.start_noise import Bounded, Prior, Steered, moments
 from contraflow.rl.critics import Critics
 
 SPEC = EnvSpec(1, 2, 1, None, False)

@@ -11,8 +11,8 @@ from contraflow.agents.online.dsrl import DSRL
 from contraflow.agents.onpolicy import flow_ppo
 from contraflow.agents.onpolicy.flow_ppo import PlannedFlow
 from contraflow.flow.targets import log_normal
-from contraflow.policy import noise
-from contraflow.policy.noise import Prior, Steered
+from contraflow.policy import start_noise
+from contraflow.policy.start_noise import Prior, Steered
 from contraflow.runtime import monitor
 
 DSRL_TESTS = "agents/test_dsrl.py::"
@@ -23,7 +23,7 @@ def the_prior_of_the_noise_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, Prior, "draw")
     def draw(right, self, out, key):
         w, _ = right(self, out, key)
-        return w, log_normal(w, *noise.moments(out))
+        return w, log_normal(w, *start_noise.moments(out))
 
 
 @bug(DSRL_TESTS + "test_noise_is_valued_by_the_action_that_it_leads_to")

@@ -33,8 +33,8 @@ class Options:
     """Largest share of good episodes with an alarm."""
     above: float | None = None
     """Episodes with at least this return are good; unless given, those that the environment calls a success."""
-    rule: Rule = "both"
-    """What raises an alarm: new observations and an undecided policy at once, or either of them."""
+    rule: Rule = "either"
+    """What raises an alarm: either new observations or an undecided policy, or both at once."""
     window: int = 5
     """Decisions that a score is summed over."""
     draws: int = 32

@@ -6,8 +6,8 @@ value in an episode. The smaller of the two, or the larger, is compared with one
 episodes by conformal prediction: a successful episode that is exchangeable with them raises an alarm with probability
 at most delta.
 
-FIPER gives each score a threshold of its own at the same delta and asks for both. That keeps the bound too, but wastes
-most of it: hardly any good episode exceeds both at once.
+FIPER gives each score a threshold of its own at the same delta and wants both above. That keeps the bound too, but
+wastes most of it: hardly any good episode exceeds both at once.
 """
 
 import math
@@ -216,7 +216,7 @@ def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32
 
 
 def calibrate(
-    good: Traces, observation: Observation, key: PRNGKey, delta: float = 0.1, window: int = 5, rule: Rule = "both"
+    good: Traces, observation: Observation, key: PRNGKey, delta: float = 0.1, window: int = 5, rule: Rule = "either"
 ) -> Watch:
     """Returns a monitor from successful episodes.
 

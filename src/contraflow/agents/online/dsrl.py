@@ -26,8 +26,8 @@ from contraflow.nets.heads import Point
 from contraflow.nets.mlp import MLP, MLPSpec
 from contraflow.policy.base import Policy
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.noise import Bounded, Form, Prior, Steered
 from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.policy.start_noise import Bounded, Form, Prior, Steered
 from contraflow.rl.critics import Critics
 from contraflow.rl.normalise import NormaliseObs, initial_moments, pretrained_mode, update_and_normalise
 
