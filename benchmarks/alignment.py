@@ -56,7 +56,7 @@ class Case:
 
 
 CASES = {
-    "mixture2d": Case("pair", 64, 8000, 4, 32, 64_000),
+    "mixture2d": Case("pair", 128, 12000, 4, 32, 64_000),
     "digits": Case("classifier", 256, 8000, 10, 24, 60_000),
 }
 SEEDS, EVALUATIONS = 5, 8

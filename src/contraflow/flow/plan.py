@@ -45,7 +45,7 @@ class FlowSDE:
     def __post_init__(self):
         check_positive(self, "a")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
         square = self.a**2 * (1.0 - t) / jnp.maximum(t, h)
         return x + h * (v + square / (2.0 * (1.0 - t)) * (t * v - x)), jnp.sqrt(square * h)
 
@@ -66,7 +66,7 @@ class Ancestral:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
         r = t + h
         std = self.eta * posterior_std(Linear(), t, r)
         rest = jnp.sqrt(jnp.maximum((1.0 - r) ** 2 - std**2, 0.0))
@@ -89,7 +89,7 @@ class CPS:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
         r, angle = t + h, 0.5 * jnp.pi * self.eta
         mean = r * (x + (1.0 - t) * v) + (1.0 - r) * jnp.cos(angle) * (x - t * v)
         return mean, (1.0 - r) * jnp.sin(angle)
