@@ -26,8 +26,8 @@ LIMITS = {"max_array_len": 4096, "max_map_len": 1024, "max_str_len": 1 << 20, "m
 
 
 def pack(value: Any, text_keys: bool = False) -> bytes:
-    """Returns the frame of `value`; `text_keys` as in vla-eval. Raises ValueError for arrays of anything but numbers."""
-    return msgpack.packb(value, default=partial(_packed, text_keys))
+    """Returns the frame of `value`; `text_keys` as in vla-eval. Raises ValueError for other types."""
+    return msgpack.Packer(default=partial(_packed, text_keys)).pack(value)
 
 
 def _packed(text_keys: bool, value: Any) -> Any:
@@ -111,9 +111,10 @@ def _image(fields: dict[Any, Any]) -> np.ndarray:
         raise UserError('this server cannot read images: pip install "contraflow[serve]"') from None
     try:
         with Image.open(io.BytesIO(data), formats=[form.upper()]) as image:
-            if [image.height, image.width] == shape[:2] and image.height * image.width <= MOST_PIXELS:
-                if (array := np.asarray(image)).shape == tuple(shape):
-                    return array
+            small = [image.height, image.width] == shape[:2] and image.height * image.width <= MOST_PIXELS
+            array = np.asarray(image) if small else None  # which decodes it
     except Exception as error:  # of many kinds, too
         raise UserError(f"an image cannot be read as {form}") from error
-    raise UserError("an image has another size than its shape")
+    if array is None or array.shape != tuple(shape):
+        raise UserError("an image has another size than its shape")
+    return array

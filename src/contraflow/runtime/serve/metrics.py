@@ -5,6 +5,7 @@ from collections import deque
 import numpy as np
 
 RECENT = 4096  # requests of which the quantiles are taken
+PREFIX, LATENCY = "contraflow_", "request_seconds"
 QUANTILES = (0.5, 0.9, 0.99)
 
 
@@ -31,18 +32,15 @@ class Metrics:
             ("batches_total", "counter", batches, "Batches computed; several requests can share one."),
             ("clients", "gauge", self.clients, "Connections that are open."),
         ):
-            lines += [
-                f"# HELP contraflow_{name} {what}",
-                f"# TYPE contraflow_{name} {kind}",
-                f"contraflow_{name} {value}",
-            ]
-        name = "contraflow_request_seconds"
-        lines += [
-            f"# HELP {name} From a request to its answer; quantiles of the last {RECENT}.",
-            f"# TYPE {name} summary",
-        ]
+            lines += [*_head(name, kind, what), f"{PREFIX}{name} {value}"]
+        lines += _head(LATENCY, "summary", f"From a request to its answer; quantiles of the last {RECENT}.")
         if self._recent:
             found = np.quantile(self._recent, QUANTILES)
-            lines += [f'{name}{{quantile="{q}"}} {value:.6g}' for q, value in zip(QUANTILES, found, strict=True)]
-        lines += [f"{name}_sum {self._total:.6g}", f"{name}_count {self._served}"]
+            pairs = zip(QUANTILES, found, strict=True)
+            lines += [f'{PREFIX}{LATENCY}{{quantile="{q}"}} {value:.6g}' for q, value in pairs]
+        lines += [f"{PREFIX}{LATENCY}_sum {self._total:.6g}", f"{PREFIX}{LATENCY}_count {self._served}"]
         return "\n".join(lines) + "\n"
+
+
+def _head(name: str, kind: str, what: str) -> list[str]:
+    return [f"# HELP {PREFIX}{name} {what}", f"# TYPE {PREFIX}{name} {kind}"]

@@ -9,7 +9,6 @@ import base64
 import hmac
 import http
 import logging
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -79,9 +78,10 @@ async def serve(desk: Desk, address: Address, ready: Callable[[int], None], stop
             status = http.HTTPStatus.OK if alive else http.HTTPStatus.SERVICE_UNAVAILABLE
             if path == "/healthz":
                 return connection.respond(status, "OK\n" if alive else "the worker has stopped\n")
-            return _typed(
-                connection.respond(status, f'{{"status": "{"ok" if alive else "stopped"}"}}\n'), "application/json"
-            )
+            answer = connection.respond(status, f'{{"status": "{"ok" if alive else "stopped"}"}}\n')
+            del answer.headers["Content-Type"]
+            answer.headers["Content-Type"] = "application/json"
+            return answer
         if not admitted(request.headers, address.key):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "this server asks for its key\n")
         if path == "/metrics":
@@ -107,18 +107,11 @@ async def serve(desk: Desk, address: Address, ready: Callable[[int], None], stop
     try:
         server = await listen(handle, address.host, address.port, process_request=gate, **settings, **limits)
     except OSError as error:
-        raise UserError(
-            f"{address.host} port {address.port} cannot be used ({error.strerror or error}): choose another --host or --port"
-        ) from None
+        reason = f"{address.host} port {address.port} cannot be used ({error.strerror or error})"
+        raise UserError(f"{reason}: choose another --host or --port") from None
     async with server:
         ready(next(iter(server.sockets)).getsockname()[1])
         await stop.wait()
-
-
-def _typed(response: Response, kind: str) -> Response:
-    del response.headers["Content-Type"]
-    response.headers["Content-Type"] = kind
-    return response
 
 
 def run(desk: Desk, address: Address, ready: Callable[[int], None]) -> None:
@@ -150,7 +143,10 @@ def running(policy: Policy, address: Address = Address(port=0), batch: int = 8, 
 
     async def until_told() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        end = lambda: loop.call_soon_threadsafe(stop.set)
+
+        def end() -> None:
+            loop.call_soon_threadsafe(stop.set)
+
         await serve(desk, address, lambda port: started.set_result((port, end)), stop)
 
     def target() -> None:
