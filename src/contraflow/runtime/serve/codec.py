@@ -84,7 +84,7 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
         raise UserError("the data of an array do not fit its type and shape")
     array = np.ndarray(shape, kind, data)
     if kind.kind == "b":
-        array = np.ndarray(shape, np.uint8, data) != 0  # other bytes are no truth values
+        array = np.asarray(np.ndarray(shape, np.uint8, data) != 0)  # other bytes are no truth values
     return array if kind.isnative else array.astype(kind.newbyteorder("="))
 
 
