@@ -31,6 +31,7 @@ from tests.runtime.serve_helpers import (
     until,
 )
 
+from contraflow.agents.offline.fql import FQL
 from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec
 from contraflow.flow.model import Ddim, FlowSpec
@@ -39,9 +40,10 @@ from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.artifact import save_policy
 from contraflow.policy.base import Noisy
 from contraflow.policy.best_of import Argmax, BestOf
-from contraflow.policy.edit import Edited
 from contraflow.policy.flow import FlowPolicy
+from contraflow.policy.guided import Guided
 from contraflow.policy.normalise import Normalised, RunningMoments
+from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.serve.codec import pack, unpack
 from contraflow.runtime.serve.server import Address, running
@@ -117,14 +119,15 @@ def test_the_broker_takes_a_chunk_action_by_action(port: int):
 
 def test_the_actions_are_those_of_the_policy(port: int):
     """By key and by noise, computed without a server."""
-    policy = flow_policy()
+    network, obs = flow_policy().network, jnp.asarray(OBS)
     key = jr.key(5)
     for word in (0, 0, 0):
         key = jr.fold_in(key, word)
     with client(port) as remote:
         drawn, steered = (remote.infer(STATE | more)["actions"] for more in ({"seed": 5}, {"noise": NOISE}))
-    np.testing.assert_allclose(drawn, robot(policy.network(OBS, key)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(steered, robot(policy.network.from_noise(OBS, NOISE.reshape(-1))), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(drawn, robot(network(obs, key)), rtol=1e-4, atol=1e-5)
+    wanted = network.policy.from_noise(network.stats(obs), jnp.asarray(NOISE.reshape(-1)))
+    np.testing.assert_allclose(steered, robot(wanted), rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_noise_gives_the_same_bits_whoever_else_asks(port: int):
@@ -140,7 +143,11 @@ def test_the_same_noise_gives_the_same_bits_whoever_else_asks(port: int):
             np.array([a for x in pool.map(ask, range(4)) for a in x]).reshape(-1, 4, 4, 2)
         ).swapaxes(0, 1)
     assert (noise == noise[0]).all() and (nested == noise[0]).all() and (seed == seed[0]).all()
-    assert len(np.unique(plain[:, 0, 0])) == len(plain) and not np.isin(noise[0, 0, 0], plain)
+    assert different(np.concatenate([plain, noise[:1], seed[:1]])) == len(plain) + 2
+
+
+def different(chunks: np.ndarray) -> int:
+    return len(np.unique(chunks.reshape(len(chunks), -1), axis=0))
 
 
 def test_a_session_repeats_its_noise():
@@ -158,7 +165,7 @@ def test_a_session_repeats_its_noise():
 
     alone = episodes(False)
     assert np.array_equal(alone, episodes(True))
-    assert len(np.unique(alone[:, 0, 0])) == 6, "the noise differs between requests and episodes"
+    assert different(alone) == 6, "the noise differs between requests and episodes"
 
 
 SEEN = {"observation/state": OBS, "state": 2 * OBS, "x": 3 * OBS}
@@ -278,7 +285,18 @@ def test_noise_is_found_within_wrappers():
         client(port) as robot,
     ):
         np.testing.assert_allclose(robot.infer(STATE | {"noise": noise})["actions"][0], wanted, rtol=1e-4, atol=1e-5)
-    assert abilities(Edited(FlowPolicy(FLOW), None)) == set(), "an edit would be lost"
+    guided = Guided(FlowPolicy(FLOW), critic, jnp.ones(()))
+    assert abilities(guided) == set(), "guidance would be lost"
+
+
+def test_the_one_step_actor_of_fql_takes_noise():
+    """Its noise is the input of a network, not the start of a flow."""
+    agent = FQL(flow=FLOW.spec, critic=Critics(width=8, depth=1))
+    network = agent.policy(agent.init(jr.key(0), ONE))
+    noise = np.array([[0.3, -0.8]], np.float32)
+    wanted = network.from_noise(jnp.asarray(OBS), jnp.asarray(noise[0]))
+    with running(Policy(network, ONE, "probe:action"), batch=1) as port, client(port) as robot:
+        np.testing.assert_allclose(robot.infer(STATE | {"noise": noise})["actions"][0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_left_of_a_chunk_is_handed_on():
@@ -301,8 +319,8 @@ def test_what_is_left_of_a_chunk_is_handed_on():
 
 
 def test_actions_that_are_not_finite_are_not_sent():
-    policy = Policy(Asks(jnp.ones(()), lambda obs: np.float32([0, 1]) / np.asarray(obs)[0]), ONE, "probe:action")
-    with np.errstate(divide="ignore", invalid="ignore"), running(policy, batch=1) as port:
+    policy = Policy(Asks(jnp.ones(()), lambda obs: np.float32([0, np.inf])), ONE, "probe:action")
+    with running(policy, batch=1) as port:
         refused(port, {"state": np.zeros(3)}, "not finite; none are sent")
 
 

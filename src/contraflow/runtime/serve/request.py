@@ -30,8 +30,8 @@ MISSING = {
 
 @dataclass(frozen=True)
 class Request:
-    """One observation, and what the optional keys say. `noise` and `prev` are flat [d], `prev` in [-1, 1] and padded
-    with zeros behind its first `left` actions."""
+    """One observation, and what the optional keys say. `noise` is [h a]; `prev` [h, a] in [-1, 1] is padded with zeros
+    behind its first `left` actions."""
 
     obs: Any
     seed: int | None = None
@@ -166,4 +166,4 @@ def _left(chunk: np.ndarray, spec: EnvSpec, delay: int) -> dict[str, Any]:
     low, high = (bound.astype(np.float32) for bound in action_range(spec))
     unit = np.clip((2 * chunk - low - high) / (high - low), -1.0, 1.0)
     padded = np.concatenate([unit, np.zeros((spec.horizon - len(unit), unit.shape[1]), np.float32)])
-    return {"prev": padded.reshape(-1), "left": len(chunk), "delay": delay}
+    return {"prev": padded, "left": len(chunk), "delay": delay}

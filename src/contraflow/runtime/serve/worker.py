@@ -86,8 +86,10 @@ def _steer(policy: Any, obs: Any, words: Words, noise: Float[Array, "B d"]) -> F
 
 
 @jax.jit
-def _resume(policy: Any, obs: Any, words: Words, prev: Float[Array, "B d"], left: Any, delay: Any) -> Any:
-    def one(o: Any, w: UInt32[Array, "4"], *rest: Any) -> Float[Array, " d"]:
+def _resume(
+    policy: Any, obs: Any, words: Words, prev: Float[Array, "B h a"], left: Any, delay: Any
+) -> Float[Array, "B h a"]:
+    def one(o: Any, w: UInt32[Array, "4"], *rest: Any) -> Float[Array, "h a"]:
         method, o = ability(policy, o, "resume")
         return method(o, *rest, _key(w))
 
@@ -134,7 +136,7 @@ class Worker:
         if "noise" in self.takes:
             self._compute([Job(Request(obs, noise=none), (0, 0, 0, 0))])
         if "rtc" in self.takes:
-            self._compute([Job(Request(obs, prev=none, left=1), (0, 0, 0, 0))])
+            self._compute([Job(Request(obs, prev=none.reshape(spec.horizon, -1), left=1), (0, 0, 0, 0))])
 
     def _work(self) -> None:
         waiting: deque[Job] = deque()
