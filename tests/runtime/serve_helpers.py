@@ -125,12 +125,12 @@ def metric(port: int, name: str) -> float:
 
 
 def mutations(frames: list[bytes], count: int, seed: int) -> Iterator[bytes]:
-    """Frames that were valid: bytes replaced, cut out, doubled, put in from another, or all of them random."""
+    """Frames that were valid: bits flipped, bytes replaced, cut out or put in, also from another frame."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         frame = bytearray(frames[rng.integers(len(frames))])
-        for _ in range(rng.integers(1, 5)):
-            at, kind = int(rng.integers(len(frame) + 1)), rng.integers(6)
+        for _ in range(rng.integers(1, 4)):
+            at, kind = int(rng.integers(len(frame) + 1)), rng.integers(8)
             if kind == 0:
                 del frame[at : at + int(rng.integers(1, 9))]
             elif kind == 1:
@@ -142,6 +142,8 @@ def mutations(frames: list[bytes], count: int, seed: int) -> Iterator[bytes]:
             elif kind == 4:
                 other = frames[rng.integers(len(frames))]
                 frame[at:at] = other[int(rng.integers(len(other))) :]
-            else:
+            elif kind == 5:
                 frame[at : at + 4] = rng.bytes(4)
+            elif at < len(frame):
+                frame[at] ^= 1 << int(rng.integers(8))
         yield bytes(frame)
