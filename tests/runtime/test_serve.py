@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.cli_helpers import COMMAND, ENVIRON, MAIN, assert_refused, in_subprocess
+from tests.cli_helpers import COMMAND, ENVIRON, assert_refused, cli
 from tests.runtime.serve_helpers import (
     OBS,
     ONE,
@@ -531,8 +531,8 @@ def _use(process: subprocess.Popen[str], folder: Path) -> None:
     port = int(re.search(r"ws://127\.0\.0\.1:(\d+) ", said)[1])
     for part in ("FlowPolicy for probe:action", "observation/state [3] float32", "[4, 2] in [-2, 2] [0.1, 0.7]"):
         assert part in said
-    second = in_subprocess(MAIN, "serve", folder, "--port", port, "--batch", "1")
-    assert second.returncode == 2 and f"port {port} cannot be used" in second.stderr and second.stderr.count("\n") == 1
+    code, _, err = cli("serve", folder, "--port", port, "--batch", "1")
+    assert code == 2 and f"port {port} cannot be used" in err and err.count("\n") == 1
     tried = re.search(r'try +python -c "(.*)"', said)[1]
     shown = subprocess.run([sys.executable, "-c", tried], text=True, capture_output=True, timeout=60)
     assert "actions" in shown.stdout, shown.stderr

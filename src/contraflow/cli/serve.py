@@ -84,12 +84,13 @@ def revision(folder: Path) -> str:
 def greeting(desk: "Desk", options: Serve, port: int) -> str:
     """Returns what is printed once clients can connect."""
     about, spec = desk.metadata, desk.policy.spec
-    host = options.host if options.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    here = f"[{options.host}]" if ":" in options.host else options.host  # IPv6
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else here
     key = f", api_key=open({str(options.key_file)!r}).read().strip()" if options.key_file else ""
     blank = ", ".join(f"{k!r}: np.zeros({tuple(x['shape'])}, {x['dtype']!r})" for k, x in about["observation"].items())
     lines = [
         f"serving {about['policy']} for {about['env']}, revision {about['revision']}",
-        f"address       ws://{options.host}:{port} (openpi), ws://{options.host}:{port}/vla-eval (vla-eval)",
+        f"address       ws://{here}:{port} (openpi), ws://{here}:{port}/vla-eval (vla-eval)",
         "observations  " + " + ".join(f"{k} {x['shape']} {x['dtype']}" for k, x in about["observation"].items()),
         f"actions       {[spec.horizon, about['action_dim']]} in {range_text(*action_range(spec))}",
         f"also takes    {', '.join(about['supports'])}",
