@@ -25,6 +25,7 @@ commands:
   monitor DIR     learn what a policy's good episodes look like, to raise alarms later
   data info SET   sizes, returns and ranges of a dataset, and problems found in it
   data make SET   make a dataset of a benchmark here, such as ogbench:cube-single-play
+  serve DIR       answer robots and benchmarks with the actions of a trained policy
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 
@@ -44,12 +45,13 @@ COMMANDS = {
     "record": "contraflow.cli.data:record_command",
     "data": "contraflow.cli.data:data_command",
     "monitor": "contraflow.cli.monitor:monitor_command",
+    "serve": "contraflow.cli.serve:serve_command",
     "sample": "contraflow.cli.sample:sample_command",
     "list": "contraflow.cli.listing:list_command",
 }
 """What each command calls with the arguments after it; None as the exit code is 0."""
-OWN_SIGNALS = ("compare",)
-"""Commands that look after other processes, and wait for these when they are interrupted."""
+OWN_SIGNALS = ("compare", "serve")
+"""Commands that look after other processes or clients, and wait for these when they are interrupted."""
 
 
 def main(args: list[str] | None = None) -> int:

@@ -54,8 +54,8 @@ class OneStep(eqx.Module):
         """Returns the action before it is clipped."""
         return self.net(obs, z)
 
-    def from_noise(self, obs: Obs, z: Float[Array, " d"]) -> Float[Array, " d"]:
-        """Returns the action of z."""
+    def from_noise(self, obs: Obs, z: Float[Array, " d"], key: PRNGKey | None = None) -> Float[Array, " d"]:
+        """Returns the action of z; needs no key."""
         return jnp.clip(self.mu(obs, z), -1.0, 1.0)
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " d"]:
