@@ -24,6 +24,7 @@ commands:
   record POLICY   roll a policy out and write the episodes as a dataset
   data info SET   sizes, returns and ranges of a dataset, and problems found in it
   data make SET   make a dataset of a benchmark here, such as ogbench:cube-single-play
+  export DIR      a trained policy as one file, for ONNX Runtime or JAX alone
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "report": "contraflow.cli.report:report_command",
     "record": "contraflow.cli.data:record_command",
     "data": "contraflow.cli.data:data_command",
+    "export": "contraflow.cli.export:export_command",
     "sample": "contraflow.cli.sample:sample_command",
     "list": "contraflow.cli.listing:list_command",
 }

@@ -127,6 +127,8 @@ def _evaluate(jaxpr: Any, consts: Any, inputs: list[Any], draw: Draw, unroll: in
             out = _scan(params, given, draw, unroll)
         elif any(part is KEY for part in given):
             out = [KEY] * len(eqn.outvars)
+        elif kind == "dynamic_slice":
+            out = [_slice(eqn, given)]
         else:
             out = _bind(eqn, given)
         values.update(zip(eqn.outvars, out, strict=True))
@@ -162,6 +164,25 @@ def _scan(params: Any, given: list[Any], draw: Draw, unroll: int) -> list[Any]:
         carry, each[i] = out[:carried], out[carried:]
     columns = zip(*(each[i] for i in range(length)), strict=True)
     return [*carry, *(_stack(list(column)) for column in columns)]
+
+
+def _slice(eqn: Any, given: list[Any]) -> Any:
+    """Returns a dynamic slice without an index into an array, which converters to ONNX get wrong in batches."""
+    x, *starts = given
+    for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
+        last = x.shape[axis] - size
+        if last == 0:
+            continue
+        with _now_if_known([x, start]):
+            if not isinstance(start, jax.core.Tracer):
+                first = min(max(int(start), 0), last)
+                x = jax.lax.slice_in_dim(x, first, first + size, axis=axis)
+            elif size == 1:
+                place = jax.lax.broadcasted_iota(start.dtype, x.shape, axis)
+                x = jnp.sum(jnp.where(place == jnp.clip(start, 0, last), x, 0), axis, x.dtype, keepdims=True)
+            else:
+                return _bind(eqn, given)[0]
+    return x
 
 
 def _row(x: Any, i: int) -> Any:
