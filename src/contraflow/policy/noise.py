@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.special import ndtr, ndtri

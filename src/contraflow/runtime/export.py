@@ -113,7 +113,7 @@ def onnx_runner(content: bytes) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)[0]
+    return lambda inputs: np.asarray(session.run(None, inputs)[0])
 
 
 def stablehlo_runner(content: bytes) -> Run:
