@@ -5,6 +5,8 @@ OUT ?= runs/train-seed$(SEED)
 JOBS ?= 2
 
 TRAIN_EXTRAS = envpool,mujoco
+# It excludes the newer orbax-checkpoint that is tested here, and does not import it.
+JAX2ONNX = jax2onnx==0.17.1
 DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample
 
 .PHONY: train test tutorials test-all test-portable planted lint types docs clean
@@ -53,4 +55,5 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@test $@ = .venv/installed-train || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(JAX2ONNX)
 	@touch $@
