@@ -42,7 +42,15 @@ def test_every_requirement_is_pinned_once(python: str):
     names = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
     assert len(names) == len(set(names))
     extras = PROJECT["project"]["optional-dependencies"]
-    unpinned = ("cuda", "cuda13", "export", "hub", "playground", "trackio", "wandb")  # neither tests nor `make train` install these
+    unpinned = (
+        "cuda",
+        "cuda13",
+        "export",
+        "hub",
+        "playground",
+        "trackio",
+        "wandb",
+    )  # neither tests nor `make train` install these
     lists = [PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name not in unpinned)]
     assert {canonicalize_name(Requirement(r).name) for group in lists for r in group} <= set(names)
 

@@ -1,15 +1,20 @@
 """In exported and shared policies."""
 
+import shutil
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tests.planted import bug, wrong
 
 from contraflow.policy import noise
-from contraflow.runtime import export
+from contraflow.runtime import export, hub
+from contraflow.training import run_writer
 
 NOISE = "policy/test_noise.py::"
 EXPORT = "runtime/test_export.py::"
+HUB = "runtime/test_hub.py::"
 
 
 @bug(NOISE + "test_the_action_of_a_key_is_that_of_its_noise")
@@ -56,3 +61,32 @@ def a_file_acts_in_the_range_of_the_policy(patch: pytest.MonkeyPatch) -> None:
     def unit(right, spec):
         low, high = right(spec)
         return -np.ones_like(low), np.ones_like(high)
+
+
+@bug(HUB + "test_no_code_is_taken")
+def every_file_of_a_folder_is_taken(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, hub, "pull")
+    def pull(right, source, folder):
+        shutil.copytree(source, folder)
+        return []
+
+
+@bug(HUB + "test_the_tensors_of_lerobot_give_the_same_actions")
+def variances_are_shared_as_deviations(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, hub, "save_file")
+    def save(right, arrays, path):
+        return right({k: v**2 if k.endswith(".std") else v for k, v in arrays.items()}, path)
+
+
+@bug(HUB + "test_exports_are_shared_while_they_are_of_these_weights")
+def exports_of_earlier_weights_are_shared(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, hub, "fresh_exports")
+    def exports(right, folder):
+        return hub.read_json(folder / "config.json").get("exports", {})
+
+
+@bug("train/test_provenance.py::test_a_row_names_its_policy")
+def a_revision_is_that_of_the_settings(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, run_writer, "revision")
+    def revision(right, policy):
+        return right(jax.tree.map(jnp.zeros_like, policy))
