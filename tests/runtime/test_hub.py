@@ -89,6 +89,7 @@ def test_the_card_says_what_was_measured(run: Path, pushed: Path):
     assert f"Return {returns.mean():.1f} ± {margin(returns):.1f} (95 % interval of the mean, Student's t)" in text
     for words in ("Learns to repeat what it sees.", "probe:obs-action", about["revision"], "4 whole episodes, seed 5"):
         assert words in text, words
+    assert "| Method | SIR, 40 steps, seed 0 |\n| Data | its own episodes |" in text
     assert "0 evaluations of the network (NFE), for each of 32 candidates" in text
 
 
@@ -202,6 +203,8 @@ def test_to_the_hub_and_back(run: Path, stand_in: Hub, tmp_path: Path):
     assert not any(file.is_symlink() for file in (tmp_path / "mine").iterdir())
     assert json.loads((tmp_path / "mine/source.json").read_text()) == {"repo": "me/walker", "revision": f"{1:040x}"}
     cli("push", run / "best", "me/walker", "--episodes", "0")
+    best = stand_in.cache / f"models--me--walker/snapshots/{2:040x}"
+    assert (best / "train_config.json").exists() and np.array_equal(act(best), act(run / "best"))
     assert cli("pull", "me/walker", "--revision", f"{1:040x}", "--out", tmp_path / "old")[0] == 0
     assert (tmp_path / "old/README.md").read_text() == (tmp_path / "mine/README.md").read_text()
     assert_refused(["pull", "me/nothing", "--out", str(tmp_path / "x")], "me/nothing cannot be downloaded", "404")

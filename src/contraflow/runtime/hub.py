@@ -75,13 +75,14 @@ def share(
     shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
     for about in exports.values():
         shutil.copyfile(source / about["file"], folder / about["file"])
+    run = next((place for place in (path, path.parent) if (place / "policy").is_dir()), None)  # or a policy alone
     for name, target in (("eval.csv", "eval.csv"), ("config.json", RUN)):
-        if path != source and (path / name).is_file():
-            shutil.copyfile(path / name, folder / target)
+        if run is not None and (run / name).is_file():
+            shutil.copyfile(run / name, folder / target)
     _write_normalisers(policy, folder)
     if evaluation is not None:
         write_json(folder / EVALUATION, asdict(evaluation) | _acting(policy))
-    write_text(folder / CARD, card(policy, license, evaluation, exports, note))
+    write_text(folder / CARD, card(policy, license, evaluation, exports, _training(folder / RUN), note))
     return sorted(file.name for file in folder.iterdir())
 
 
@@ -211,7 +212,23 @@ def _acting(policy: Policy) -> dict[str, Any]:
     }
 
 
-def card(policy: Policy, license: str, evaluation: Evaluation | None, exports: dict[str, Any], note: str = "") -> str:
+def _training(file: Path) -> list[tuple[str, str]]:
+    """Returns rows of the card on the method and the data, from the settings of a run if there are any."""
+    if not file.is_file():
+        return []
+    run = read_json(file)["run"]
+    data, steps = run["source"].get("data"), f"{run['steps']:,} steps, seed {run['seed']}"
+    return [("Method", f"{run['agent']['kind']}, {steps}"), ("Data", f"dataset {data}" if data else "its own episodes")]
+
+
+def card(
+    policy: Policy,
+    license: str,
+    evaluation: Evaluation | None,
+    exports: dict[str, Any],
+    training: list[tuple[str, str]],
+    note: str = "",
+) -> str:
     """Returns the model card in Markdown, with the header that the hub reads."""
     spec, about = policy.spec, _acting(policy)
     tags = "\n".join(f"- {tag}" for tag in ("reinforcement-learning", "flow-matching", "robotics"))
@@ -220,6 +237,7 @@ def card(policy: Policy, license: str, evaluation: Evaluation | None, exports: d
     )
     rows = [
         ("Task", policy.env or "no environment"),
+        *training,
         ("Observations", shown(spec.observation)),
         ("Actions", _actions(spec)),
         ("Policy", f"{type(innermost(policy.network)).__name__}, revision {about['revision']}"),
@@ -233,8 +251,8 @@ def card(policy: Policy, license: str, evaluation: Evaluation | None, exports: d
         '## Use\n\n```python\nimport contraflow\n\npolicy = contraflow.Policy.from_pretrained("path/to/this/folder")\n'
         "action = policy.raw(policy(observation))  # in the range of the robot\n```\n\n"
         f"Settings of training are in `{RUN}` and evaluations during training in `eval.csv`, if they were shared. "
-        "`model.safetensors` includes the normalisation of observations, which is clipped to ten standard deviations; "
-        "the files of the normaliser repeat it for other readers.\n"
+        "`model.safetensors` includes any normalisation of observations, clipped to ten standard deviations. The files "
+        "of the normaliser repeat it for other readers, who must not apply both.\n"
     )
     return f"{header}\n{title}{table}\n\n{_evaluated(evaluation, about)}\n{use}"
 
