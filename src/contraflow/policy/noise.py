@@ -122,8 +122,7 @@ def _evaluate(jaxpr: Any, consts: Any, inputs: list[Any], draw: Draw, unroll: in
             shape = eqn.outvars[0].aval.shape
             out = [draw(params["name"], shape, given[1:], lambda e=eqn, g=given: _bind(e, g)[0])]
         elif kind in CALLS:
-            inside = params.get("jaxpr") or params.get("call_jaxpr")
-            out = _evaluate(getattr(inside, "jaxpr", inside), getattr(inside, "consts", ()), given, draw, unroll)
+            out = _evaluate(*_inside(params), given, draw, unroll)
         elif kind == "scan" and params["length"] <= unroll:
             out = _scan(params, given, draw, unroll)
         elif any(part is KEY for part in given):
@@ -153,15 +152,25 @@ def _bind(eqn: Any, given: list[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def _inside(params: Any) -> tuple[Any, Any]:
+    """Returns the jaxpr that a primitive calls, and its constants."""
+    inside = params.get("jaxpr") or params.get("call_jaxpr")
+    return getattr(inside, "jaxpr", inside), getattr(inside, "consts", ())
+
+
 def _scan(params: Any, given: list[Any], draw: Draw, unroll: int) -> list[Any]:
     """Returns the outputs of a scan, step by step."""
-    inside, length, held, carried = (params[name] for name in ("jaxpr", "length", "num_consts", "num_carry"))
+    inside, length = _inside(params), params["length"]
+    if "ft_in" in params:  # from JAX 0.12 on
+        held, carried, _ = (len(list(part)) for part in params["ft_in"].update(range(len(given))).unpack())
+    else:
+        held, carried = params["num_consts"], params["num_carry"]
     consts, carry, rows = given[:held], given[held : held + carried], given[held + carried :]
     order = reversed(range(length)) if params["reverse"] else range(length)
     each: dict[int, list[Any]] = {}
     for i in order:
         now = [_row(x, i) for x in rows]
-        out = _evaluate(inside.jaxpr, inside.consts, [*consts, *carry, *now], draw, unroll)
+        out = _evaluate(*inside, [*consts, *carry, *now], draw, unroll)
         carry, each[i] = out[:carried], out[carried:]
     columns = zip(*(each[i] for i in range(length)), strict=True)
     return [*carry, *(_stack(list(column)) for column in columns)]
