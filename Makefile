@@ -5,7 +5,7 @@ OUT ?= runs/train-seed$(SEED)
 JOBS ?= 2
 
 TRAIN_EXTRAS = envpool,mujoco
-DEV_EXTRAS = dev,docs,dmc,envpool,mujoco,offline,ray,sample,serve
+DEV_EXTRAS = dev,docs,align,dmc,envpool,mujoco,offline,ray,sample,serve
 
 .PHONY: train test tutorials test-all test-portable planted lint types docs clean
 
@@ -49,11 +49,12 @@ clean:
 
 .venv/installed-train: EXTRAS = $(TRAIN_EXTRAS)
 .venv/installed-dev: EXTRAS = $(DEV_EXTRAS)
-# Clients that the server is tested with. Their own requirements would not fit; what they do need is in dev.
-.venv/installed-dev: CLIENTS = openpi-client==0.1.2 vla-eval==0.8.0
+# Clients that the server is tested with, and jax2onnx, which excludes the newer orbax-checkpoint that is tested here and
+# does not import it. Their own requirements would not fit; what they do need is in dev.
+.venv/installed-dev: WITHOUT = openpi-client==0.1.2 vla-eval==0.8.0 jax2onnx==0.17.1
 .venv/installed-train .venv/installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	@$(if $(CLIENTS),.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(CLIENTS))
+	@$(if $(WITHOUT),.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WITHOUT))
 	@touch $@

@@ -15,6 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 PYTHONS = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if "Python :: 3." in c]
 IMPORT_NAMES = {
+    "huggingface-hub": "huggingface_hub",
     "imageio[ffmpeg]": "imageio",
     "orbax-checkpoint": "orbax",
     "ott-jax": "ott",
@@ -41,7 +42,15 @@ def test_every_requirement_is_pinned_once(python: str):
     names = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
     assert len(names) == len(set(names))
     extras = PROJECT["project"]["optional-dependencies"]
-    unpinned = ("cuda", "cuda13", "playground", "trackio", "wandb")  # neither tests nor `make train` install these
+    unpinned = (
+        "cuda",
+        "cuda13",
+        "export",
+        "hub",
+        "playground",
+        "trackio",
+        "wandb",
+    )  # neither tests nor `make train` install these
     lists = [PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name not in unpinned)]
     assert {canonicalize_name(Requirement(r).name) for group in lists for r in group} <= set(names)
 

@@ -26,6 +26,9 @@ commands:
   data info SET   sizes, returns and ranges of a dataset, and problems found in it
   data make SET   make a dataset of a benchmark here, such as ogbench:cube-single-play
   serve DIR       answer robots and benchmarks with the actions of a trained policy
+  export DIR      a trained policy as one file, for ONNX Runtime or JAX alone
+  push DIR NAME   share a trained policy with a model card, on the hub or as a folder
+  pull NAME       fetch a shared policy
   sample TARGET   train a flow to an unnormalised density, without reinforcement learning
   list KIND       what there is: agents, envs or presets; with a pattern, those that match
 
@@ -46,6 +49,9 @@ COMMANDS = {
     "data": "contraflow.cli.data:data_command",
     "monitor": "contraflow.cli.monitor:monitor_command",
     "serve": "contraflow.cli.serve:serve_command",
+    "export": "contraflow.cli.export:export_command",
+    "push": "contraflow.cli.hub:push_command",
+    "pull": "contraflow.cli.hub:pull_command",
     "sample": "contraflow.cli.sample:sample_command",
     "list": "contraflow.cli.listing:list_command",
 }

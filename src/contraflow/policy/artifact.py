@@ -4,6 +4,7 @@ The JSON describes the policy module by module. `kind` is the class, arrays are 
 are settings. A policy can therefore be loaded without the agent that trained it.
 """
 
+import hashlib
 import importlib
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from contraflow.core.files import read_json, replacing, write_json
 from contraflow.core.settings import SCHEMA, check_schema, from_json, import_path, main_name, to_json
@@ -32,6 +33,13 @@ def save_policy(folder: Path, policy: Any, spec: EnvSpec, env: str) -> None:
     with replacing(folder / "model.safetensors") as temporary:
         save_file(arrays, temporary)
     write_json(folder / "config.json", config)
+
+
+def revision(policy: Any) -> str:
+    """Returns the first 12 digits of the SHA-256 of the model.safetensors that `save_policy` writes."""
+    arrays: dict[str, np.ndarray] = {}
+    _describe(policy, "", arrays)
+    return hashlib.sha256(save(arrays)).hexdigest()[:12]
 
 
 def load_policy(folder: Path, trust: Trust = "") -> tuple[Any, EnvSpec, str]:

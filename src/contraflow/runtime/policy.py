@@ -29,6 +29,15 @@ class Policy:
         self.network, self.spec, self.env = network, spec, env
         self._key, self._seen = jr.key(seed), 0
 
+    @classmethod
+    def from_pretrained(cls, path: str | Path, seed: int = 0, trust: Trust = "") -> "Policy":
+        """Returns the policy in a run folder, a policy folder, or a folder that `contraflow pull` made; see `load`."""
+        if not Path(path).is_dir():
+            raise UserError(
+                f"{path} is no folder: fetch a policy from the hub with `contraflow pull {path} --out FOLDER`"
+            )
+        return load(path, seed, trust)
+
     def __call__(self, obs: Any, explore: bool = False) -> np.ndarray:
         many, batch = self._batch(obs)
         actions = np.asarray(base.act_batch(self.network, batch, self._key, self._seen, not explore))

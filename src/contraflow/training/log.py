@@ -13,6 +13,7 @@ from contraflow.core.errors import UserError
 from contraflow.core.files import read_json, write_json, write_text
 
 TRACKERS = "trackers.json"  # ids of this run in W&B and Trackio
+REVISION = "revision"  # the column of eval.csv that is no number
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -95,20 +96,22 @@ class Log:
         for tracker in self._trackers:
             tracker.log(step, {f"train/{name}": value for name, value in values.items()})
 
-    def evaluation(self, step: int, row: dict[str, float | None]) -> None:
-        """Appends a row to eval.csv and passes it to the trackers. None is an empty cell; a file of an older version
-        keeps its columns."""
+    def evaluation(self, step: int, row: dict[str, float | str | None]) -> None:
+        """Appends a row to eval.csv and passes its numbers to the trackers. None is an empty cell; a file of an older
+        version keeps its columns."""
         names = ["step", *row]
         if self._eval.exists():
             with self._eval.open() as file:
                 names = next(csv.reader(file), names)
         else:
             self._eval.write_text(",".join(names) + "\n")
-        known = {name: "" if value is None else f"{value:.6g}" for name, value in row.items()} | {"step": step}
+        numbers = {name: value for name, value in row.items() if value is not None and not isinstance(value, str)}
+        known: dict[str, Any] = {name: value for name, value in row.items() if isinstance(value, str | int)}
+        known |= {name: f"{value:.6g}" for name, value in numbers.items() if name not in known} | {"step": step}
         with self._eval.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow([known.get(name, "") for name in names])
         for tracker in self._trackers:
-            tracker.log(step, {f"eval/{name}": value for name, value in row.items() if value is not None})
+            tracker.log(step, {f"eval/{name}": value for name, value in numbers.items()})
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -130,7 +133,7 @@ def _keep(path: Path, wanted: Callable[[str], bool]) -> None:
 
 
 def read_evaluations(folder: Path, *needed: str) -> list[dict[str, float]]:
-    """Returns the rows of `eval.csv` as numbers, or [] if there is none yet. `success` is there only if the
+    """Returns the numbers in the rows of `eval.csv`, or [] if there is none yet. `success` is there only if the
     environment reports it.
 
     Raises UserError if the file is damaged or lacks one of the columns `needed`.
@@ -140,8 +143,10 @@ def read_evaluations(folder: Path, *needed: str) -> list[dict[str, float]]:
         return []
     try:
         with path.open() as file:
-            cells = [{k: v for k, v in row.items() if (k, v) != ("success", "")} for row in csv.DictReader(file)]
-            rows = [{k: float(v) for k, v in row.items()} for row in cells]
+            rows = [
+                {k: float(v) for k, v in row.items() if k != REVISION and (k, v) != ("success", "")}
+                for row in csv.DictReader(file)
+            ]
     except (ValueError, TypeError) as error:
         raise _damaged(path, error) from None
     for name in needed:

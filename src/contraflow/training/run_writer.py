@@ -12,11 +12,11 @@ from contraflow.core import settings
 from contraflow.core.errors import UserError
 from contraflow.core.files import read_json, write_json
 from contraflow.core.types import PRNGKey
-from contraflow.policy.artifact import save_policy
+from contraflow.policy.artifact import revision, save_policy
 from contraflow.training import checkpoint
 from contraflow.training.diagnostics import diagnose
 from contraflow.training.evaluate import Episodes
-from contraflow.training.log import Log, read_evaluations
+from contraflow.training.log import REVISION, Log, read_evaluations
 from contraflow.training.loop import Carry, World
 from contraflow.training.plot import plot_curve
 
@@ -69,6 +69,10 @@ class RunWriter:
         self._returns = returns = found.returns
         row = {
             "seconds": time.monotonic() - self._clock,
+            "episodes": len(returns),
+            "seed": run.seed,
+            "executed": self._world.spec.execute,
+            REVISION: revision(run.agent.policy(state)),
             "return_mean": returns.mean(),
             "return_std": returns.std(),
             "return_min": returns.min(),
