@@ -45,8 +45,9 @@ class FlowSDE:
     def __post_init__(self):
         check_positive(self, "a")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
-        square = self.a**2 * (1.0 - t) / jnp.maximum(t, h)
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float, scale: float | Scalar = 1.0) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies a."""
+        square = (scale * self.a) ** 2 * (1.0 - t) / jnp.maximum(t, h)
         return x + h * (v + square / (2.0 * (1.0 - t)) * (t * v - x)), jnp.sqrt(square * h)
 
 
@@ -66,9 +67,10 @@ class Ancestral:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float, scale: float | Scalar = 1.0) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies eta, up to 1."""
         r = t + h
-        std = self.eta * posterior_std(Linear(), t, r)
+        std = jnp.minimum(scale * self.eta, 1.0) * posterior_std(Linear(), t, r)
         rest = jnp.sqrt(jnp.maximum((1.0 - r) ** 2 - std**2, 0.0))
         return r * (x + (1.0 - t) * v) + rest * (x - t * v), std
 
@@ -89,8 +91,9 @@ class CPS:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
-        r, angle = t + h, 0.5 * jnp.pi * self.eta
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float, scale: float | Scalar = 1.0) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies eta, up to 1."""
+        r, angle = t + h, 0.5 * jnp.pi * jnp.minimum(scale * self.eta, 1.0)
         mean = r * (x + (1.0 - t) * v) + (1.0 - r) * jnp.cos(angle) * (x - t * v)
         return mean, (1.0 - r) * jnp.sin(angle)
 
@@ -116,7 +119,8 @@ class Plan:
     shared: bool = False
     """All samples of a group begin with the same x_0."""
     deepen: float = 0.0
-    """In a tree, the noise at depth j of w is multiplied by 1 + deepen (j + 1) / w."""
+    """The noise level (a or eta) at the j-th of w noisy steps is multiplied by 1 + deepen (j + 1) / w. The mean of the
+    step follows, so the ends keep their distribution."""
     compress: float | None = None
     """Share of the steps after the window that are taken, by a multistep solver of second order; None takes all."""
 
@@ -159,13 +163,12 @@ class Plan:
         return jr.randint(key, (), 0, self.starts) if self.place == "random" else jnp.zeros((), jnp.int32)
 
     def step(self, field: Field, x: Vector, k: Int[Array, ""], scale: float | Scalar = 1.0) -> tuple[Vector, Scalar]:
-        """Returns (mean [d], std []) of x_{k+1} given x_k, with the standard deviation multiplied by `scale`."""
+        """Returns (mean [d], std []) of x_{k+1} given x_k, with the noise level multiplied by `scale`."""
         t = k * self.h
-        mean, std = self.noise(x, field(x, t), t, self.h)
-        return mean, scale * std
+        return self.noise(x, field(x, t), t, self.h, scale)
 
     def scales(self) -> Float[Array, " w"]:
-        """Factors of the noise at the noisy steps."""
+        """Returns the factors of the noise level at the noisy steps."""
         return 1.0 + self.deepen * (1.0 + jnp.arange(self.noisy)) / self.noisy
 
 
