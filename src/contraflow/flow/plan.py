@@ -194,9 +194,9 @@ def generate(
     def euler(k, x):
         return x + h * jax.vmap(lambda x: field(x, k * h))(x)
 
-    def noisy(x, k, scale, key):
+    def noisy(x, k, scale, noise):
         mean, std = jax.vmap(lambda x: plan.step(field, x, k, scale))(x)
-        new = mean + std[:, None] * jr.normal(key, x.shape)
+        new = mean + std[:, None] * noise
         return new, Noisy(x, new, mean, std, jnp.full(x.shape[0], k))
 
     x = jax.lax.fori_loop(0, start, euler, x0)
@@ -205,11 +205,12 @@ def generate(
         rows = []
         for j, children in enumerate(plan.branches):
             x, rows = jax.tree.map(partial(jnp.repeat, repeats=children, axis=0), (x, rows))
-            x, row = noisy(x, ks[j], scales[j], keys[j])
+            x, row = noisy(x, ks[j], scales[j], jr.normal(keys[j], x.shape))
             rows.append(row)
         steps = jax.tree.map(lambda *x: jnp.stack(x, 1), *rows)
     else:
-        x, rows = jax.lax.scan(lambda x, inputs: noisy(x, *inputs), x, (ks, scales, keys))
+        noise = jax.vmap(lambda key: jr.normal(key, x.shape))(keys)
+        x, rows = jax.lax.scan(lambda x, inputs: noisy(x, *inputs), x, (ks, scales, noise))
         steps = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rows)
     after = start + w
     if plan.compress is None:

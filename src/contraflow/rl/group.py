@@ -42,7 +42,7 @@ class GroupAdvantage:
         rewards = centred(reward)
         if self.separate:
             rewards = rewards / (jnp.std(rewards, 1, keepdims=True) + 1e-4)
-        total = jnp.sum(rewards * jnp.asarray(weights), -1)
+        total = rewards @ jnp.asarray(weights)
         if self.std == "none":
             if self.utility == "linear":
                 return others * total
