@@ -92,6 +92,17 @@ def test_a_tree_of_single_children_is_a_window():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", [FlowSDE, Ancestral, CPS])
+def test_a_scale_multiplies_the_level(kind):
+    """The mean follows, so that ends keep their distribution; it stops at 1 where the level does."""
+    x, v, t = jnp.array([0.3]), jnp.array([-0.8]), jnp.asarray(0.4)
+    got = kind(0.4)(x, v, t, 0.1, 1.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, kind(0.6)(x, v, t, 0.1))
+    if kind is not FlowSDE:
+        capped = kind(0.4)(x, v, t, 0.1, 9.0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), capped, kind(1.0)(x, v, t, 0.1))
+
+
 def test_deeper_children_are_noisier():
     plan = Plan(6, FlowSDE(0.5), window=2, branches=(2, 2), deepen=0.5)
     _, steps = generate(plan, exact(), jnp.zeros((1, 1)), jnp.asarray(2), jr.key(0))

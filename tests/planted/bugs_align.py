@@ -11,8 +11,8 @@ PLAN = "flow/test_flow_plan.py"
 @bug(f"{PLAN}::test_ends_have_the_distribution_of_the_ode")
 def the_drift_of_a_noisy_step_has_half_the_score(patch):
     @wrong(patch, plan.FlowSDE, "__call__")
-    def call(right, self, x, v, t, h):
-        mean, std = right(self, x, v, t, h)
+    def call(right, self, x, v, t, h, scale=1.0):
+        mean, std = right(self, x, v, t, h, scale)
         return 0.5 * (mean + x + h * v), std
 
 

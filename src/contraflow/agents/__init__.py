@@ -42,6 +42,13 @@ MODULES = (
     "offline.dac",
     "offline.rql",
     "align.flow_grpo",
+    "align.mix_grpo",
+    "align.temp_flow_grpo",
+    "align.grpo_guard",
+    "align.tree_rpo",
+    "align.flow_dppo",
+    "align.ddrl",
+    "align.flow_grpo_one",
     "align.nft",
 )
 

@@ -45,8 +45,11 @@ class FlowSDE:
     def __post_init__(self):
         check_positive(self, "a")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
-        square = self.a**2 * (1.0 - t) / jnp.maximum(t, h)
+    def __call__(
+        self, x: Vector, v: Vector, t: Scalar, h: float | Scalar, scale: float | Scalar = 1.0
+    ) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies a."""
+        square = (scale * self.a) ** 2 * (1.0 - t) / jnp.maximum(t, h)
         return x + h * (v + square / (2.0 * (1.0 - t)) * (t * v - x)), jnp.sqrt(square * h)
 
 
@@ -66,9 +69,12 @@ class Ancestral:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
+    def __call__(
+        self, x: Vector, v: Vector, t: Scalar, h: float | Scalar, scale: float | Scalar = 1.0
+    ) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies eta, up to 1."""
         r = t + h
-        std = self.eta * posterior_std(Linear(), t, r)
+        std = jnp.minimum(scale * self.eta, 1.0) * posterior_std(Linear(), t, r)
         rest = jnp.sqrt(jnp.maximum((1.0 - r) ** 2 - std**2, 0.0))
         return r * (x + (1.0 - t) * v) + rest * (x - t * v), std
 
@@ -89,8 +95,11 @@ class CPS:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
-        r, angle = t + h, 0.5 * jnp.pi * self.eta
+    def __call__(
+        self, x: Vector, v: Vector, t: Scalar, h: float | Scalar, scale: float | Scalar = 1.0
+    ) -> tuple[Vector, Scalar]:
+        """Returns (mean [d], std []) of a step; `scale` multiplies eta, up to 1."""
+        r, angle = t + h, 0.5 * jnp.pi * jnp.minimum(scale * self.eta, 1.0)
         mean = r * (x + (1.0 - t) * v) + (1.0 - r) * jnp.cos(angle) * (x - t * v)
         return mean, (1.0 - r) * jnp.sin(angle)
 
@@ -116,7 +125,8 @@ class Plan:
     shared: bool = False
     """All samples of a group begin with the same x_0."""
     deepen: float = 0.0
-    """In a tree, the noise at depth j of w is multiplied by 1 + deepen (j + 1) / w."""
+    """The noise level (a or eta) at the j-th of w noisy steps is multiplied by 1 + deepen (j + 1) / w. The mean of the
+    step follows, so the ends keep their distribution."""
     compress: float | None = None
     """Share of the steps after the window that are taken, by a multistep solver of second order; None takes all."""
 
@@ -159,13 +169,12 @@ class Plan:
         return jr.randint(key, (), 0, self.starts) if self.place == "random" else jnp.zeros((), jnp.int32)
 
     def step(self, field: Field, x: Vector, k: Int[Array, ""], scale: float | Scalar = 1.0) -> tuple[Vector, Scalar]:
-        """Returns (mean [d], std []) of x_{k+1} given x_k, with the standard deviation multiplied by `scale`."""
+        """Returns (mean [d], std []) of x_{k+1} given x_k, with the noise level multiplied by `scale`."""
         t = k * self.h
-        mean, std = self.noise(x, field(x, t), t, self.h)
-        return mean, scale * std
+        return self.noise(x, field(x, t), t, self.h, scale)
 
     def scales(self) -> Float[Array, " w"]:
-        """Factors of the noise at the noisy steps."""
+        """Returns the factors of the noise level at the noisy steps."""
         return 1.0 + self.deepen * (1.0 + jnp.arange(self.noisy)) / self.noisy
 
 
@@ -197,16 +206,17 @@ def generate(
         return new, Noisy(x, new, mean, std, jnp.full(x.shape[0], k))
 
     x = jax.lax.fori_loop(0, start, euler, x0)
-    scales, ks = plan.scales(), start + jnp.arange(w)
+    keys, scales, ks = jr.split(key, w), plan.scales(), start + jnp.arange(w)
     if plan.branches:
-        rows, keys = [], jr.split(key, w)
+        rows = []
         for j, children in enumerate(plan.branches):
             x, rows = jax.tree.map(partial(jnp.repeat, repeats=children, axis=0), (x, rows))
             x, row = noisy(x, ks[j], scales[j], jr.normal(keys[j], x.shape))
             rows.append(row)
         steps = jax.tree.map(lambda *x: jnp.stack(x, 1), *rows)
     else:
-        x, rows = jax.lax.scan(lambda x, inputs: noisy(x, *inputs), x, (ks, scales, jr.normal(key, (w, *x.shape))))
+        noise = jax.vmap(lambda key: jr.normal(key, x.shape))(keys)
+        x, rows = jax.lax.scan(lambda x, inputs: noisy(x, *inputs), x, (ks, scales, noise))
         steps = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), rows)
     after = start + w
     if plan.compress is None:

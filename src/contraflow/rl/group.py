@@ -9,6 +9,12 @@ from jaxtyping import Array, Float
 from contraflow.core.optim import check_positive
 
 
+def exponential(z: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Returns -exp(-z), the utility in DDRL (2512.04332): against a forward anchor E_data[-log p] it has its optimum at
+    the data's density times exp(z), where z itself has it at a density with heavier tails."""
+    return -jnp.exp(-z)
+
+
 @dataclass(frozen=True)
 class GroupAdvantage:
     """A = (r - mean of the group) / deviation, clipped; one group for each condition.
@@ -18,21 +24,30 @@ class GroupAdvantage:
     """
 
     std: Literal["all", "group", "none"] = "all"
-    """Deviation over all samples of a batch, as in the released Flow-GRPO, over the group, or none: then an anchor
-    with weight lambda leads to the reference times exp(r / lambda)."""
+    """Deviation over all samples of a batch, as in the released Flow-GRPO, over the group, or none. With none, A is the
+    reward less the mean of the others, not clipped; its policy gradient has no bias."""
     separate: bool = False
     clip: float = 5.0
+    utility: Literal["linear", "exponential"] = "linear"
+    """Exponential returns -exp(-A) less its mean in the group, with A clipped also for std="none"."""
 
     def __post_init__(self):
         check_positive(self, "clip")
 
     def __call__(self, reward: Float[Array, "B G m"], weights: tuple[float, ...]) -> Float[Array, "B G"]:
         """Returns advantages of samples with m rewards."""
-        centred = reward - jnp.mean(reward, 1, keepdims=True)
+        samples = reward.shape[1]
+        centred = lambda x: x - jnp.mean(x, 1, keepdims=True)
+        others = samples / max(samples - 1, 1)  # a sample is no part of its own baseline
+        rewards = centred(reward)
         if self.separate:
-            centred = centred / (jnp.std(centred, 1, keepdims=True) + 1e-4)
-        total = jnp.sum(centred * jnp.asarray(weights), -1)
+            rewards = rewards / (jnp.std(rewards, 1, keepdims=True) + 1e-4)
+        total = rewards @ jnp.asarray(weights)
         if self.std == "none":
-            return total
-        spread = jnp.std(total) if self.std == "all" else jnp.std(total, 1, keepdims=True)
-        return jnp.clip(total / (spread + 1e-4), -self.clip, self.clip)
+            if self.utility == "linear":
+                return others * total
+        else:
+            spread = jnp.std(total) if self.std == "all" else jnp.std(total, 1, keepdims=True)
+            total = total / (spread + 1e-4)
+        total = jnp.clip(total, -self.clip, self.clip)
+        return total if self.utility == "linear" else others * centred(exponential(total))

@@ -6,8 +6,11 @@
 The whole family has this loss. Its members differ in the plan of the noise (flow/plan.py), in the weights w_k, in how
 the ratio is guarded and in the anchor; each has a file of its own with its settings.
 
-`kl` weighs the relative entropy of paths. With std="none" in the advantage and ratio="sum", the optimum over paths is
-the reference times exp(r / kl), at any noise that makes x_1 independent of x_0.
+`kl` weighs the relative entropy of paths, D = sum_k D_k, step by step: a step pays for D_k, and not for what it makes
+later steps pay. That is the published loss. Its fixed point is the reference times exp(r / kl) for linear rewards of
+Gaussians only. With `kl_to_go`, std="none" in the advantage and ratio="sum" the loss has the gradient of E[r] - kl D,
+divided by the number of noisy steps. Where the noise makes x_1 independent of x_0, the optimum is that tilt, up to the
+error of finite steps.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +41,7 @@ from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
 from contraflow.flow.matching import matching_error
 from contraflow.flow.model import EDGE, Flow, FlowSpec
-from contraflow.flow.plan import Plan, generate
+from contraflow.flow.plan import Noisy, Plan, generate
 from contraflow.policy.base import Policy
 from contraflow.rl.group import GroupAdvantage
 
@@ -54,7 +57,7 @@ class Clip:
     def __post_init__(self):
         check_positive(self, "eps")
 
-    def __call__(self, log_ratio: Steps, advantage: Float[Array, "n 1"], divergence: Steps) -> Steps:
+    def __call__(self, log_ratio: Steps, advantage: Steps, divergence: Steps) -> Steps:
         rho = jnp.exp(log_ratio)
         return jnp.maximum(-advantage * rho, -advantage * jnp.clip(rho, 1 - self.eps, 1 + self.eps))
 
@@ -71,7 +74,7 @@ class Filter:
     def __post_init__(self):
         check_positive(self, "limit")
 
-    def __call__(self, log_ratio: Steps, advantage: Float[Array, "n 1"], divergence: Steps) -> Steps:
+    def __call__(self, log_ratio: Steps, advantage: Steps, divergence: Steps) -> Steps:
         onward = jnp.where(advantage > 0, log_ratio > 0, log_ratio < 0)
         return jnp.where((divergence >= self.limit) & onward, 0.0, -advantage * jnp.exp(log_ratio))
 
@@ -88,16 +91,20 @@ class FlowGRPO:
     """The flow to align; a pretrained policy replaces it."""
     plan: Plan = Plan()
     advantage: GroupAdvantage = GroupAdvantage()
+    group: Literal["condition", "start"] = "condition"
+    """Samples with a common mean reward: those of a condition, or those that share a start in a tree (TempFlow)."""
     ratio: Literal["sum", "mean"] = "sum"
     """Densities, divergences and norms are summed over the d numbers of a sample, or averaged, as in the released code;
     with the mean a useful clip is about d times smaller."""
     guard: bool = False
-    """GRPO-Guard: the ratio is normalised to mean 1, and each step weighs 1 / h."""
+    """GRPO-Guard: log rho has its mean removed and is multiplied by std, and each step weighs 1 / h."""
     weight: Literal["equal", "noise"] = "equal"
     """Weights of the noisy steps: all 1, or their standard deviation over its mean (TempFlow)."""
     trust: Clip | Filter = Clip()
     kl: float = 0.04
     """Weight of the divergence from the reference."""
+    kl_to_go: bool = False
+    """Advantages of a step are less by kl times the divergence of the steps after it."""
     data: float = 0.0
     """Weight of the matching loss on the data of the problem, or on samples of the reference where it has none
     (DDRL)."""
@@ -111,6 +118,10 @@ class FlowGRPO:
         check_positive(self, "minibatches")
         if self.kl < 0 or self.data < 0:
             raise ValueError(f"kl and data must not be negative, got {self.kl} and {self.data}")
+        if self.kl_to_go and not self.kl:
+            raise ValueError("kl_to_go needs kl > 0, the weight of the divergence")
+        if self.group == "start" and self.leaves == 1:
+            raise ValueError("a group of samples that share a start needs plan.branches")
 
     @property
     def leaves(self) -> int:
@@ -150,32 +161,20 @@ class FlowGRPO:
     def update(self, state: AlignState, scored: Scored, key: PRNGKey) -> tuple[AlignState, Metrics]:
         """Makes one gradient step on each share of the samples."""
         k_data, k_steps = jr.split(key)
-        cond, group = encoded(state, scored.cond), scored.reward.shape[1]
-        advantage = self.advantage(scored.reward, scored.weights).reshape(-1)
-        rows = repeated(cond, group), advantage, flat(scored.draws.extras)
+        cond, steps = repeated(encoded(state, scored.cond), scored.reward.shape[1]), flat(scored.draws.extras)
+        reference = self._means(state.reference, cond, steps) if self.kl else steps.mean
+        rows = cond, self._credit(scored, steps, reference), steps, reference
         real = self._data(state, scored, k_data) if self.data else None
-        reduce = jnp.sum if self.ratio == "sum" else jnp.mean
-        scales = self.plan.scales()
-
-        def means(flow, cond, steps):
-            one = lambda x, k, c: self.plan.step(field(flow, c), x, k, scales[k - steps.k[0, 0]])[0]
-            return jax.vmap(lambda x, k, c: jax.vmap(lambda x, k: one(x, k, c))(x, k))(steps.x, steps.k, cond)
 
         def loss(flow, part, key):
-            cond, advantage, steps = part
-            mean, var = means(flow, cond, steps), steps.std**2
-            gap = steps.mean - mean
-            moved = reduce(gap**2, -1) / (2 * var)
-            log_ratio = reduce((steps.new - steps.mean) ** 2 - (steps.new - mean) ** 2, -1) / (2 * var)
-            if self.guard:
-                log_ratio = steps.std * (log_ratio + moved)
-            losses = self.trust(log_ratio, advantage[:, None], jax.lax.stop_gradient(moved))
-            losses = losses * self._weights(steps.std)
-            value = jnp.mean(losses)
+            cond, advantage, steps, reference = part
+            mean = self._means(flow, cond, steps)
+            log_ratio, moved = self.log_ratio(steps, mean)
+            losses = self.trust(log_ratio, advantage, jax.lax.stop_gradient(moved))
+            value = jnp.mean(losses * self._weights(steps.std))
             metrics = {"moved": jnp.mean(moved), "log_ratio": jnp.mean(log_ratio)}
             if self.kl:
-                away = mean - jax.lax.stop_gradient(means(state.reference, cond, steps))
-                divergence = jnp.mean(reduce(away**2, -1) / (2 * var))
+                divergence = jnp.mean(self._divergence(mean, reference, steps))
                 value, metrics = value + self.kl * divergence, metrics | {"kl": divergence}
             if real is not None:
                 matching = self._matching(flow, real, key)
@@ -183,6 +182,47 @@ class FlowGRPO:
             return value, metrics
 
         return descend(self.optim, state, loss, rows, k_steps, self.minibatches)
+
+    def log_ratio(self, steps: Noisy, mean: Float[Array, "n w d"]) -> tuple[Steps, Steps]:
+        """Returns (log rho, D) for the means of a new flow, with D the divergence of the old flow from it.
+
+        log rho = -gap . noise / std - D with gap = old mean - mean, noise = (new - old mean) / std and
+        D = |gap|^2 / (2 std^2); guarded, it is std times its first term.
+        """
+        along = -self._reduce((steps.mean - mean) * (steps.new - steps.mean)) / steps.std**2
+        moved = self._divergence(mean, steps.mean, steps)
+        return (steps.std * along if self.guard else along - moved), moved
+
+    def _means(self, flow: Flow, cond: Float[Array, "n c"], steps: Noisy) -> Float[Array, "n w d"]:
+        """Returns the means of the noisy steps under a flow."""
+        scales = self.plan.scales()
+
+        def one(cond, x, k):
+            at = lambda x, k, scale: self.plan.step(field(flow, cond), x, k, scale)[0]
+            return jax.vmap(at)(x, k, scales)
+
+        return jax.vmap(one)(cond, steps.x, steps.k)
+
+    def _reduce(self, x: Float[Array, "n w d"]) -> Steps:
+        return jnp.sum(x, -1) if self.ratio == "sum" else jnp.mean(x, -1)
+
+    def _divergence(self, one: Float[Array, "n w d"], two: Float[Array, "n w d"], steps: Noisy) -> Steps:
+        """Returns the relative entropy of steps with these means."""
+        return self._reduce((one - two) ** 2) / (2 * steps.std**2)
+
+    def _credit(self, scored: Scored, steps: Noisy, reference: Float[Array, "n w d"]) -> Steps:
+        """Returns the advantage of each step."""
+        reward, weights = scored.reward, scored.weights
+        samples = reward.shape[1] if self.group == "condition" else self.leaves
+        grouped = lambda x: x.reshape(-1, samples, x.shape[-1])
+        advantage = self.advantage(grouped(reward), weights).reshape(-1, 1)
+        paid = self._divergence(steps.mean, reference, steps)
+        if not self.kl_to_go:
+            return jnp.broadcast_to(advantage, paid.shape)
+        later = grouped(jnp.cumsum(paid[:, ::-1], 1)[:, ::-1] - paid)
+        others = samples / max(samples - 1, 1)
+        centred = others * (later - jnp.mean(later, 1, keepdims=True))
+        return advantage - self.kl * centred.reshape(paid.shape)
 
     def _weights(self, std: Steps) -> Steps:
         """Weights of the noisy steps."""
