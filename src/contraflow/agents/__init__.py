@@ -41,6 +41,10 @@ MODULES = (
     "offline.rql",
     "align.flow_grpo",
     "align.nft",
+    "align.awm",
+    "align.rwr",
+    "align.ac_flow",
+    "align.flow_dpo",
 )
 
 
