@@ -139,8 +139,9 @@ class ACFlow:
                 away = jnp.mean((v - field(state.reference, cond)(x, t)) ** 2) if self.anchor else jnp.zeros(())
                 return w * jnp.mean((v - u) ** 2), away
 
-            keys = jr.split(key, (part[1].shape[0], self.times))
-            matching, away = jax.vmap(jax.vmap(one, (None, None, None, 0)))(*part, keys)
+            cond, x1, reward = part
+            keys = jr.split(key, (x1.shape[0], self.times))
+            matching, away = jax.vmap(jax.vmap(one, (None, None, None, 0)))(cond, x1, reward, keys)
             return jnp.mean(matching) + self.anchor * jnp.mean(away), {"anchor": jnp.mean(away)}
 
         new, metrics = descend(self.optim, state, loss, rows, k_flow, self.minibatches)
@@ -157,7 +158,8 @@ class ACFlow:
                     x, t, _ = line(state.flow, x1, key)
                     return (self.value(net, cond, x, t) - reward) ** 2
 
-                return jnp.mean(jax.vmap(one)(*rows, jr.split(key, rows[1].shape[0])))
+                cond, x1, reward = rows
+                return jnp.mean(jax.vmap(one)(cond, x1, reward, jr.split(key, x1.shape[0])))
 
             net, opt, value, _ = gradient_step(self.critic_optim.tx, loss, *carry)
             return (net, opt), value

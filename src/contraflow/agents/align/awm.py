@@ -115,8 +115,9 @@ class AWM:
                     jnp.mean((v - slow) ** 2),
                 )
 
-            keys = jr.split(key, (part[1].shape[0], self.times))
-            every = jax.vmap(jax.vmap(one, (None, None, None, 0)))(*part, keys)
+            cond, x1, advantage = part
+            keys = jr.split(key, (x1.shape[0], self.times))
+            every = jax.vmap(jax.vmap(one, (None, None, None, 0)))(cond, x1, advantage, keys)
             gain, matching, away, moved = (jnp.mean(x) for x in every)
             value = gain + self.anchor * away + self.trust * moved
             return value, {"matching_loss": matching, "anchor": away, "moved": moved}

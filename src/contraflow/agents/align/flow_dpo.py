@@ -108,8 +108,9 @@ class FlowDPO:
                 margin = -0.5 * self.beta * (gain(cond, winner, key) - gain(cond, loser, jr.clone(key)))
                 return differ * jax.nn.softplus(-margin), margin
 
-            keys = jr.split(key, (part[1].shape[0], self.times))
-            losses, margin = jax.vmap(jax.vmap(one, (None, None, None, None, 0)))(*part, keys)
+            cond, winner, loser, differ = part
+            keys = jr.split(key, (winner.shape[0], self.times))
+            losses, margin = jax.vmap(jax.vmap(one, (None, None, None, None, 0)))(cond, winner, loser, differ, keys)
             return jnp.mean(losses), {"margin": jnp.mean(margin), "accuracy": jnp.mean(margin > 0)}
 
         return descend(self.optim, state, loss, rows, key, self.minibatches)

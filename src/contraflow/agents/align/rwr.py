@@ -114,8 +114,9 @@ class RWR:
                 away = jnp.mean((v - field(state.reference, cond)(x, t)) ** 2) if self.anchor else jnp.zeros(())
                 return w * jnp.mean((v - u) ** 2), away
 
-            keys = jr.split(key, (part[1].shape[0], self.times))
-            matching, away = jax.vmap(jax.vmap(one, (None, None, None, 0)))(*part, keys)
+            cond, x1, w = part
+            keys = jr.split(key, (x1.shape[0], self.times))
+            matching, away = jax.vmap(jax.vmap(one, (None, None, None, 0)))(cond, x1, w, keys)
             return jnp.mean(matching) + self.anchor * jnp.mean(away), {"anchor": jnp.mean(away)}
 
         state, metrics = descend(self.optim, state, loss, rows, key, self.minibatches)
