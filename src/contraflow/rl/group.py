@@ -31,7 +31,7 @@ class GroupAdvantage:
         centred = reward - jnp.mean(reward, 1, keepdims=True)
         if self.separate:
             centred = centred / (jnp.std(centred, 1, keepdims=True) + 1e-4)
-        total = jnp.sum(centred * jnp.asarray(weights), -1)
+        total = centred @ jnp.asarray(weights)
         if self.std == "none":
             return total
         spread = jnp.std(total) if self.std == "all" else jnp.std(total, 1, keepdims=True)

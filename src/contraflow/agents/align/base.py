@@ -59,7 +59,7 @@ class Scored(eqx.Module):
     @property
     def total(self) -> Float[Array, "B G"]:
         """The weighted sum of the rewards."""
-        return jnp.sum(self.reward * jnp.asarray(self.weights), -1)
+        return self.reward @ jnp.asarray(self.weights)
 
 
 class AlignState(eqx.Module):
