@@ -40,7 +40,7 @@ from contraflow.agents.align.base import (
 from contraflow.agents.base import Preset, flow_of
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
-from contraflow.flow.model import FlowSpec
+from contraflow.flow.model import Condition, FlowSpec
 from contraflow.flow.path import Scalar, Vector
 from contraflow.nets.layers import time_embedding
 from contraflow.nets.mlp import MLP, MLPSpec
@@ -117,7 +117,7 @@ class ACFlow:
         """Returns samples of the flow."""
         return Draws(ends(state.flow, encoded(state, cond), group, key))
 
-    def value(self, net: MLP, cond: Vector, x: Vector, t: Scalar) -> Scalar:
+    def value(self, net: MLP, cond: Condition, x: Vector, t: Scalar) -> Scalar:
         """Returns V(x_t, t, c), in deviations of the reward."""
         return net(cond, x, time_embedding(self.flow.clock * t, self.flow.network.embedding))[0]
 

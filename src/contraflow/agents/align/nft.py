@@ -41,7 +41,7 @@ from contraflow.agents.align.base import (
 from contraflow.agents.base import Preset, flow_of
 from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
-from contraflow.flow.model import Ddim, Flow, FlowSpec
+from contraflow.flow.model import Condition, Ddim, Flow, FlowSpec
 from contraflow.flow.path import Scalar, Vector
 from contraflow.policy.base import Policy
 from contraflow.rl.group import GroupAdvantage
@@ -135,7 +135,7 @@ class NFT:
         return replace(state, old=old), metrics | {"kept": kept}
 
     def _induced(
-        self, old: Flow, cond: Vector, x: Vector, t: Scalar, u: Vector, key: PRNGKey
+        self, old: Flow, cond: Condition, x: Vector, t: Scalar, u: Vector, key: PRNGKey
     ) -> Callable[[Flow], Vector]:
         """Draws the end of a step; returns the velocity that a flow's average over the step implies."""
         k_kind, k_end = jr.split(key)
@@ -150,7 +150,7 @@ class NFT:
         return jnp.mean(gap**2) / jnp.maximum(jax.lax.stop_gradient(jnp.mean(jnp.abs(gap))), 1e-5)
 
 
-def implied(flow: Flow, old: Flow, cond: Vector, x: Vector, t: Scalar, r: Scalar, along: Vector) -> Vector:
+def implied(flow: Flow, old: Flow, cond: Condition, x: Vector, t: Scalar, r: Scalar, along: Vector) -> Vector:
     """Returns m(x_t, t, r) - (r - t) d/dt m_old(x_t, t, r) [d], with dx/dt = `along` and no gradient of the second."""
     _, change = jax.jvp(lambda x, t: old.average(x, t, r, cond), (x, t), (along, jnp.ones_like(t)))
     return flow.average(x, t, r, cond) - jax.lax.stop_gradient((r - t) * change)
