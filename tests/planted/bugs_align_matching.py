@@ -12,9 +12,9 @@ FIRST = f"{HERE}identities.py::test_first_gradients_are_one_vector"
 
 @bug(f"{HERE}nft.py::test_optimum_for_linear_rewards", f"{HERE}nft.py::test_optimum_at_a_point")
 def good_and_bad_samples_change_places_in_nft(patch):
-    @wrong(patch, nft.jnp, "clip")
-    def clip(right, x, low, high):
-        return 1.0 - right(x, low, high)
+    @wrong(patch, nft.NFT, "update")
+    def update(right, self, state, scored, key):
+        return right(self, state, nft.replace(scored, reward=-scored.reward), key)
 
 
 @bug(FIRST, f"{HERE}nft.py::test_optimum_for_linear_rewards")
@@ -108,10 +108,10 @@ def the_warm_up_trains_the_flow(patch):
 
 
 @bug(f"{HERE}ac_flow.py::test_the_critic_leaves_the_minimum")
-def the_advantage_is_not_a_reward_minus_a_value(patch):
-    @wrong(patch, ac_flow.ACFlow, "value")
-    def value(right, self, net, cond, x, t):
-        return right(self, net, cond, x, t) + jnp.sum(x) ** 2 * t
+def the_weights_of_ac_flow_have_half_the_temperature(patch):
+    @wrong(patch, ac_flow.ACFlow, "update")
+    def update(right, self, state, scored, key):
+        return right(ac_flow.replace(self, temperature=self.temperature / 2), state, scored, key)
 
 
 @bug(f"{HERE}dpo.py::test_small_beta_matches_the_winner_and_unmatches_the_loser")
