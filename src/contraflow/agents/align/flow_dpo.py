@@ -50,7 +50,7 @@ class FlowDPO:
 
     flow: FlowSpec = FlowSpec()
     """The flow to align; a pretrained policy replaces it."""
-    beta: float = 10.0
+    beta: float = 3.0
     """Norms are summed over coordinates. The released code has the mean and 100."""
     pairs: int = 1
     """Pairs of a group: the best against the worst, the second best against the second worst, and so on."""
