@@ -10,6 +10,7 @@ from tests.agents.align.matching_helpers import flattened, gradient, groups, sma
 from contraflow.agents.align.base import batches, line
 from contraflow.agents.align.flow_dpo import FlowDPO
 from contraflow.core.optim import Optim
+from contraflow.core.types import UserError
 
 TIMES = 3
 RANKS = jnp.array([[3.0, 1.0, 2.0, 0.0], [0.0, 3.0, 1.0, 2.0], [1.0, 0.0, 3.0, 2.0]])
@@ -63,5 +64,5 @@ def test_equal_rewards_are_no_preference():
 
 def test_more_pairs_than_half_a_group_are_refused():
     state = start(small(jr.key(0)), Optim())
-    with pytest.raises(ValueError, match="groups of at least 6"):
+    with pytest.raises(UserError, match="groups of at least 6"):
         update(FlowDPO(pairs=3), state, groups(jr.key(2)), jr.key(3))

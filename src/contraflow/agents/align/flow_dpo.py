@@ -34,15 +34,16 @@ from contraflow.agents.align.base import (
 )
 from contraflow.agents.base import Preset, flow_of
 from contraflow.core.optim import Optim, check_positive
-from contraflow.core.types import EnvSpec, Metrics, PRNGKey
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, UserError
 from contraflow.flow.model import FlowSpec
 from contraflow.policy.base import Policy
 
 
 @dataclass(frozen=True)
 class FlowDPO:
-    """Preferences between the samples of a group. Raises ValueError for values out of range, and at the first update
-    for more pairs than half of a group.
+    """Preferences between the samples of a group.
+
+    Raises ValueError for values out of range, and UserError at the first update for more pairs than half of a group.
 
     Cost of a sample that is in a pair: the evaluations of the solver to draw it, and for each of `times` one evaluation
     with gradients and one without. The others only cost the solver's.
@@ -89,7 +90,7 @@ class FlowDPO:
         """Makes one gradient step on each share of the pairs; a pair with equal rewards has no gradient."""
         n = self.pairs
         if 2 * n > scored.reward.shape[1]:
-            raise ValueError(f"{n} pairs need groups of at least {2 * n} samples: use --group {2 * n} or fewer pairs")
+            raise UserError(f"{n} pairs need groups of at least {2 * n} samples: use --group {2 * n} or fewer pairs")
         order = jnp.argsort(scored.total, 1)
         taken = lambda x, at: jnp.take_along_axis(x, at if x.ndim == 2 else at[..., None], 1)
         best, worst = order[:, ::-1][:, :n], order[:, :n]
