@@ -32,7 +32,7 @@ from contraflow.nets.velocity import ResidualMLP
 
 Z = normals(2048)
 NET = FlowSpec(network=ResidualMLP(8, 1, 4))
-READY = ACFlow(flow=NET, critic=MLPSpec(8, 1), warmup=0, critic_steps=1)
+READY = ACFlow(flow=NET, critic_net=MLPSpec(8, 1), warmup=0, critic_steps=1)
 
 
 def value(agent, key, dim=2, cond=3):
@@ -43,7 +43,7 @@ def value(agent, key, dim=2, cond=3):
 def test_the_critic_learns_the_mean_reward_of_what_a_noisy_sample_becomes():
     """x1 ~ N(.5, .6^2), r = -(x1 - 1)^2: E[r | x_t] = -(m - 1)^2 - var, with the posterior mean m and variance: a
     parabola in x_t. The root of the mean square error, in deviations of r, for x_t in the bulk."""
-    agent = ACFlow(critic=MLPSpec(64, 2), warmup=10**6, critic_steps=800, critic_optim=Optim(3e-3, 800))
+    agent = ACFlow(critic_net=MLPSpec(64, 2), warmup=10**6, critic_steps=800, critic_optim=Optim(3e-3, 800))
     flow, x1 = flow_of(Fitted(jnp.array([0.5]), jnp.log(jnp.array([0.6])))), 0.5 + 0.6 * Z
     reward = -((x1 - 1.0) ** 2)
     state, _ = update(agent, start(flow, agent.optim, value(agent, jr.key(0), 1, 1)), one_group(x1, reward), jr.key(1))

@@ -67,7 +67,7 @@ class ACFlow:
 
     flow: FlowSpec = FlowSpec()
     """The flow to align; a pretrained policy replaces it."""
-    critic: MLPSpec = MLPSpec()
+    critic_net: MLPSpec = MLPSpec()
     temperature: float = 1.0
     clip: float = 2.0
     """Bound on the advantage, in deviations of the reward; 0 is matching to the flow's own samples."""
@@ -97,7 +97,7 @@ class ACFlow:
         """Returns fresh networks; `adopt` inserts the pretrained flow."""
         k_flow, k_critic = jr.split(key)
         more = spec.action_dim + self.flow.network.embedding
-        net = self.critic.init(k_critic, spec.observation, 1, more)
+        net = self.critic_net.init(k_critic, spec.observation, 1, more)
         value = Value(net, self.critic_optim.init(net), RunningMoments.start(1))
         return first_state(self.flow, self.optim, k_flow, spec, reference=self.anchor > 0, extra=value)
 
