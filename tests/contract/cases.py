@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 
 from contraflow.agents import needs, presets
+from contraflow.agents.align.base import Scored
 from contraflow.agents.offline.bc import BC
 from contraflow.agents.offline.expo import EXPO
 from contraflow.agents.online.dacer import DACER
@@ -134,6 +135,11 @@ def batch(key: jax.Array, n: int = B, reward: Any = None) -> Batch:
     )  # fmt: skip
 
 
+def score(x: jax.Array, cond: jax.Array) -> jax.Array:
+    """A reward with a gradient, for the methods of alignment that need one."""
+    return x @ x
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """An agent with its functions compiled once for all tests; `traces` counts how often Python ran them."""
@@ -176,9 +182,21 @@ class Case:
         """(actions, extras) [n, ...] of an on-policy agent's policy at obs [n, o]."""
         return jax.jit(lambda policy, obs, key: jax.vmap(policy.sample)(obs, jr.split(key, obs.shape[0])))
 
-    def data(self, state: Any, key: jax.Array, scale: float | None = None) -> Batch | Rollout:
+    @cached_property
+    def explore(self):
+        """Samples of an alignment method under conditions [n, c], in groups."""
+        return jax.jit(self.agent.explore, static_argnums=2)
+
+    def data(self, state: Any, key: jax.Array, scale: float | None = None) -> Batch | Rollout | Scored:
         """What the agent learns from in `state`; rewards are N(0, 1), or +-scale."""
         rng = rng_of(key)
+        if needs(self.agent) == "conditions":
+            leaves = getattr(self.agent, "leaves", 1)
+            shape = 4, leaves * -(-6 // leaves)
+            reward = rng.standard_normal(shape) if scale is None else scale * rng.choice([-1.0, 1.0], shape)
+            cond = jnp.asarray(rng.standard_normal((4, 3)), jnp.float32)
+            draws = self.explore(state, cond, shape[1], jr.fold_in(key, 1))
+            return Scored(cond, draws, jnp.asarray(reward[..., None], jnp.float32), score=score)
         n = T * N if self.onpolicy else B
         reward = rng.standard_normal(n) if scale is None else scale * rng.choice([-1.0, 1.0], n)
         rows = batch(key, n, jnp.asarray(reward, jnp.float32))

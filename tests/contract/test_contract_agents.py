@@ -65,7 +65,7 @@ def learned(tree) -> list[str]:
 
 def test_the_table_knows_every_agent():
     assert {type(agent) for agent in TABLE.values()} >= set(classes().values())
-    assert {needs(agent) for agent in TABLE.values()} == {"replay", "rollout", "dataset"}
+    assert {needs(agent) for agent in TABLE.values()} == {"replay", "rollout", "dataset", "conditions"}
     assert all(isinstance(agent, Agent) for agent in TABLE.values())
     assert all(needs(preset.agent) == preset.needs for preset in presets().values())
 

@@ -50,6 +50,10 @@ MODULES = (
     "align.ddrl",
     "align.flow_grpo_one",
     "align.nft",
+    "align.awm",
+    "align.rwr",
+    "align.ac_flow",
+    "align.flow_dpo",
 )
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from contraflow.agents.base import adopted
 from contraflow.core.optim import Optim
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
-from contraflow.flow.model import Flow, FlowSpec
+from contraflow.flow.model import EDGE, Flow, FlowSpec
 from contraflow.flow.path import Linear, Scalar, Vector
 from contraflow.policy.base import Policy
 from contraflow.policy.flow import FlowPolicy
@@ -59,11 +59,11 @@ class Scored(eqx.Module):
     @property
     def total(self) -> Float[Array, "B G"]:
         """The weighted sum of the rewards."""
-        return jnp.sum(self.reward * jnp.asarray(self.weights), -1)
+        return self.reward @ jnp.asarray(self.weights)
 
 
 class AlignState(eqx.Module):
-    """`reference` is the pretrained flow; `old` the one that draws samples, where that is not `flow` itself."""
+    """`reference` is the pretrained flow; `old` follows `flow` slowly: it draws the samples or holds the flow back."""
 
     flow: Flow
     opt: PyTree
@@ -83,11 +83,15 @@ def first_state(
     return AlignState(flow, optim.init(flow), jnp.zeros((), jnp.int32), copy(reference), copy(old), **more)
 
 
-def checked_flow(spec: FlowSpec, method: str) -> FlowSpec:
+def checked_flow(spec: FlowSpec, method: str, averaged: bool = False) -> FlowSpec:
     """Returns the settings of a pretrained flow. Raises ValueError for a flow that is not a velocity on the linear
-    path."""
+    path, and for one of average velocities unless it should be `averaged`."""
     if not (isinstance(spec.path, Linear) and spec.predict == "velocity" and spec.clip is None):
         raise ValueError(f"{method} aligns flows that predict the velocity of the linear path; train one with bc")
+    if spec.averaged and not averaged:
+        raise ValueError(f"{method} would spoil the long steps of a flow of average velocities; use mean-flow-nft")
+    if averaged and not spec.averaged:
+        raise ValueError(f"{method} needs a flow of average velocities; train one with bc agent.objective:mean-flow")
     return spec
 
 
@@ -113,6 +117,13 @@ def encoded(state: AlignState, cond: Float[Array, "B c"]) -> Float[Array, "B c"]
 def field(flow: Flow, cond: Vector) -> Callable[[Vector, Scalar], Vector]:
     """Returns v(x, t) under a condition as `encoded` returns it."""
     return lambda x, t: flow.velocity(x, t, cond)
+
+
+def line(flow: Flow, x1: Vector, key: PRNGKey) -> tuple[Vector, Scalar, Vector]:
+    """Returns (x_t [d], t [], x1 - x0 [d]) at a random time between a fresh noise x0 and x1."""
+    k_x0, k_t = jr.split(key)
+    x0, t = flow.noise(k_x0), jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE)
+    return t * x1 + (1 - t) * x0, t, x1 - x0
 
 
 def ends(flow: Flow, cond: Float[Array, "B c"], group: int, key: PRNGKey) -> Float[Array, "B G d"]:
