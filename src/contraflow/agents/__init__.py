@@ -41,6 +41,8 @@ MODULES = (
     "offline.rql",
     "align.flow_grpo",
     "align.nft",
+    "align.adjoint_matching",
+    "align.rfm_align",
 )
 
 
