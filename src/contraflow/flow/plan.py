@@ -66,7 +66,7 @@ class Ancestral:
         if not 0 < self.eta <= 1:
             raise ValueError(f"eta must lie in (0, 1], got {self.eta}")
 
-    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float) -> tuple[Vector, Scalar]:
+    def __call__(self, x: Vector, v: Vector, t: Scalar, h: float | Scalar) -> tuple[Vector, Scalar]:
         r = t + h
         std = self.eta * posterior_std(Linear(), t, r)
         rest = jnp.sqrt(jnp.maximum((1.0 - r) ** 2 - std**2, 0.0))
