@@ -135,7 +135,12 @@ class AdjointMatching:
         return descend(self.optim, state, loss, (conds, targets), key, self.minibatches)
 
     def targets(
-        self, state: AlignState, scored: Scored, seen: Vector, cond: Vector, xs: Float[Array, "n d"]
+        self,
+        state: AlignState,
+        scored: Scored,
+        seen: Float[Array, " s"],
+        cond: Float[Array, " c"],
+        xs: Float[Array, "n d"],
     ) -> Targets:
         """Returns the states of a path and the adjoints there; `seen` is the condition as the reward takes it."""
         if (score := scored.score) is None:
