@@ -54,6 +54,8 @@ MODULES = (
     "align.rwr",
     "align.ac_flow",
     "align.flow_dpo",
+    "align.adjoint_matching",
+    "align.rfm_align",
 )
 
 

@@ -17,6 +17,9 @@ with sigma_i^2 = 2 (1 - t_i + h) / (t_i + h). Its last step is x + h v_b without
 derivative of these steps along the base. The control of step i is matched to the adjoint after it, a_{i+1}, which makes
 the expectation of sum_i h |u_i|^2 / 2 + g(x_K) stationary for any K.
 
+A running cost f adds int f(x_t, t) dt to the cost and -grad f to da/dt. Given x_1 the controlled states are then no
+longer those of the noising process, so the ends of the ODE of v are not the ends of the process: sample with its noise.
+
 The released code (QAM, and TRQAM after it) evaluates the base at t_i in the roll-out and at t_i + h in the adjoint,
 treats the last step as one of the process and matches u_i to a_i. These three deviations nearly cancel: between
 Gaussians its mean is the closer one in 10 steps with a small tau, and off by twice as much from 50 steps on
@@ -37,6 +40,8 @@ from contraflow.flow import kernel
 from contraflow.flow.path import Scalar, Vector
 
 Field = Callable[[Vector, Scalar], Vector]
+Running = Callable[[Vector, Scalar], Scalar]
+"""A cost f(x_t, t) for each unit of time."""
 
 
 def sigma(t: Float[Array, "*n"], h: float = 0.0) -> Float[Array, "*n"]:
@@ -95,8 +100,9 @@ class Targets(eqx.Module):
         return control + self.sigma[:, None] * self.adjoint
 
 
-def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector) -> Targets:
-    """Returns the targets of a roll-out xs [K + 1, d], with `slope` = grad g(x_K).
+def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector, running: Running | None = None) -> Targets:
+    """Returns the targets of a roll-out xs [K + 1, d], with `slope` = grad g(x_K) and any running cost,
+    sum_i h f(x_i, t_i).
 
     The caller decides what g sees of x_K. With g = Q(clip(x)), `slope` and the adjoint at the end are 0 in coordinates
     outside the box. Nothing pulls them back, because the clipped action would not change. This is the tilt of the
@@ -113,6 +119,8 @@ def lean_adjoint(base: Field, xs: Float[Array, "n d"], slope: Vector) -> Targets
         # The last step is x + h v_b. All others have twice the velocity and a pull to the origin.
         last = k == steps - 1
         before = a + h * jnp.where(last, pulled, 2.0 * pulled - a / (t + h))
+        if running is not None:
+            before = before + h * jax.grad(running)(x, t)
         return before, (v, a)
 
     k = jnp.arange(steps, dtype=xs.dtype)
