@@ -71,7 +71,7 @@ class Beside:
 
 
 _parts: Any = None
-_function: Function | None = None
+_function: Any = None
 
 
 def _begin(build: Callable[..., Function], args: tuple[Any, ...]) -> None:

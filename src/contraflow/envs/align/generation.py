@@ -98,13 +98,15 @@ class Generation:
                 if not np.isfinite(column).all():
                     raise UserError(f"{reward.name} returned a number that is not finite")
             else:
-                column = _each(reward, x, cond)
+                column = _each(reward, jnp.asarray(x), jnp.asarray(cond))
             columns.append(np.asarray(column, np.float32))
         return np.stack(columns, -1)
 
     def good(self, x: Any, cond: Any) -> Any:
         """Returns what the judge says [n] of samples under conditions."""
-        return _each(self.problem.approved, x, cond) if self.judge is None else self.judge(*map(np.asarray, (x, cond)))
+        if self.judge is None:
+            return _each(self.problem.approved, x, cond)
+        return self.judge(np.asarray(x), np.asarray(cond))
 
     def score(self, x: Float[Array, " d"], cond: Float[Array, " c"]) -> Float[Array, ""]:
         """Returns the weighted sum of the rewards of one sample."""

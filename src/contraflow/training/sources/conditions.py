@@ -103,13 +103,17 @@ class Conditions:
         whole = lambda name: align.ONNX + str(Path(name.removeprefix(align.ONNX)).resolve())
         return replace(self, reward=tuple(whole(name) if name.startswith(align.ONNX) else name for name in self.reward))
 
-    def open(self, run: Any, trust: Trust) -> Opened:
-        """The problem with its rewards, to train on and to evaluate."""
-        env: Any = make(self.env, 1, run.seed, trust=trust)
+    def generation(self, seed: int, trust: Trust) -> Any:
+        """The problem with its rewards."""
+        env: Any = make(self.env, 1, seed, trust=trust)
         if not isinstance(env, align.Generation):
             raise UserError(f"{self.env} is not a problem of alignment: give --env align:NAME (`contraflow list envs`)")
         found = align.rewards(env.problem, self.reward, trust) if self.reward else env.rewards
-        env = replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
+        return replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
+
+    def open(self, run: Any, trust: Trust) -> Opened:
+        """The problem with its rewards, to train on and to evaluate."""
+        env = self.generation(run.seed, trust)
         with closed_on_error(env):
             if env.outside:  # what fails at all fails here, and not after the first samples
                 env.each_of(np.zeros((2, env.spec.action_dim), np.float32), env.conditions(jr.key(0), 2))
