@@ -42,21 +42,13 @@ All other flags are those of `contraflow train`; `contraflow align METHOD --help
 INSTEAD = {"--model": "--pretrained", "--problem": "--env"}
 SAMPLES = 500  # of the closing table
 
-PRETRAIN: dict[str, tuple[str, ...]] = {
-    "mixture2d": (
-        "--steps",
-        "4000",
-        "--eval-every",
-        "2000",
-        "--agent.flow.network.width",
-        "64",
-        "--agent.flow.network.depth",
-        "2",
-    ),
-    "digits": ("--steps", "1000", "--agent.flow.network.width", "256", "--agent.flow.network.depth", "2"),
+PRETRAIN = {
+    "mixture2d": "--steps 4000 --eval-every 2000 --agent.flow.network.width 64 --agent.flow.network.depth 2",
+    "digits": "--steps 1000 --agent.flow.network.width 256 --agent.flow.network.depth 2",
+    "glyphs": "--steps 6000 --eval-every 3000 --eval-episodes 100",
 }
 """Flags of `bc` by problem. After these the judge approves of about as many samples as of the data."""
-COMMON = ("--agent.optim.lr", "1e-3", "--eval-episodes", "500", "--eval-every", "500")
+COMMON = "--agent.optim.lr 1e-3 --eval-episodes 500 --eval-every 500"
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,8 @@ def _pretrain(args: list[str]) -> int:
         data.make_command([f"{align.PREFIX}{name}", "--out", str(file)])
     elif load_dataset(str(file)).env != align.PREFIX + name:
         raise UserError(f"{file} holds other data than those of {name}: choose another --out")
-    return train.train_command(["bc", "--data", str(file), *COMMON, *PRETRAIN.get(name.partition("/")[0], ()), *words])
+    usual = f"{COMMON} {PRETRAIN.get(name.partition('/')[0], '')}".split()
+    return train.train_command(["bc", "--data", str(file), *usual, *words])
 
 
 # the closing report of runs on problems of alignment

@@ -41,7 +41,8 @@ def draw(problem: Problem, policies: Mapping[str, Policy], path: Path, key: PRNG
         if shape is None:
             _points(axes, problem, np.asarray(samples(policy, np.resize(cond, (POINTS, cond.shape[1])), k_draw)))
         else:
-            x = np.asarray(samples(policy, np.repeat(cond, EACH, 0), k_draw)).reshape(len(cond), EACH, *shape)
+            x = np.asarray(samples(policy, np.repeat(cond, EACH, 0), k_draw))
+            x = getattr(problem, "images", lambda x: x)(x).reshape(len(cond), EACH, *shape)
             x = np.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
             axes.imshow(x.transpose(0, 2, 1, 3).reshape(len(cond) * (shape[0] + 1), -1), cmap="gray", vmin=-1, vmax=1)
             axes.set_axis_off()

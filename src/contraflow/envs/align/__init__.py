@@ -4,12 +4,13 @@ from contraflow.core.beside import Beside
 from contraflow.envs import base
 from contraflow.envs.align.digits import Digits, images
 from contraflow.envs.align.generation import Generation, Problem, Reward
+from contraflow.envs.align.glyphs import Glyphs
 from contraflow.envs.align.mixture import Mixture2d
 from contraflow.envs.align.reward import ONNX as ONNX
 from contraflow.envs.align.reward import rewards as rewards
 
 PREFIX = "align:"
-PROBLEMS: dict[str, Problem] = {"mixture2d": Mixture2d(), "digits": Digits()}
+PROBLEMS: dict[str, Problem] = {"mixture2d": Mixture2d(), "digits": Digits(), "glyphs": Glyphs()}
 
 
 def find(name: str) -> tuple[Problem, Reward | Beside]:
@@ -28,4 +29,4 @@ def _make(name: str, num_envs: int, seed: int, render: bool) -> Generation:
     return Generation(problem, (reward,), num_envs=num_envs)
 
 
-KIND = base.Kind(_make, find, lambda: list(PROBLEMS), jittable=True)
+KIND = base.Kind(_make, find, lambda: list(PROBLEMS), jittable=None)  # a judge may be outside of JAX

@@ -23,8 +23,8 @@ class Problem(Protocol):
 
     `rewards` names functions of one (sample [d], condition [c]); the first is the default. `approved` is a judge that
     training never sees; the share of approved samples is the success rate of an evaluation. `data` are samples under
-    conditions, or None. A problem of images has `shape`, their rows and columns. One whose judge is not written in JAX
-    has `judge`, which takes arrays, in place of `approved`.
+    conditions, or None. A problem of images has `shape`, their rows and columns, and `images` where a sample is not the
+    image itself. One whose judge is not written in JAX has `judge`, which takes arrays, in place of `approved`.
     """
 
     @property
