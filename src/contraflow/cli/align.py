@@ -3,6 +3,7 @@
 import shlex
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,8 +116,9 @@ def _split(flag: str) -> list[str]:
 
 def _pretrain(args: list[str]) -> int:
     """Writes the data of a problem and trains `bc` on them."""
-    if not args or {"-h", "--help", "--help-all"} & set(args) or args[0].startswith("-"):
-        read_flags(Pretrain, args or ["--help"], prog="contraflow align pretrain")
+    if not args or {"-h", "--help", "--help-all"} & set(args):
+        read_flags(Pretrain, ["--help"], prog="contraflow align pretrain")
+    if args[0].startswith("-"):
         raise UserError("the problem comes first: contraflow align pretrain PROBLEM --out DIR")
     name, *flags = args
     name = name.removeprefix(align.PREFIX)
@@ -132,7 +134,8 @@ def _pretrain(args: list[str]) -> int:
     elif load_dataset(str(file)).env != align.PREFIX + name:
         raise UserError(f"{file} holds other data than those of {name}: choose another --out")
     usual = f"{COMMON} {PRETRAIN.get(name.partition('/')[0], '')}".split()
-    return train.train_command(["bc", "--data", str(file), *usual, *words])
+    settings = {flag: value for flag, value in zip(usual[::2], usual[1::2], strict=True) if flag not in words}
+    return train.train_command(["bc", "--data", str(file), *chain(*settings.items()), *words])
 
 
 # the closing report of runs on problems of alignment

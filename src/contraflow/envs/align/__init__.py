@@ -1,5 +1,7 @@
 """Problems of reward alignment as environments: `align:digits`, or `align:digits/ink` with another reward."""
 
+from typing import Any
+
 from contraflow.core.beside import Beside
 from contraflow.envs import base
 from contraflow.envs.align.digits import Digits, images
@@ -10,7 +12,7 @@ from contraflow.envs.align.reward import ONNX as ONNX
 from contraflow.envs.align.reward import rewards as rewards
 
 PREFIX = "align:"
-PROBLEMS: dict[str, Problem] = {"mixture2d": Mixture2d(), "digits": Digits(), "glyphs": Glyphs()}
+PROBLEMS: dict[str, Any] = {"mixture2d": Mixture2d(), "digits": Digits(), "glyphs": Glyphs()}
 
 
 def find(name: str) -> tuple[Problem, Reward | Beside]:

@@ -33,7 +33,7 @@ class Problem(Protocol):
         ...
 
     @property
-    def rewards(self) -> Mapping[str, Reward]: ...
+    def rewards(self) -> Mapping[str, Reward | Beside]: ...
     def condition(self, key: PRNGKey) -> Float[Array, " c"]:
         """Returns a random condition."""
         ...
@@ -80,7 +80,7 @@ class Generation:
 
     def each(self, x: Float[Array, " d"], cond: Float[Array, " c"]) -> Float[Array, " m"]:
         """Returns the rewards of one sample."""
-        return jnp.stack([reward(x, cond) for reward in self.rewards])  # pyright: ignore[reportCallIssue]
+        return jnp.stack([reward(x, cond) for reward in self.rewards])  # pyright: ignore[reportArgumentType]
 
     def each_of(self, x: Any, cond: Any) -> np.ndarray:
         """Returns the rewards [n, m] of samples [n, d] under conditions [n, c], from inside and outside of JAX.
