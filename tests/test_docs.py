@@ -15,6 +15,7 @@ import pytest
 
 from contraflow.agents import presets
 from contraflow.cli import main
+from contraflow.cli.align import INSTEAD
 from contraflow.cli.settings import parse_train
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ NEEDS = {
 """Pages whose files another one uses."""
 BLOCK = re.compile(r"<!-- (run|file (?P<name>\S+)) -->\n```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
 TRAIN = re.compile(r"^contraflow train (?P<preset>[\w-]+) (?P<flags>[^\n]*)$", re.MULTILINE)
+ALIGN = re.compile(r"^contraflow align (?P<preset>[\w-]+) (?P<flags>[^\n]*)$", re.MULTILINE)
 TEXTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 DONE: set[str] = set()
 
@@ -86,4 +88,8 @@ def test_commands_of_a_page_have_flags_that_exist(page):
         for line in TRAIN.finditer(block):
             words = shlex.split(line["flags"], comments=True)
             if line["preset"] in presets() and "--trust" not in words and "..." not in words:
+                parse_train(line["preset"], words)
+        for line in ALIGN.finditer(block):
+            words = [INSTEAD.get(word, word) for word in shlex.split(line["flags"], comments=True)]
+            if line["preset"] in presets():
                 parse_train(line["preset"], words)

@@ -21,6 +21,7 @@ IMPORT_NAMES = {
     "ott-jax": "ott",
     "pillow": "PIL",
     "playground": "mujoco_playground",
+    "scikit-learn": "sklearn",
 }
 
 

@@ -17,6 +17,7 @@ Flow policies for reinforcement learning, in JAX.
 
 commands:
   train PRESET    train an agent: contraflow train rfm --env envpool:CartpoleSwingup-v1
+  align METHOD    align a flow with rewards, after `align pretrain PROBLEM`
   resume DIR      continue a run that was interrupted, or extend it with --steps
   eval DIR        returns of a trained policy, and a video with --video out.mp4
   compare         train a matrix of agents, environments and seeds, or continue one
@@ -41,6 +42,7 @@ Errors end with exit code 2."""
 
 COMMANDS = {
     "train": "contraflow.cli.train:train_command",
+    "align": "contraflow.cli.align:align_command",
     "resume": "contraflow.cli.train:resume_command",
     "eval": "contraflow.cli.evaluate:eval_command",
     "compare": "contraflow.cli.compare:compare_command",

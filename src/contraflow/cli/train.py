@@ -15,6 +15,7 @@ from contraflow.cli.settings import as_run, parse_train
 from contraflow.core.settings import suggest
 from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
+from contraflow.envs.align import PREFIX
 from contraflow.training import run as runs
 from contraflow.training.run_writer import best_evaluation
 
@@ -136,6 +137,11 @@ def _report(folder: Path, require: float | None, trust: Trust) -> int:
         print(f"no environment to evaluate in: `contraflow eval {shlex.quote(str(folder))} --env ID` does it later")
         print(f"last policy  {folder / 'policy'}")
         return 0
+    run = runs.read_config(folder, trust)
+    if run.env.startswith(PREFIX):
+        from contraflow.cli import align  # it calls this module
+
+        return align.report(folder, run, require, trust)
     table = final_returns(folder, trust)
     for name, found in table.items():
         print(f"  {name:<42} {summary(found, 8)}")

@@ -94,6 +94,9 @@ class FlowSpec:
     """The network sees clock * t."""
     unit_input: bool = False
     """The network sees x_t / sqrt(alpha_t^2 + beta_t^2)."""
+    guidance: float = 1.0
+    """w of classifier-free guidance (2207.12598): the output is u + w (c - u), with c under the condition and u under
+    an encoded condition of zeros, for which the network must have been trained. 1 is the flow itself."""
     network: ResidualMLP | ChunkTransformer = ResidualMLP()
     pixels: Pixels = Pixels()
     """The encoder of image observations."""
@@ -142,7 +145,12 @@ class Flow(eqx.Module):
 
     def output(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Vector:
         """Returns the network's output [d] at (x_t, t); for an averaged flow, over the step to r (default: r = t)."""
-        return self.net(*self._inputs(x, t, cond, r))
+        cond = self.encode(cond)
+        out, weight = self.net(*self._inputs(x, t, cond, r)), self.spec.guidance
+        if weight == 1.0:
+            return out
+        without = self.net(*self._inputs(x, t, jnp.zeros_like(cond), r))
+        return without + weight * (out - without)
 
     def features(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Float[Array, " w"]:
         """Returns the last hidden layer [w] of the network."""

@@ -35,7 +35,8 @@ class FlowPolicy(eqx.Module):
 
     @property
     def cost(self) -> Cost:
-        return Cost(1, self.flow.spec.solver.nfe, 0)
+        spec = self.flow.spec
+        return Cost(1, spec.solver.nfe * (1 if spec.guidance == 1.0 else 2), 0)
 
 
 def condition(flow: Flow, obs: Obs, temperature: Scalar | None) -> Condition:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -347,16 +347,19 @@ def about(run: Run, opened: Opened) -> dict[str, Any]:
 def first_carry(run: Run, folder: Path, opened: Opened, key: PRNGKey, step: int | None, trust: Trust = "") -> Carry:
     """The first carry, or the one of checkpoint `step`."""
     k_init, k_env = jr.split(key)
-    env, spec = opened.world.env, opened.world.spec
+    env, spec, found = opened.world.env, opened.world.spec, pretrained.load(run, trust)
+
+    def first(key: PRNGKey) -> Any:
+        learner, agent = run.source.learner(run.agent, opened, key), cast(Any, run.agent)
+        # A pretrained policy may bring what a fresh state does not have, such as normalisation.
+        return replace(learner, agent=agent.adopt(learner.agent, found[0])) if found else learner
+
     if step is None:
-        learner = run.source.learner(run.agent, opened, k_init)
-        if found := pretrained.load(run, trust):
-            agent: Any = run.agent
-            learner = replace(learner, agent=agent.adopt(learner.agent, found[0]))
+        learner = first(k_init)
         env_state, obs = reset(env, k_env) if env else (None, None)
         # Copied, because a donated carry must not hold one buffer twice, and `obs` may be part of the state.
         return Carry(learner, env_state, jax.tree.map(jnp.copy, obs) if env and spec.jittable else obs)
-    shapes = jax.eval_shape(lambda k: run.source.learner(run.agent, opened, k), k_init)
+    shapes = jax.eval_shape(first, k_init)
     if env and spec.jittable:
         return checkpoint.load(folder, step, Carry(shapes, *jax.eval_shape(env.reset, k_env)), about(run, opened))
     learner = checkpoint.load(folder, step, Carry(shapes, None, None), about(run, opened)).learner

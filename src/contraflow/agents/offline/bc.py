@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.agents.base import Preset, adopted, flow_of
 from contraflow.core.optim import Optim
-from contraflow.core.types import Batch, EnvSpec, Metrics, Obs, PRNGKey
+from contraflow.core.types import Batch, EnvSpec, Metrics, Obs, PRNGKey, UserError
 from contraflow.flow.coupling import Coupling, Independent
 from contraflow.flow.fewstep import Matching, Objective, dispersion
 from contraflow.flow.matching import consistency_error, matching_error, with_objective
@@ -54,29 +54,44 @@ class BC:
     """Of x0 and x1, for the rows that are matched to the flow."""
     dispersion: float = 0.0
     """Weight of the dispersive loss on the last hidden layer."""
+    drop_condition: float = 0.0
+    """Share of the rows that are trained without their condition, for guidance; conditions must be vectors."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance when the policy acts; 1 is none."""
     ema: float = 0.999
     optim: Optim = Optim(3e-4, max_grad_norm=10.0)
 
     def __post_init__(self):
         if not 0 <= self.ema < 1 or self.dispersion < 0:
             raise ValueError(f"BC needs 0 <= ema < 1 and dispersion >= 0, got {self.ema} and {self.dispersion}")
+        if not 0 <= self.drop_condition < 1:
+            raise ValueError(f"drop_condition must lie in [0, 1), got {self.drop_condition}")
+        if self.guidance != 1.0 and not self.drop_condition:
+            raise ValueError(
+                "guidance needs a flow that also knows no condition: set drop_condition, to .1 for instance"
+            )
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
         """Returns a fresh flow for the sizes of `spec`. Statistics come from the data; parts are not normalised."""
+        if self.drop_condition and spec.obs_parts:
+            raise UserError("drop_condition takes vectors, and these observations have parts: set it to 0")
         flow = self.flow.init(key, spec.action_dim, spec.observation, spec.horizon)
         stats, step = None if spec.obs_parts else RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
         return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step)
 
     def policy(self, state: BCState) -> Policy:
         """Returns the end of the averaged flow from a random x_0."""
-        return normalised(state.stats, FlowPolicy(state.average))
+        guided = replace(state.average, spec=replace(state.average.spec, guidance=self.guidance))
+        return normalised(state.stats, FlowPolicy(guided))
 
     def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
         """Makes one gradient step on chunks [B, h a]. Of the batch it reads only `obs`, `action` and `mask`."""
         cond = jax.vmap(partial(normalise, state.stats))(batch.obs)
         k_noise, k_rows, k_spread = jr.split(key, 3)
         n = batch.action.shape[0]
+        if self.drop_condition:
+            cond = jnp.where(jr.bernoulli(jr.fold_in(key, 3), self.drop_condition, (n, 1)), 0.0, cond)
         matched = round(self.objective.share * n)
         x1 = self.flow.support.latent(batch.action)
         x0 = state.flow.noise(k_noise, n)
@@ -125,7 +140,7 @@ class BC:
 
     def starting_from(self, policy: Policy) -> "BC":
         """Returns the settings with the flow of a pretrained policy."""
-        return replace(self, flow=flow_of(policy, self)[0].spec)
+        return replace(self, flow=replace(flow_of(policy, self)[0].spec, guidance=1.0))
 
     def adopt(self, state: BCState, policy: Policy) -> BCState:
         """Returns the state with the networks of a pretrained policy."""

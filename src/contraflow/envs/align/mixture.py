@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, Float
 
 from contraflow.envs.align.generation import Reward
 from contraflow.flow.path import Vector
 from contraflow.flow.targets import GaussianMixture, eight_gaussians
 
+Condition = Float[Array, " c"]
 RADIUS, STD = 0.7, 0.08
-FLOOR = -6.0  # of the log density that the judge accepts: 99.9 % of the reference lies above it
+FLOOR = -6.0  # of the log density that the judge accepts: 1 - exp(-6) = 99.75 % of the reference lies above it
 
 
 @cache
@@ -24,18 +26,18 @@ def mixture() -> GaussianMixture:
         return eight_gaussians(RADIUS, STD)
 
 
-def right(x: Vector, cond: Vector) -> jax.Array:
+def right(x: Vector, cond: Condition) -> jax.Array:
     """r = 2 x_1: grows without end to the right, where there are no data."""
     return 2.0 * x[0]
 
 
-def pair(x: Vector, cond: Vector) -> jax.Array:
+def pair(x: Vector, cond: Condition) -> jax.Array:
     """r = 1 near the modes at 0 and 135 degrees, with width .2, else 0."""
     squares = jnp.stack([jnp.sum((x - mixture().means[i]) ** 2) for i in (0, 3)])
     return jnp.max(jnp.exp(-squares / (2 * 0.2**2)))
 
 
-def centre(x: Vector, cond: Vector) -> jax.Array:
+def centre(x: Vector, cond: Condition) -> jax.Array:
     """r = -4 |x - c|^2 with c = (.35, .35), which lies between modes."""
     return -4.0 * jnp.sum((x - 0.35) ** 2)
 

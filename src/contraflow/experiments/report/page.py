@@ -14,13 +14,14 @@ from contraflow.core.files import make_folder, replacing
 from contraflow.core.settings import suggest, version
 from contraflow.core.types import UserError
 from contraflow.experiments.report import charts, statistics, tables
-from contraflow.experiments.report.runs import read
+from contraflow.experiments.report.runs import Record, read
 from contraflow.experiments.report.scores import collect, plural
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
+MOST = 12  # pictures of samples
 ENVIRONMENT.filters["plural"] = plural
 
 
@@ -50,6 +51,7 @@ def write_report(
         title=folder.resolve().name, version=version(), date=date.today().isoformat(), folder=folder, left=left,
         agents=agents, free=free, envs=envs, records=records, table=table, reference=reference, tables=tables,
         pictures={name: base64.b64encode(png).decode() for name, png in pictures.items()},
+        samples=_samples(records),
         fewest=min(map(len, table.scores.values()), default=0), statistics=statistics, captions=charts.CAPTIONS,
     )  # fmt: skip
     contents = {out.with_name(f"{out.stem}-{name}.png"): png for name, png in pictures.items()} | {out: page.encode()}
@@ -60,6 +62,13 @@ def write_report(
         except OSError as error:
             raise UserError(f"{file} cannot be written ({error.strerror or error}): choose another --out") from None
     return list(contents), left
+
+
+def _samples(records: list[Record]) -> list[tuple[str, str]]:
+    """Returns (what is shown, picture) of runs that aligned a flow and left samples of before and after."""
+    files = [(r, r.folder / "before_after.png") for r in records]
+    files = [(r, file) for r, file in files if file.is_file()][:MOST]
+    return [(f"{r.agent}, {r.env}, seed {r.seed}", base64.b64encode(file.read_bytes()).decode()) for r, file in files]
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 
 from contraflow.agents.align.base import Pairs, Scored
 from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey, UserError
 from contraflow.envs import align, make
 from contraflow.training.loop import Carry, Learner, World
-from contraflow.training.sources.base import Opened, check_counts, first_learner, iterations
+from contraflow.training.sources.base import Opened, check_counts, closed_on_error, first_learner, iterations
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,50 @@ class Align:
     learns = True
 
     def compiled(self, world: World) -> bool:
-        return True
+        return not world.env.outside
 
     def iterate(self, agent: Any, world: World, carry: Carry, key: PRNGKey) -> tuple[Carry, Metrics]:
-        learner, metrics = learn(self, agent, world, carry.learner, key)
+        """Draw samples, reward them, learn from them; the first and the last are compiled."""
+        cond, draws, x = draw(self, agent, world, carry.learner, key)
+        if self.compiled(world):
+            reward = jax.vmap(lambda c, x: jax.vmap(lambda x: world.env.each(x, c))(x))(cond, x)
+        else:
+            flat = np.asarray(x).reshape(-1, x.shape[-1])
+            reward = world.env.each_of(flat, np.repeat(cond, self.group, 0)).reshape(*x.shape[:2], -1)
+        learner, metrics = learn(self, agent, world, carry.learner, cond, draws, reward, key)
         return Carry(learner, carry.env, carry.obs), metrics
 
 
 @partial(jax.jit, static_argnames=("stage", "agent"))
-def learn(stage: Align, agent: Any, world: World, learner: Learner, key: PRNGKey) -> tuple[Learner, Metrics]:
-    """One iteration."""
-    env = world.env
-    k_cond, k_draw, k_data, k_update = jr.split(jr.fold_in(key, learner.iteration), 4)
-    cond = env.conditions(k_cond, stage.prompts)
+def draw(stage: Align, agent: Any, world: World, learner: Learner, key: PRNGKey) -> tuple[Any, Any, Any]:
+    """Returns conditions [B, c], draws of the agent, and its samples [B, G, d]."""
+    k_cond, k_draw, _, _ = keys(key, learner)
+    cond = world.env.conditions(k_cond, stage.prompts)
     draws = agent.explore(learner.agent, cond, stage.group, k_draw)
-    support = agent.flow.support
-    reward = jax.vmap(lambda c, x: jax.vmap(lambda x: env.each(x, c))(x))(cond, support.action(draws.end))
-    data = None
+    return cond, draws, agent.flow.support.action(draws.end)
+
+
+@partial(jax.jit, static_argnames=("stage", "agent"))
+def learn(
+    stage: Align, agent: Any, world: World, learner: Learner, cond: Any, draws: Any, reward: Any, key: PRNGKey
+) -> tuple[Learner, Metrics]:
+    """Update from samples and their rewards [B, G, m]."""
+    env, data = world.env, None
+    _, _, k_data, k_update = keys(key, learner)
     if world.data is not None:
         rows = jr.randint(k_data, (stage.prompts * stage.group,), 0, world.data.x.shape[0])
         data = Pairs(world.data.cond[rows], world.data.x[rows])
-    scored = Scored(cond, draws, reward, data, env.weights, env.score)
+    scored = Scored(cond, draws, reward, data, env.weights, None if env.outside else env.score)
     state, metrics = agent.update(learner.agent, scored, k_update)
     count = jnp.asarray(stage.prompts * stage.group, jnp.int32)
     metrics |= {"episodes": count, "episode_return_sum": jnp.sum(scored.total)}
+    metrics |= {f"reward_{j}": jnp.mean(reward[..., j]) for j in range(reward.shape[-1]) if reward.shape[-1] > 1}
     return Learner(state, None, learner.returns, learner.steps + count, learner.iteration + 1), metrics
+
+
+def keys(key: PRNGKey, learner: Learner) -> Any:
+    """Returns the keys of an iteration: conditions, draws, data, update."""
+    return jr.split(jr.fold_in(key, learner.iteration), 4)
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Conditions:
     env: str = "align:mixture2d"
     """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`)."""
     reward: tuple[str, ...] = ()
-    """Several rewards of the problem, by name; empty is that of `env`."""
+    """Rewards: names of the problem's, module:function (with --trust) or onnx:FILE; empty is that of `env`."""
     weights: tuple[float, ...] = ()
     """Weights of the rewards; empty is 1 for each."""
     prompts: int = 8
@@ -78,17 +99,25 @@ class Conditions:
             raise ValueError(f"--group must be a multiple of {leaves}, the samples that share a start: {self.group}")
 
     def resolved(self, steps: int) -> "Conditions":
-        return self
+        """With paths that hold in any working folder."""
+        whole = lambda name: align.ONNX + str(Path(name.removeprefix(align.ONNX)).resolve())
+        return replace(self, reward=tuple(whole(name) if name.startswith(align.ONNX) else name for name in self.reward))
+
+    def generation(self, seed: int, trust: Trust) -> Any:
+        """The problem with its rewards."""
+        env: Any = make(self.env, 1, seed, trust=trust)
+        if not isinstance(env, align.Generation):
+            raise UserError(f"{self.env} is not a problem of alignment: give --env align:NAME (`contraflow list envs`)")
+        found = align.rewards(env.problem, self.reward, trust) if self.reward else env.rewards
+        return replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
 
     def open(self, run: Any, trust: Trust) -> Opened:
         """The problem with its rewards, to train on and to evaluate."""
-        env: Any = make(self.env, 1, run.seed, trust=trust)
-        if not isinstance(env, align.Generation):
-            raise UserError(f"{self.env} is not a problem of alignment: give --env align:NAME (`contraflow list envs`)")
-        names = self.reward
-        found = align.rewards(env.problem, names) if names else env.rewards
-        env = replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
-        data = env.problem.data()
+        env = self.generation(run.seed, trust)
+        with closed_on_error(env):
+            if env.outside:  # what fails at all fails here, and not after the first samples
+                env.each_of(np.zeros((2, env.spec.action_dim), np.float32), env.conditions(jr.key(0), 2))
+            data = env.problem.data()
         pairs = None if data is None else Pairs(jnp.asarray(data[0]), jnp.asarray(data[1]))
         return Opened(World(env.spec, env, pairs), replace(env, num_envs=run.eval_episodes))
 
