@@ -8,6 +8,7 @@ Callers look up optional abilities by name:
     particles(obs, key, n) -> actions [n, a]        n candidates for one observation
     sample(obs, key) -> (action, extras)            an exploring action, and the data a policy gradient needs about it
     flow                                            the `Flow` that acts, for fine-tuning and composition
+    resume(obs, previous, left, delay, key)         a chunk that continues the one being executed (policy/realtime.py)
 """
 
 from collections.abc import Callable
