@@ -8,7 +8,7 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.agents.offline import bc
-from contraflow.policy import realtime
+from contraflow.policy import composed, realtime
 from contraflow.runtime.delayed import Delayed
 
 REALTIME = "policy/test_realtime.py::"
@@ -107,3 +107,32 @@ def a_chunk_of_the_last_episode_still_arrives(patch: pytest.MonkeyPatch) -> None
 @bug(DELAYED + "test_episodes_are_counted_once")
 def a_policy_that_waits_is_not_seen_to_stall(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Delayed, "stalled", property(lambda self: np.zeros(len(self._age), bool)))
+
+
+@bug("policy/test_composed.py::test_either_of_two_is_their_mixture")
+def alternatives_are_averaged(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "_end")
+    def end(right, self, flows, conds, x0):
+        return right(replace(self, rule="convex"), flows, conds, x0)
+
+
+@bug("policy/test_composed.py::test_either_of_two_is_their_mixture")
+def densities_are_tracked_without_the_divergence(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed, "_with_divergence")
+    def velocity(right, flow, x, t, cond):
+        return flow.velocity(x, t, cond), jnp.zeros(())
+
+
+@bug("policy/test_composed.py::test_all_the_weight_is_the_parent")
+def all_parents_see_observations_as_the_first(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "__call__")
+    def act(right, self, obs, key, greedy=True):
+        stats = self.policies[0].stats
+        return right(replace(self, policies=tuple(replace(p, stats=stats) for p in self.policies)), obs, key, greedy)
+
+
+@bug("policy/test_composed.py::test_what_a_sum_of_fields_is_and_is_not")
+def agreement_forgets_the_noise(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "_end")
+    def end(right, self, flows, conds, x0):
+        return right(replace(self, rule="convex"), flows, conds, x0)
