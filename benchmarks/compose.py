@@ -3,8 +3,8 @@
     python benchmarks/delay.py train --tasks gap --methods bc     # the parents
     python benchmarks/compose.py                                  # docs/data/compose.csv
 
-Parents are clones of the same demonstrations from different seeds (`same`), or one of those that pass the obstacle on the
-left and one of those that pass on the right (`halves`, trained here). The weight is searched on 200 episodes and
+Parents are clones of the same demonstrations from different seeds (`same`), or one of those that pass the obstacle on
+the left and one of those that pass on the right (`halves`, trained here). The weight is searched on 200 episodes and
 reported on 400 others; "wins" says whether it beats both parents there by more than their 95 % interval.
 """
 

@@ -6,7 +6,7 @@
 
 `gap`: the point of `jax:multi-goal` heads for the obstacle in the middle, and passes it on the left or on the right.
 The expert turns two steps before it and takes either side at random. Success is to be at a goal within 40 steps.
-`arm`: `jax:two-way-arm`, folded to the target with its elbow on either side; only the time until then counts.
+`arm`: `jax:two-way-arm` with two joints, folded to the target with its elbow on either side; the earlier the better.
 `pendulum`: `jax:pendulum`, swung up by its energy, to the left or to the right, and balanced.
 
 Chunks have 16 actions, of which max(4, delay) are carried out. The executed actions have noise (`NOISE`) that the
@@ -16,6 +16,7 @@ actions.
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def gap(obs: jax.Array, side: jax.Array) -> jax.Array:
 
 
 def fold(obs: jax.Array, side: jax.Array) -> jax.Array:
-    """The turn [8] towards an arm whose halves lean to this side and back by 60 degrees: its tip is at the target."""
-    goal = jnp.zeros(8).at[0].set(side * jnp.pi / 3).at[4].set(-side * 2 * jnp.pi / 3)
-    return jnp.clip((goal - obs[:8]) / 0.15, -1.0, 1.0)
+    """The turn [2] towards an arm whose links lean to this side and back by 60 degrees: its tip is at the target."""
+    goal = side * jnp.array([1.0, -2.0]) * jnp.pi / 3
+    return jnp.clip((goal - obs[:2]) / 0.3, -1.0, 1.0)
 
 
 def swing(obs: jax.Array, side: jax.Array) -> jax.Array:
@@ -101,7 +102,7 @@ class Noisy:
 NOISE = {"gap": 0.2, "arm": 0.2, "pendulum": 0.1}
 TASKS: dict[str, Any] = {
     "gap": (MultiGoal, gap, 1000),
-    "arm": (TwoWayArm, fold, 500),
+    "arm": (partial(TwoWayArm, joints=2), fold, 500),
     "pendulum": (Pendulum, swing, 200),
 }
 
@@ -142,7 +143,7 @@ class Options:
     modes: tuple[str, ...] = tuple(MODES)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 4000
-    """Updates of `bc`; `bc-delay`, which learns seven cases, takes three times as many."""
+    """Updates of `bc`; `bc-delay`, which learns seven cases, takes eight times as many."""
     runs: Path = RUNS
     out: Path = DATA / "delay.csv"
 
@@ -159,7 +160,7 @@ def train(options: Options) -> None:
                 flow = FlowSpec(solver=Ddim(10), network=ResidualMLP(64, 2, 32))
                 agent = BC(flow, delay_max=METHODS[method], optim=Optim(1e-3, max_grad_norm=10.0))
                 source = Dataset(str(path), "", 256, HORIZON, EXECUTE)
-                steps = options.steps * (3 if METHODS[method] else 1)
+                steps = options.steps * (8 if METHODS[method] else 1)
                 run = Run(agent, source, steps, None, steps, log_every=steps, trackers=())
                 began = time.monotonic()
                 for seed in options.seeds:
