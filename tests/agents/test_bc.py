@@ -81,6 +81,35 @@ def test_the_loss_by_hand(predict: str):
     np.testing.assert_allclose(metrics["matching_loss"], np.mean(squares), rtol=1e-3)
 
 
+def test_a_given_prefix_by_hand():
+    """The first d ~ U{0..2} actions are clean and at time 1, and the loss is that of the others."""
+    h, n = 4, 64
+    agent = BC(replace(SMALL, network=Recorded(16, 1, 8)), delay_max=2)
+    state = agent.init(jr.key(0), EnvSpec(3, 2 * h, 1, None, False, horizon=h, execute=2))
+    obs, action = jr.normal(jr.key(3), (n, 3)), jr.uniform(jr.key(4), (n, 2 * h), minval=-1.0)
+    mask = jnp.ones((n, 2 * h)).at[: n // 2, -2:].set(0.0)
+    ASKED.clear()
+    _, metrics = jax.jit(agent.update)(state, imitated(obs, action, mask), jr.key(2))
+    jax.effects_barrier()
+    rows = {tuple(np.round(obs, 4)): (x, t) for x, t, obs in ASKED}
+    assert len(rows) == n
+    network = jax.jit(lambda x, t, obs: state.flow.net.last(state.flow.net.features(x, t, obs)))
+    squares, lengths = [], []
+    for o, a, m in zip(obs, action, mask, strict=True):
+        x, seen = rows[tuple(np.round(np.asarray(o), 4))]
+        t = seen / agent.flow.clock
+        known = int((t == 1).sum())
+        assert (t[:known] == 1).all() and (t[known:] == t[-1]).all() and 0 < t[-1] < 1
+        np.testing.assert_array_equal(x[: 2 * known], a[: 2 * known])
+        x0 = (x - t[-1] * a) / (1 - t[-1])
+        error = (network(jnp.asarray(x), jnp.asarray(seen), o) - (a - x0))[2 * known :]
+        squares.append(float(jnp.sum(m[2 * known :] * error**2) / m[2 * known :].sum()))
+        lengths.append(known)
+    # x0 is found again by a difference over 1 - t, which loses up to three digits.
+    np.testing.assert_allclose(metrics["matching_loss"], np.mean(squares), rtol=1e-3)
+    assert set(lengths) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_one_update(objective):
     agent = BC(SMALL, objective=objective, coupling=Weighted(), dispersion=0.1)

@@ -8,17 +8,31 @@ import jax.numpy as jnp
 from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.fewstep import Matching, Objective
 from contraflow.flow.model import Flow, FlowSpec
-from contraflow.flow.path import Scalar, Vector
+from contraflow.flow.path import Scalar, Times, Vector
 
 
-def matching_error(flow: Flow, cond: Obs, x0: Vector, x1: Vector, t: Scalar) -> Vector:
+def matching_error(flow: Flow, cond: Obs, x0: Vector, x1: Vector, t: Times) -> Vector:
     """Returns f(x_t, t) - f* [d] at x_t = alpha_t x1 + beta_t x0 (2210.02747; 2006.11239).
 
-    f* is alpha' x1 + beta' x0, x0 or x1, depending on whether the network predicts velocity, noise or data.
+    f* is alpha' x1 + beta' x0, x0 or x1, depending on whether the network predicts velocity, noise or data. Each action
+    of a chunk may have a time of its own, t [h].
     """
     path, predict = flow.spec.path, flow.spec.predict
-    targets = {"noise": lambda: x0, "data": lambda: x1, "velocity": lambda: path.d_alpha(t) * x1 + path.d_beta(t) * x0}
-    return flow.output(path.perturb(x0, x1, t), t, cond) - targets[predict]()
+
+    def pair(x0, x1, t):
+        targets = {
+            "noise": lambda: x0,
+            "data": lambda: x1,
+            "velocity": lambda: path.d_alpha(t) * x1 + path.d_beta(t) * x0,
+        }
+        return path.perturb(x0, x1, t), targets[predict]()
+
+    if t.ndim == 0:
+        x_t, target = pair(x0, x1, t)
+    else:
+        rows = x0.reshape(t.shape[0], -1), x1.reshape(t.shape[0], -1), t
+        x_t, target = (x.reshape(-1) for x in jax.vmap(pair)(*rows))
+    return flow.output(x_t, t, cond) - target
 
 
 def posterior_error(flow: Flow, cond: Obs, mean: Vector, x_t: Vector, t: Scalar) -> Vector:

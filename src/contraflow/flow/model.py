@@ -18,7 +18,7 @@ from contraflow.core.optim import check_positive
 from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.fewstep import sample_average_velocity
 from contraflow.flow.kernel import Kernel, forward_std, posterior_std, rollout
-from contraflow.flow.path import Linear, Path, Scalar, Vector
+from contraflow.flow.path import Linear, Path, Scalar, Times, Vector
 from contraflow.flow.solver import Euler, EulerMaruyama, Solver
 from contraflow.flow.support import Box, Support
 from contraflow.nets.encoder import Encoder, Pixels, encode, encoder_for
@@ -28,7 +28,8 @@ from contraflow.nets.velocity import ResidualMLP
 
 Condition = Float[Array, " c"]
 Network = Any
-"""A module with a `dim` that takes (x [d], t, cond [c]) to [d], and has `features` (its last hidden layer)."""
+"""A module with a `dim` that takes (x [d], t, cond [c]) to [d], and has `features` (its last hidden layer). Those of
+`nets` take one time or one for each action of a chunk."""
 Predict = Literal["velocity", "noise", "data"]
 """What a network returns: dx/dt, E[x0 | x_t] or E[x1 | x_t]."""
 CLOCK = 5.0  # the embedding sees step lengths scaled to [0, 5]: with [0, 100] the derivative in MeanFlow blows up
@@ -143,7 +144,7 @@ class Flow(eqx.Module):
         """Returns the condition as the network takes it; an encoded condition passes through unchanged."""
         return encode(self.encoder, cond)
 
-    def output(self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None = None) -> Vector:
+    def output(self, x: Vector, t: Times, cond: Obs, r: Scalar | None = None) -> Vector:
         """Returns the network's output [d] at (x_t, t); for an averaged flow, over the step to r (default: r = t)."""
         cond = self.encode(cond)
         out, weight = self.net(*self._inputs(x, t, cond, r)), self.spec.guidance
@@ -156,9 +157,7 @@ class Flow(eqx.Module):
         """Returns the last hidden layer [w] of the network."""
         return self.net.features(*self._inputs(x, t, cond, r))
 
-    def _inputs(
-        self, x: Vector, t: Scalar, cond: Obs, r: Scalar | None
-    ) -> tuple[Vector, Scalar, Float[Array, " told"]]:
+    def _inputs(self, x: Vector, t: Times, cond: Obs, r: Scalar | None) -> tuple[Vector, Times, Float[Array, " told"]]:
         spec, cond = self.spec, self.encode(cond)
         if spec.averaged:
             length = CLOCK * ((t if r is None else r) - t)

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 
 Scalar = Float[Array, ""]
 Vector = Float[Array, " d"]
+Times = Float[Array, "*h"]
+"""One time for all numbers of x, or one for each of the h actions of a chunk."""
 
 
 def _derivative(f: Callable[[Scalar], Scalar], t: Scalar) -> Scalar:

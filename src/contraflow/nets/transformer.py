@@ -36,19 +36,31 @@ class Block(eqx.Module):
         self.out = Linear(4 * width, width, key=keys[4])
         self.heads = heads
 
-    def __call__(self, h: Float[Array, "n w"], cond: Float[Array, " w"]) -> Float[Array, "n w"]:
-        scale1, shift1, gate1, scale2, shift2, gate2 = jnp.split(self.modulate(jax.nn.silu(cond)), 6)
+    def __call__(self, h: Float[Array, "n w"], cond: Float[Array, "*n w"]) -> Float[Array, "n w"]:
+        """Returns the tokens [n, w] under one condition [w], or one for each token [n, w]."""
+        axis = None if cond.ndim == 1 else 0
+        modulate = self.modulate if cond.ndim == 1 else jax.vmap(self.modulate)
+        scale1, shift1, gate1, scale2, shift2, gate2 = jnp.split(modulate(jax.nn.silu(cond)), 6, axis=-1)
         n, width = h.shape
-        z = jax.vmap(lambda x: layer_norm(x) * (1 + scale1) + shift1)(h)
+
+        def norm(h, scale, shift):
+            return jax.vmap(lambda x, scale, shift: layer_norm(x) * (1 + scale) + shift, (0, axis, axis))(
+                h, scale, shift
+            )
+
+        z = norm(h, scale1, shift1)
         q, k, v = jnp.split(jax.vmap(self.mix)(z).reshape(n, 3 * self.heads, -1), 3, axis=1)
         z = jax.nn.dot_product_attention(q, k, v).reshape(n, width)
-        h = h + gate1[None] * jax.vmap(self.join)(z)
-        z = jax.vmap(lambda x: self.out(jax.nn.gelu(self.into(layer_norm(x) * (1 + scale2) + shift2))))(h)
-        return h + gate2[None] * z
+        h = h + jnp.atleast_2d(gate1) * jax.vmap(self.join)(z)
+        z = jax.vmap(lambda x: self.out(jax.nn.gelu(self.into(x))))(norm(h, scale2, shift2))
+        return h + jnp.atleast_2d(gate2) * z
 
 
 class Transformer(eqx.Module):
-    """v(x, t, cond) with one token per action of the chunk x (DiT, 2212.09748; for control 2303.04137)."""
+    """v(x, t, cond) with one token per action of the chunk x (DiT, 2212.09748; for control 2303.04137).
+
+    `t` is one time, or one for each action (2512.05964).
+    """
 
     embed: Linear
     place: Float[Array, "h w"]
@@ -84,16 +96,19 @@ class Transformer(eqx.Module):
     def dim(self) -> int:
         return self.place.shape[0] * self.last.bias.shape[0]
 
-    def __call__(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " d"]:
+    def __call__(self, x: Float[Array, " d"], t: Float[Array, "*h"], cond: Float[Array, " c"]) -> Float[Array, " d"]:
         return jax.vmap(self.last)(self._tokens(x, t, cond)).reshape(-1)
 
-    def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
+    def features(self, x: Float[Array, " d"], t: Float[Array, "*h"], cond: Float[Array, " c"]) -> Float[Array, " w"]:
         """Returns the last hidden layer [w], averaged over the tokens."""
         return self._tokens(x, t, cond).mean(0)
 
-    def _tokens(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, "h w"]:
+    def _tokens(self, x: Float[Array, " d"], t: Float[Array, "*h"], cond: Float[Array, " c"]) -> Float[Array, "h w"]:
         h = jax.vmap(self.embed)(x.reshape(self.place.shape[0], -1)) + self.place
-        c = self.time(time_embedding(t, self.embedding)) + self.cond(cond)
+        if t.ndim == 0:
+            c = self.time(time_embedding(t, self.embedding)) + self.cond(cond)
+        else:
+            c = jax.vmap(lambda t: self.time(time_embedding(t, self.embedding)))(t) + self.cond(cond)[None]
         for block in self.blocks:
             h = block(h, c)
         return jax.vmap(layer_norm)(h)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
@@ -12,7 +14,10 @@ from contraflow.nets.layers import Activation, Linear, SplitLinear, activation_f
 
 
 class Velocity(eqx.Module):
-    """v(x, t, cond): a residual MLP, h <- h + act(W h + b), with separate first-layer weights for x, t and cond."""
+    """v(x, t, cond): a residual MLP, h <- h + act(W h + b), with separate first-layer weights for x, t and cond.
+
+    `t` is one time, or one for each action of a chunk: then the network sees the mean of their features.
+    """
 
     first: SplitLinear
     blocks: tuple[Linear, ...]
@@ -43,16 +48,24 @@ class Velocity(eqx.Module):
     def dim(self) -> int:
         return self.last.bias.shape[0]
 
-    def __call__(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " d"]:
+    def __call__(self, x: Float[Array, " d"], t: Float[Array, "*h"], cond: Float[Array, " c"]) -> Float[Array, " d"]:
         return self.last(self.features(x, t, cond))
 
-    def features(self, x: Float[Array, " d"], t: Float[Array, ""], cond: Float[Array, " c"]) -> Float[Array, " w"]:
+    def features(self, x: Float[Array, " d"], t: Float[Array, "*h"], cond: Float[Array, " c"]) -> Float[Array, " w"]:
         """Returns the last hidden layer [w]."""
         act = activation_function(self.activation)
-        h = act(self.first(x, time_embedding(t, self.embedding), cond))
+        h = act(self.first(x, _time_features(t, self.embedding), cond))
         for block in self.blocks:
             h = h + act(block(h))
         return h
+
+
+def _time_features(t: Float[Array, "*h"], size: int) -> Float[Array, " size"]:
+    """Returns the features of one time, or the mean of those of h times: exactly those of one time if all are equal."""
+    if t.ndim == 0:
+        return time_embedding(t, size)
+    last = time_embedding(t[-1], size)
+    return last + jnp.mean(jax.vmap(lambda t: time_embedding(t, size) - last)(t), 0)
 
 
 @dataclass(frozen=True)

@@ -95,5 +95,20 @@ def innermost(policy: Any) -> Any:
 @partial(jax.jit, static_argnames=("greedy",))
 def act_batch(policy: Policy, obs: Any, key: PRNGKey, first: Any, greedy: bool = True) -> Any:
     """Returns actions [N, a] for observations [N, ...]; the key of row r is `key` folded with first + r."""
-    keys = jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(rows(obs)))
-    return jax.vmap(lambda o, k: policy(o, k, greedy))(obs, keys)
+    return jax.vmap(lambda o, k: policy(o, k, greedy))(obs, _keys(key, first, rows(obs)))
+
+
+@partial(jax.jit, static_argnames=("greedy",))
+def resume_batch(
+    policy: Any, obs: Any, previous: Any, left: Any, delay: Any, key: PRNGKey, first: Any, greedy: bool = True
+) -> Any:
+    """Returns chunks [N, h, a] that continue `previous` [N, h, a], of which `left` [N] actions are known."""
+
+    def one(obs, previous, left, key):
+        return policy.resume(obs, previous, left, delay, key, greedy)
+
+    return jax.vmap(one)(obs, previous, left, _keys(key, first, rows(obs)))
+
+
+def _keys(key: PRNGKey, first: Any, n: int) -> Any:
+    return jax.vmap(jr.fold_in, (None, 0))(key, first + jnp.arange(n))

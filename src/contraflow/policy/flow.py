@@ -6,8 +6,9 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.core.types import Obs, PRNGKey
-from contraflow.flow.model import Condition, Flow
-from contraflow.flow.path import Scalar, Vector
+from contraflow.flow.model import Condition, Ddpm, Flow, FlowSpec
+from contraflow.flow.path import Linear, Scalar, Vector
+from contraflow.flow.solver import EulerMaruyama
 from contraflow.nets.layers import time_embedding
 from contraflow.policy.base import Cost
 
@@ -37,6 +38,12 @@ class FlowPolicy(eqx.Module):
     def cost(self) -> Cost:
         spec = self.flow.spec
         return Cost(1, spec.solver.nfe * (1 if spec.guidance == 1.0 else 2), 0)
+
+
+def solves_velocity(spec: FlowSpec) -> bool:
+    """Returns whether the network is a velocity on the linear path that a solver without noise integrates."""
+    plain = spec.predict == "velocity" and spec.clip is None and not spec.averaged and not spec.unit_input
+    return plain and isinstance(spec.path, Linear) and not isinstance(spec.solver, EulerMaruyama | Ddpm)
 
 
 def condition(flow: Flow, obs: Obs, temperature: Scalar | None) -> Condition:

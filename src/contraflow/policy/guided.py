@@ -18,13 +18,12 @@ from jaxtyping import Array, Float
 
 from contraflow.core.observation import rows
 from contraflow.core.types import Obs, PRNGKey, UserError
-from contraflow.flow.model import Ddpm, Flow
-from contraflow.flow.path import Linear, Scalar, Vector
-from contraflow.flow.solver import EulerMaruyama
+from contraflow.flow.model import Flow
+from contraflow.flow.path import Scalar, Vector
 from contraflow.flow.support import Box
 from contraflow.nets.critic import QEnsemble
 from contraflow.policy.base import Cost, Policy, inner
-from contraflow.policy.flow import FlowPolicy
+from contraflow.policy.flow import FlowPolicy, solves_velocity
 
 
 class Pushed(eqx.Module):
@@ -86,9 +85,7 @@ def guided(policy: Policy, weight: float) -> Policy:
     if inner(policy, "flow") is None or inner(policy, "critic") is None:
         raise UserError("guidance needs a flow and a critic, such as those of ifql: this policy has not both")
     spec = inner(policy, "flow").spec
-    plain = spec.predict == "velocity" and spec.clip is None and not spec.averaged and not spec.unit_input
-    straight = isinstance(spec.path, Linear) and isinstance(spec.support, Box)
-    if not (plain and straight) or isinstance(spec.solver, EulerMaruyama | Ddpm):
+    if not (solves_velocity(spec) and isinstance(spec.support, Box)):
         raise UserError("guidance is for velocities on the linear path, solved without noise, of actions in the box")
     return _within(policy, inner(policy, "critic"), jnp.asarray(weight, jnp.float32))
 

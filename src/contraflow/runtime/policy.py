@@ -27,7 +27,7 @@ class Policy:
 
     def __init__(self, network: base.Policy, spec: EnvSpec, env: str, seed: int = 0):
         self.network, self.spec, self.env = network, spec, env
-        self._key, self._seen = jr.key(seed), 0
+        self.seed, self._key, self._seen = seed, jr.key(seed), 0
 
     @classmethod
     def from_pretrained(cls, path: str | Path, seed: int = 0, trust: Trust = "") -> "Policy":
@@ -45,6 +45,22 @@ class Policy:
         if self.spec.horizon > 1:
             actions = actions.reshape(len(actions), self.spec.horizon, -1)
         return actions if many else actions[0]
+
+    def resume(self, obs: Any, previous: Any, left: Any, delay: int, explore: bool = False) -> np.ndarray:
+        """Returns chunks [N, h, a] for observations [N, ...] that begin with the first `delay` actions of `previous`.
+
+        Of `previous` [N, h, a], which begins with the action that is executed next, the first `left` [N] are known.
+        Raises UserError for a policy that cannot resume (`contraflow.policy.realtime`).
+        """
+        if not hasattr(self.network, "resume"):
+            raise UserError("this policy cannot resume chunks: wrap it, contraflow.policy.realtime.realtime(policy)")
+        many, batch = self._batch(obs)
+        if not many:
+            raise UserError("resume takes several observations: add a leading axis")
+        plans = np.asarray(previous, np.float32), np.asarray(left, np.int32), np.int32(delay)
+        chunks = np.asarray(base.resume_batch(self.network, batch, *plans, self._key, self._seen, not explore))
+        self._seen += len(chunks)
+        return chunks
 
     def _batch(self, obs: Any) -> tuple[bool, Any]:
         """Returns whether there are many observations, and the batch of them. Raises UserError for other shapes."""

@@ -4,6 +4,9 @@
 
 with x1 the chunk that follows s and x0 ~ N(0, I) (2210.02747; for control Diffusion Policy, 2303.04137). A policy that
 predicts noise is regressed on x0 (DDPM, 2006.11239).
+
+With `delay_max` the first d ~ U{0..delay_max} actions of a chunk are given: their time is 1, they are not noisy, and
+the loss is that of the others. Such a policy can continue a chunk that is being executed (2512.05964).
 """
 
 from dataclasses import dataclass, replace
@@ -26,8 +29,9 @@ from contraflow.flow.matching import consistency_error, matching_error, with_obj
 from contraflow.flow.model import EDGE, Flow, FlowSpec
 from contraflow.flow.path import Vector
 from contraflow.policy.base import Policy
-from contraflow.policy.flow import FlowPolicy
+from contraflow.policy.flow import FlowPolicy, solves_velocity
 from contraflow.policy.normalise import RunningMoments, normalised
+from contraflow.policy.realtime import Prefix, RealTime
 from contraflow.rl.normalise import normalise
 
 
@@ -37,6 +41,7 @@ class BCState(eqx.Module):
     opt: PyTree
     stats: RunningMoments | None  # None for observations with parts
     step: Int[Array, ""]
+    horizon: int = eqx.field(static=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class BC:
     """Share of the rows that are trained without their condition, for guidance; conditions must be vectors."""
     guidance: float = 1.0
     """Weight of classifier-free guidance when the policy acts; 1 is none."""
+    delay_max: int = 0
+    """Longest delay, in actions, that the policy can bridge when it resumes a chunk; 0 trains without."""
     ema: float = 0.999
     optim: Optim = Optim(3e-4, max_grad_norm=10.0)
 
@@ -70,20 +77,32 @@ class BC:
             raise ValueError(
                 "guidance needs a flow that also knows no condition: set drop_condition, to .1 for instance"
             )
+        plain = self.objective == Matching() and self.coupling == Independent() and solves_velocity(self.flow)
+        if self.delay_max < 0 or (self.delay_max and (self.drop_condition or not plain)):
+            raise ValueError(
+                "delay_max must not be negative, and needs a velocity on the linear path that is solved without noise, "
+                "the objective Matching, the coupling Independent and no drop_condition"
+            )
         object.__setattr__(self, "flow", with_objective(self.flow, self.objective))
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> BCState:
-        """Returns a fresh flow for the sizes of `spec`. Statistics come from the data; parts are not normalised."""
+        """Returns a fresh flow for the sizes of `spec`. Statistics come from the data; parts are not normalised.
+
+        Raises UserError for a delay as long as a chunk, and for conditions that are dropped but not vectors.
+        """
+        if self.delay_max and self.delay_max >= spec.horizon:
+            raise UserError(f"delay_max {self.delay_max} leaves nothing of a chunk of {spec.horizon}: use --horizon")
         if self.drop_condition and spec.obs_parts:
             raise UserError("drop_condition takes vectors, and these observations have parts: set it to 0")
         flow = self.flow.init(key, spec.action_dim, spec.observation, spec.horizon)
         stats, step = None if spec.obs_parts else RunningMoments.start(spec.obs_dim), jnp.zeros((), jnp.int32)
-        return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step)
+        return BCState(flow, jax.tree.map(jnp.copy, flow), self.optim.init(flow), stats, step, spec.horizon)
 
     def policy(self, state: BCState) -> Policy:
-        """Returns the end of the averaged flow from a random x_0."""
-        guided = replace(state.average, spec=replace(state.average.spec, guidance=self.guidance))
-        return normalised(state.stats, FlowPolicy(guided))
+        """Returns the end of the averaged flow from a random x_0, which can resume chunks if trained for delays."""
+        flow = replace(state.average, spec=replace(state.average.spec, guidance=self.guidance))
+        policy = normalised(state.stats, FlowPolicy(flow))
+        return RealTime(policy, Prefix(self.delay_max)) if self.delay_max else policy
 
     def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
         """Makes one gradient step on chunks [B, h a]. Of the batch it reads only `obs`, `action` and `mask`."""
@@ -96,22 +115,28 @@ class BC:
         x1 = self.flow.support.latent(batch.action)
         x0 = state.flow.noise(k_noise, n)
         first, weight = self.coupling(x0[:matched], x1[:matched], jax.tree.map(lambda x: x[:matched], cond))
-        rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n)
+        mask, given = batch.mask, None
+        if self.delay_max:
+            delay = jr.randint(jr.fold_in(key, 1), (n, 1), 0, self.delay_max + 1)
+            given = jnp.arange(state.horizon)[None] < delay
+            mask = mask * ~jnp.repeat(given, x1.shape[1] // state.horizon, axis=1)
+        rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n), given
 
         def loss_fn(flow):
             """Returns (loss, metrics) over all rows."""
 
             def losses(fn, part):
                 error = jax.vmap(fn)(*jax.tree.map(lambda x: x[part], rows))
-                square = jnp.sum(batch.mask[part] * error**2, -1) / jnp.maximum(batch.mask[part].sum(-1), 1.0)
+                square = jnp.sum(mask[part] * error**2, -1) / jnp.maximum(mask[part].sum(-1), 1.0)
                 if self.objective.power:
                     square = square * jax.lax.stop_gradient(square + 0.01) ** -self.objective.power
                 return square
 
-            def match(cond, x0, x1, key):
-                return matching_error(flow, cond, x0, x1, jr.uniform(key, minval=EDGE, maxval=1 - EDGE))
+            def match(cond, x0, x1, key, given):
+                t = jr.uniform(key, minval=EDGE, maxval=1 - EDGE)
+                return matching_error(flow, cond, x0, x1, t if given is None else jnp.where(given, 1.0, t))
 
-            def tie(cond, x0, x1, key):
+            def tie(cond, x0, x1, key, given):
                 keys = jr.split(key)
                 return consistency_error(self.objective, flow, state.average, cond, x0, x1, *keys, velocity=x1 - x0)
 
@@ -136,7 +161,7 @@ class BC:
         rate = jnp.minimum(self.ema, (1.0 + state.step) / (10.0 + state.step))
         average = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, state.average, flow)
         metrics |= {"actor_loss": loss, "actor_grad_norm": optax.tree.norm(grad)}
-        return BCState(flow, average, opt, state.stats, state.step + 1), metrics
+        return replace(state, flow=flow, average=average, opt=opt, step=state.step + 1), metrics
 
     def starting_from(self, policy: Policy) -> "BC":
         """Returns the settings with the flow of a pretrained policy."""

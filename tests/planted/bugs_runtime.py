@@ -1,0 +1,138 @@
+"""In what acts outside training: real-time chunking and the delayed control loop."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.planted import bug, wrong
+
+from contraflow.agents.offline import bc
+from contraflow.policy import composed, realtime
+from contraflow.runtime.delayed import Delayed
+
+REALTIME = "policy/test_realtime.py::"
+DELAYED = "runtime/test_delayed.py::"
+
+
+@bug(REALTIME + "test_the_chunk_begins_with_what_is_executed_meanwhile")
+def a_resumed_chunk_begins_as_the_flow_likes(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime.RealTime, "resume")
+    def resume(right, self, obs, previous, left, delay, key, greedy=True):
+        return right(self, obs, previous, left, 0, key, greedy)
+
+
+@bug(REALTIME + "test_without_a_previous_chunk_it_is_the_policy")
+def zeros_are_taken_for_a_previous_chunk(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime, "overlap_weights")
+    def weights(right, soft, horizon, known, left):
+        return right(soft, horizon, known, horizon)
+
+
+@bug(REALTIME + "test_weights_of_the_overlap")
+def weights_of_the_overlap_do_not_end_with_it(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime, "overlap_weights")
+    def weights(right, soft, horizon, known, left):
+        return right(soft, horizon, known, jnp.maximum(left, 1))
+
+
+@bug(REALTIME + "test_guidance_is_exact_for_independent_actions_of_its_deviation")
+def guidance_pulls_the_noisy_chunk(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime._Pulled, "__call__")
+    def call(right, self, x, t, cond):
+        return self.flow.velocity(x, t, cond) + self.rule.limit * self.weight * (self.goal - x)
+
+
+@bug(REALTIME + "test_how_far_guidance_is_from_the_conditional_gaussian")
+def guidance_never_uses_the_jacobian(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime._Pulled, "__call__")
+    def call(right, self, x, t, cond):
+        return right(replace(self, rule=replace(self.rule, jacobian=False)), x, t, cond)
+
+
+@bug(REALTIME + "test_a_given_prefix_leads_to_the_conditional_gaussian")
+def the_network_sees_a_noisy_prefix(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime._Given, "__call__")
+    def call(right, self, x, t, cond):
+        return right(replace(self, goal=t * self.goal), x, t, cond)
+
+
+@bug(REALTIME + "test_a_given_prefix_leads_to_the_conditional_gaussian")
+def a_given_prefix_has_the_time_of_the_rest(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, realtime._Given, "__call__")
+    def call(right, self, x, t, cond):
+        given = jnp.repeat(self.given, self.dim // self.given.shape[0])
+        v = self.flow.output(jnp.where(given, self.goal, x), t, cond)
+        return jnp.where(given, (self.goal - x) / jnp.maximum(1.0 - t, 1e-3), v)
+
+
+@bug("agents/test_bc.py::test_a_given_prefix_by_hand")
+def a_given_prefix_counts_in_the_loss(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, bc.jnp, "repeat")
+    def repeat(right, x, *args, **named):
+        return right(x & False if x.dtype == bool else x, *args, **named)
+
+
+@bug(DELAYED + "test_switching_leaves_out_what_is_late")
+def a_late_chunk_begins_with_its_first_action(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Delayed, "_arrive")
+    def arrive(right, self):
+        here = self._wait == 0
+        self._coming[here] = np.roll(self._coming[here], self._delay, 1)
+        right(self)
+
+
+@bug(DELAYED + "test_what_is_resumed_begins_now")
+def the_previous_chunk_is_not_shifted(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Delayed, "_plans")
+    def plans(right, self):
+        return np.roll(right(self), self._age[0] if self._delay else 0, 1)
+
+
+@bug(DELAYED + "test_ensembling_equal_plans_gives_the_plan")
+def ensembled_plans_are_added(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Delayed, "_plans")
+    def plans(right, self):
+        return self._total.copy()
+
+
+@bug(DELAYED + "test_copies_begin_episodes_at_other_times")
+def a_chunk_of_the_last_episode_still_arrives(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Delayed, "reset")
+    def reset(right, self, copies=slice(None)):
+        right(self, copies)
+        self._fresh[copies] = False
+
+
+@bug(DELAYED + "test_episodes_are_counted_once")
+def a_policy_that_waits_is_not_seen_to_stall(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Delayed, "stalled", property(lambda self: np.zeros(len(self._age), bool)))
+
+
+@bug("policy/test_composed.py::test_either_of_two_is_their_mixture")
+def alternatives_are_averaged(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "_end")
+    def end(right, self, flows, conds, x0):
+        return right(replace(self, rule="convex"), flows, conds, x0)
+
+
+@bug("policy/test_composed.py::test_either_of_two_is_their_mixture")
+def densities_are_tracked_without_the_divergence(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed, "_with_divergence")
+    def velocity(right, flow, x, t, cond):
+        return flow.velocity(x, t, cond), jnp.zeros(())
+
+
+@bug("policy/test_composed.py::test_all_the_weight_is_the_parent")
+def all_parents_see_observations_as_the_first(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "__call__")
+    def act(right, self, obs, key, greedy=True):
+        stats = self.policies[0].stats
+        return right(replace(self, policies=tuple(replace(p, stats=stats) for p in self.policies)), obs, key, greedy)
+
+
+@bug("policy/test_composed.py::test_what_a_sum_of_fields_is_and_is_not")
+def agreement_forgets_the_noise(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, composed.Composed, "_end")
+    def end(right, self, flows, conds, x0):
+        return right(replace(self, rule="convex"), flows, conds, x0)
