@@ -5,11 +5,10 @@ Callers look up optional abilities by name:
 
     cost                                            the cost of one greedy action (`Cost`)
     ablations() -> {rule: policy}                   the policy without one of its parts: one particle, no actor
+    from_noise(obs, x0, key) -> action              the action of given start noise [a], for clients that steer by noise
     particles(obs, key, n) -> actions [n, a]        n candidates for one observation
     sample(obs, key) -> (action, extras)            an exploring action, and the data a policy gradient needs about it
     flow                                            the `Flow` that acts, for fine-tuning and composition
-    from_noise(obs, x0, key) -> action              the action of given start noise [a], for clients that steer by noise
-    resume(obs, previous, left, delay, key)         a chunk [h, a] that continues the `left` actions of the previous one
 """
 
 from collections.abc import Callable
