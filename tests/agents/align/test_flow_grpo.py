@@ -358,8 +358,8 @@ def test_every_method_climbs(name):
     agent = replace(presets()[name].agent, optim=Optim(0.03))
     flow = exact(agent.plan.steps, 0.0, 0.5)
     new = trained(agent, flow, slope, 30, prompts=4, group=16)
-    ode = lambda flow: jnp.mean(jax.vmap(lambda x: flow.sample(x, jnp.zeros(1), steps=agent.plan.steps))(grid))
-    grid = jnp.linspace(-1.0, 1.0, 5)[:, None]
+    ode = lambda flow: jnp.mean(jax.vmap(lambda x: flow.sample(x, jnp.zeros(1), steps=agent.plan.steps))(x0))
+    x0 = jnp.linspace(-1.0, 1.0, 5)[:, None]
     assert float(ode(new) - ode(flow)) > 0.125
 
 
