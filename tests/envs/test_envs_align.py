@@ -203,3 +203,18 @@ def test_rewards_are_functions_of_one_sample():
             function: Reward = reward  # pyright: ignore[reportAssignmentType]
             if not isinstance(function, Beside):
                 assert jax.eval_shape(function, *one).shape == ()
+
+
+def test_two_ocr_models_read_the_glyphs():
+    """In this process: the functions that run beside it."""
+    glyphs = align.glyphs
+    try:
+        read, judge = glyphs.recogniser(glyphs._file(glyphs.REWARD)), glyphs.judge(glyphs._file(glyphs.JUDGE))
+    except UserError as missing:
+        pytest.skip(str(missing))
+    cond, x = (rows[:100] for rows in glyphs.Glyphs().data())
+    others = np.roll(cond, 1, 0)
+    assert read(x, cond).mean() > -0.1 and judge(x, cond).mean() > 0.9
+    assert read(x, others).mean() < -5.0 and judge(x, others).mean() < 0.1
+    noise = np.random.default_rng(0).uniform(-1, 1, x.shape).astype(np.float32)
+    assert read(noise, cond).mean() < -3.0 and judge(noise, cond).mean() < 0.1

@@ -5,7 +5,6 @@ from tests.planted import bug, wrong
 
 from contraflow.core import beside
 from contraflow.envs.align import digits, generation, reward
-from contraflow.training.sources import conditions
 
 ENVS, RUNS = "envs/test_envs_align.py", "train/test_align_runs.py"
 
@@ -45,18 +44,6 @@ def an_image_is_its_own_nearest_neighbour(patch):
     patch.setattr(digits, "reach", lambda: 0.0)
 
 
-@bug(f"{RUNS}::test_a_resumed_run_is_the_uninterrupted_one")
-def each_process_draws_the_keys_of_its_first_iteration(patch):
-    import jax.random as jr
-
-    begun = []
-
-    @wrong(patch, conditions, "keys")
-    def keys(right, key, learner):
-        begun.append(learner)
-        return jr.split(jr.fold_in(key, len(begun)), 4)
-
-
 @bug(f"{RUNS}::test_only_rewards_in_jax_have_a_gradient")
 def a_reward_beside_has_a_gradient(patch):
     patch.setattr(generation.Generation, "outside", property(lambda self: False))
@@ -64,8 +51,6 @@ def a_reward_beside_has_a_gradient(patch):
 
 @bug(f"{RUNS}::test_a_failing_reward_leaves_no_run")
 def rewards_are_not_tried_before_the_run(patch):
-    patch.setattr(conditions, "closed_on_error", conditions.closed_on_error)
-
     @wrong(patch, generation.Generation, "each_of")
     def each_of(right, self, x, cond):
         return np.zeros((len(x), len(self.rewards)), np.float32) if len(x) == 2 else right(self, x, cond)

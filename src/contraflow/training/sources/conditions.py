@@ -82,7 +82,7 @@ class Conditions:
     env: str = "align:mixture2d"
     """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`)."""
     reward: tuple[str, ...] = ()
-    """Rewards: names of the problem's, module:function (with --trust) or onnx:FILE; empty is that of `env`."""
+    """Rewards by name, as module:function (with --trust) or onnx:FILE; empty is that of `env`."""
     weights: tuple[float, ...] = ()
     """Weights of the rewards; empty is 1 for each."""
     prompts: int = 8
