@@ -116,7 +116,7 @@ def alternatives_are_averaged(patch: pytest.MonkeyPatch) -> None:
         return right(replace(self, rule="convex"), flows, conds, x0)
 
 
-@bug("policy/test_composed.py::test_either_of_two_is_their_mixture")
+@bug("policy/test_composed.py::test_a_wide_and_a_narrow_one_around_the_same_point")
 def densities_are_tracked_without_the_divergence(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, composed, "_with_divergence")
     def velocity(right, flow, x, t, cond):

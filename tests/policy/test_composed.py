@@ -88,6 +88,15 @@ def test_either_of_two_is_their_mixture():
         np.testing.assert_allclose(x[side].std(0), std, rtol=0.08)
 
 
+def test_a_wide_and_a_narrow_one_around_the_same_point():
+    """Here the densities differ by their spread alone, which only the divergence of the fields knows."""
+    x = draws(composed((gaussian(0.0, 1.0), gaussian(0.0, 0.2)), (0.5, 0.5), "or"))
+    radius = np.linalg.norm(x, axis=1)
+    for r in (0.2, 0.5, 1.0):
+        share = np.mean([1 - np.exp(-(r**2) / (2 * std**2)) for std in (1.0, 0.2)])
+        np.testing.assert_allclose((radius < r).mean(), share, atol=0.03)
+
+
 @pytest.mark.parametrize("rule", ["convex", "or", "and"])
 def test_all_the_weight_is_the_parent(rule, tmp_path):
     """From the same noise, with its own normalisation; and it is saved as any policy."""
