@@ -69,6 +69,7 @@ def test_flows_of_the_other_kind_are_refused(name):
         ("awm", {"trust": -1.0}),
         ("rwr", {"temperature": 0.0}),
         ("rwr", {"anchor": -1.0}),
+        ("rwr", {"normalise": False}),
         ("ac-flow", {"clip": -1.0}),
         ("flow-dpo", {"pairs": 0}),
     ],

@@ -1,5 +1,6 @@
 """Reward-weighted matching on Gaussians: iterates, the anchored minimum, the best of a group."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -23,9 +24,7 @@ from tests.agents.align.matching_helpers import (
 from contraflow.agents import presets
 from contraflow.agents.align.rwr import RWR
 from contraflow.core.optim import Optim
-from contraflow.rl.group import GroupAdvantage
 
-RAW = GroupAdvantage(std="none")
 Z = normals(2048)
 
 
@@ -35,7 +34,7 @@ def test_iterates_tilt_the_first_distribution(curve, normalise):
     """From N(.3, .8^2) with r = x - curve x^2 / 2, N iterations are p_0 exp(N r / temperature): the precision grows by
     N curve / temperature, the precision times the mean by N / temperature. No iteration is the last one. The flow has
     the velocities of all Gaussians, so matching finds the tilted one; Adam leaves 2 %."""
-    temperature, agent = 2.0, RWR(temperature=2.0, advantage=RAW, normalise=normalise, optim=Optim(0.02, 300))
+    temperature, agent = 2.0, RWR(temperature=2.0, unit="reward", normalise=normalise, optim=Optim(0.02, 300))
     flow = flow_of(Fitted(jnp.array([0.3]), jnp.log(jnp.array([0.8]))))
 
     @jax.jit
@@ -59,7 +58,7 @@ def test_the_anchored_minimum(anchor):
     """A flow that may only shift the velocity of N(0, 1), with w = exp(k x1) of mean 1: E[w (u - v_ref)] = k pi / 4, so
     the shift is k pi / (4 (1 + anchor)), and the loss is a parabola. 65 536 draws leave 1 %."""
     k, one = 0.5, lambda x, t: [1.0 + 0.0 * x]
-    agent, old = RWR(temperature=1 / k, advantage=RAW, anchor=anchor, times=32), flow_of(Moved(jnp.zeros(1), one))
+    agent, old = RWR(temperature=1 / k, unit="reward", anchor=anchor, times=32), flow_of(Moved(jnp.zeros(1), one))
     at = [
         gradient(agent, start(flow_of(Moved(jnp.full(1, d), one)), Optim(), old=old), one_group(Z, Z), jr.key(0))[0]
         for d in (0.0, 1.0)
@@ -70,11 +69,13 @@ def test_the_anchored_minimum(anchor):
 
 def test_normalised_weights_are_those_of_the_paper_up_to_a_constant_of_the_group():
     scored = groups(jr.key(0))
-    one, two = (RWR(temperature=0.7, advantage=RAW, normalise=n).weights(scored) for n in (True, False))
+    one, two = (RWR(temperature=0.7, unit="reward", normalise=n).weights(scored) for n in (True, False))
     ratio = one / two
     np.testing.assert_allclose(ratio, jnp.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-4)
     np.testing.assert_allclose(jnp.mean(one, 1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(two, jnp.exp(scored.total / 0.7), rtol=1e-5)
+    scaled = [RWR(temperature=0.7).weights(replace(scored, reward=c * scored.reward + 3.0)) for c in (1.0, 50.0)]
+    np.testing.assert_allclose(scaled[0], scaled[1], rtol=2e-3)  # 1e-4 is added to the deviation
 
 
 def test_best_of_group_takes_the_best():

@@ -101,6 +101,7 @@ class AWM:
     def update(self, state: AlignState, scored: Scored, key: PRNGKey) -> tuple[AlignState, Metrics]:
         """Makes one gradient step on each share of the samples; the slow flow follows."""
         advantage = self.advantage(scored.reward, scored.weights).reshape(-1) / self.advantage.clip
+        advantage = jnp.clip(advantage, -1.0, 1.0)  # std="none" has no clip of its own
         cond = repeated(encoded(state, scored.cond), scored.reward.shape[1])
 
         def loss(flow, part, key):

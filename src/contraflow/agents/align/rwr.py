@@ -2,7 +2,7 @@
 
 With x1 drawn by the flow, u = x1 - x0 and fresh (t, x0),
 
-    loss = E [w(x1) |v - u|^2] + anchor E |v - v_ref|^2,    w = exp(r / temperature) / E exp(r / temperature).
+    loss = E [w(x1) |v - u|^2] + anchor E |v - v_ref|^2,    w = exp(r / temperature) / mean of its group.
 
 Without an anchor, each iteration that reaches the minimum multiplies the density by w. N of them lead from p_0 to
 p_0 exp(N r / temperature), up to a constant, and on to the best sample: the distribution has no other fixed point.
@@ -14,6 +14,7 @@ With a small temperature, w picks the best sample of a group, and the method is 
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,6 @@ from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
 from contraflow.flow.model import FlowSpec
 from contraflow.policy.base import Policy
-from contraflow.rl.group import GroupAdvantage
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class RWR:
     flow: FlowSpec = FlowSpec()
     """The flow to align; a pretrained policy replaces it."""
     temperature: float = 1.0
-    advantage: GroupAdvantage = GroupAdvantage()
-    """What is divided by the temperature; with std="none" it is the reward, up to a constant of the group."""
+    unit: Literal["deviation", "reward"] = "deviation"
+    """Unit of the temperature: the deviation of the rewards from the means of their groups, or the reward itself, as in
+    the paper."""
     normalise: bool = True
-    """Weights have mean 1 in their group, and the anchor means the same for all rewards. Off, w = exp(r / temperature)
-    of the reward itself, as in the paper."""
+    """Weights have mean 1 in their group, and the anchor means the same for all rewards. Off as in the paper."""
     anchor: float = 0.0
     """Weight of |v - v_ref|^2."""
     times: int = 4
@@ -74,6 +74,8 @@ class RWR:
         check_positive(self, "temperature", "times", "minibatches")
         if self.anchor < 0:
             raise ValueError(f"anchor must not be negative, got {self.anchor}")
+        if self.unit == "deviation" and not self.normalise:
+            raise ValueError("exp of rewards in deviations may overflow: use normalise, or unit='reward'")
 
     def init(self, key: PRNGKey, spec: EnvSpec) -> AlignState:
         """Returns fresh networks; `adopt` inserts the pretrained flow."""
@@ -97,10 +99,11 @@ class RWR:
 
     def weights(self, scored: Scored) -> Float[Array, "B G"]:
         """Returns w of each sample."""
-        if not self.normalise:
-            return jnp.exp(scored.total / self.temperature)
-        advantage = self.advantage(scored.reward, scored.weights)
-        return advantage.shape[1] * jax.nn.softmax(advantage / self.temperature, 1)
+        reward = scored.total
+        if self.unit == "deviation":
+            reward = reward / (jnp.std(reward - jnp.mean(reward, 1, keepdims=True)) + 1e-4)
+        reward = reward / self.temperature
+        return reward.shape[1] * jax.nn.softmax(reward, 1) if self.normalise else jnp.exp(reward)
 
     def update(self, state: AlignState, scored: Scored, key: PRNGKey) -> tuple[AlignState, Metrics]:
         """Makes one gradient step on each share of the samples."""
