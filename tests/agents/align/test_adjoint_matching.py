@@ -17,7 +17,7 @@ from contraflow.core.optim import Optim
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.envs.align.mixture import centre
 from contraflow.flow import grid
-from contraflow.flow.adjoint import rollout
+from contraflow.flow.adjoint import lean_adjoint, rollout
 from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.flow.plan import FlowSDE, Plan
 from contraflow.nets.velocity import ResidualMLP
@@ -34,12 +34,22 @@ def bowl(x, cond):
     return -0.75 * jnp.sum((x - 0.8) ** 2)
 
 
+def shifted(steps):
+    """Mean and std of Euler's ends at the fixed point for a linear reward: its adjoint is the same on all paths."""
+    base = table(steps)
+    field = lambda x, t: base.velocity(x, t, jnp.zeros(1))
+    found = lean_adjoint(field, jnp.zeros((steps + 1, 1)), jnp.full(1, -0.6 / LAM))
+    push = jnp.append((found.velocity - found.base)[:, 0], 0.0)
+    return replace(base.net, b=base.net.b + push).ends()
+
+
 def test_a_linear_reward_shifts_the_mean():
-    """By s^2 c / lambda, and the spread stays: within 3 % of the shift, and of Euler's own spread."""
+    """By s^2 c / lambda, 6 % more in 20 steps, and the spread stays: within 3 % of the fixed point's, which is that of
+    the tilt within 1 % in 200 steps."""
     state, _ = trained(AGENT, table(K), line, 400, 128)
-    mean, std = state.flow.net.ends()
-    plain = table(K).net.ends()
-    assert abs((mean - plain[0]) / (S**2 * 0.6 / LAM) - 1) < 0.03 and abs(std / plain[1] - 1) < 0.03
+    (mean, std), right, plain = state.flow.net.ends(), shifted(K), table(K).net.ends()
+    assert abs((mean - plain[0]) / (right[0] - plain[0]) - 1) < 0.03 and abs(std / plain[1] - 1) < 0.03
+    assert abs((shifted(200)[0] - M) / (S**2 * 0.6 / LAM) - 1) < 0.01
 
 
 @pytest.mark.parametrize("times", [None, 5])
@@ -58,9 +68,9 @@ def test_noise_that_remembers_the_start_biases_the_tilt():
     """For r = c x the optimal control of any noise moves the mean by c Var(x_K | x_0): c s^2 (1 - rho^2), with the
     correlation rho of x_0 and x_K, which only memoryless noise makes 0."""
     steps, rate, shifts = 400, 0.6 / LAM, {}
+    field = lambda x, t: affine(t, M, S)[0] * x + affine(t, M, S)[1]
     for a in (0.3, 0.7, 2**0.5):
         plan = Plan(steps, FlowSDE(a))
-        field = lambda x, t: affine(t, M, S)[0] * x + affine(t, M, S)[1]
         at = jax.vmap(lambda k, x, plan=plan: plan.step(field, jnp.full(1, x), k), (0, None))
         k = jnp.arange(steps)
         slopes, stds = np.asarray(at(k, 1.0)[0] - at(k, 0.0)[0])[:, 0], np.asarray(at(k, 0.0)[1])

@@ -6,9 +6,9 @@ and there the posterior mean
 
     E[w x_1] / E[w] = D + cov(w, x_1) / E[w],
 
-with expectations under the reference given x_t. The draws come from the memoryless process of the reference, simulated from
-x_t to t = 1: its joint distribution of (x_t, x_1) is that of noising, so its ends are distributed as x_1 given x_t. The
-predicted x_1 is regressed on
+with expectations under the reference given x_t. The draws come from the memoryless process of the reference, simulated
+from x_t to t = 1: its joint distribution of (x_t, x_1) is that of noising, so its ends are distributed as x_1 given
+x_t. The predicted x_1 is regressed on
 
     D + n / (n - 1) sum_i w_i (u_i - mean u) / sum_i w_i    with the weight sum_i w_i.
 
@@ -111,9 +111,9 @@ def estimate(ends: Float[Array, "n d"], log_w: Float[Array, " n"], mean: Vector)
 class RFMAlign:
     """A flow regressed on posterior means of the reference times exp(r / lambda).
 
-    Cost of a sample, which is a candidate: `draws` evaluations of the reference, and once for `particles` of them the
-    solver's of the flow and of the reference, and one more. An iteration takes `updates` gradient steps. Raises ValueError for values
-    out of range.
+    Cost of a sample, which is a candidate: `draws` evaluations of the reference. Each x_t takes those of the solver for
+    the flow and for the reference, and one more. An iteration takes `updates` gradient steps. Raises ValueError for
+    values out of range.
     """
 
     flow: FlowSpec = FlowSpec()
