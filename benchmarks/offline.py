@@ -56,7 +56,7 @@ TASKS = {
 UPDATES = {
     "bc": 20_000, "ifql": 40_000, "fql": 30_000, "qc": 15_000, "qam-e": 15_000, "rebrac": 40_000, "rql": 25_000
 }  # fmt: skip
-"""So that a run takes about ten minutes of one core."""
+"""So that a run takes 5 to 14 minutes of one core."""
 PLAN = {
     "scene": ("bc", "ifql", "fql", "qc", "qam-e"),
     "cube": ("bc", "ifql", "fql", "rebrac", "rql"),

@@ -21,11 +21,12 @@ from contraflow.cli.settings import parse_train
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "start/first-run", "start/environment", "start/demonstrations", "start/offline", "start/comparing",
-    "start/sampling", "how-to/runs",
+    "start/sampling", "start/serving", "how-to/runs",
 )  # fmt: skip
 NEEDS = {
     "start/demonstrations": ("start/environment",),
     "start/offline": ("start/environment", "start/demonstrations"),
+    "start/serving": ("start/environment", "start/demonstrations"),
 }
 """Pages whose files another one uses."""
 BLOCK = re.compile(r"<!-- (run|file (?P<name>\S+)) -->\n```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
