@@ -38,9 +38,9 @@ from contraflow.policy.artifact import load_policy
 from contraflow.policy.base import inner
 from contraflow.presets import preset_run
 from contraflow.rl.group import GroupAdvantage
-from contraflow.training.loop import Learner, World
+from contraflow.training.loop import Carry, Learner, World
 from contraflow.training.run import train
-from contraflow.training.sources.conditions import Align, learn
+from contraflow.training.sources.conditions import Align
 
 TEMPERATURE = 0.5
 
@@ -190,7 +190,8 @@ def one(
     @jax.jit
     def several(learners, keys):
         def body(learner, key):
-            return jax.lax.fori_loop(0, between, lambda _, x: learn(stage, agent, world, x, key)[0], learner)
+            once = lambda _, x: stage.iterate(agent, world, Carry(x, None, None), key)[0].learner
+            return jax.lax.fori_loop(0, between, once, learner)
 
         return jax.vmap(body)(learners, keys)
 

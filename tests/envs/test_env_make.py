@@ -145,7 +145,7 @@ def test_a_kind_is_added_in_one_place(monkeypatch):
 def test_available():
     pytest.importorskip("envpool")
     ids = available()
-    assert set(ids) == {"envpool", "gym", "playground", "ogbench", "jax", "probe", "bandit"}
+    assert set(ids) == {"envpool", "gym", "playground", "ogbench", "jax", "probe", "bandit", "align"}
     assert {"CheetahRun-v1", "HalfCheetah-v5", "MetaWorld/Reach-v3", "AdroitHandDoor-v1"} < set(ids["envpool"])
     assert {"FrankaKitchen-v1", "PandaPickCube-v1"} < set(ids["envpool"])
     assert {"HalfCheetah-v5", "Pendulum-v1"} < set(ids["gym"])

@@ -32,6 +32,7 @@ from tests.runtime.serve_helpers import (
 )
 
 from contraflow.agents.offline.fql import FQL
+from contraflow.cli.serve import resuming
 from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec
 from contraflow.flow.model import Ddim, FlowSpec
@@ -316,6 +317,23 @@ def test_what_is_left_of_a_chunk_is_handed_on():
         ):
             refused(port, STATE | {"prev_chunk": left, "delay": 1} | wrong, message)
         refused(port, STATE | {"prev_chunk": left}, "prev_chunk needs delay")
+
+
+def test_the_command_lets_flows_of_chunks_continue_one():
+    """The answer begins with what is executed while it is computed; noise still works, and single actions do not
+    change."""
+    policy = resuming(flow_policy())
+    low, high = np.array(SPEC.low, np.float32), np.array(SPEC.high, np.float32)
+    left = np.linspace(low, high, 3).astype(np.float32)
+    with running(policy) as port, client(port) as remote:
+        actions = remote.infer({"state": OBS, "prev_chunk": left, "delay": 2})["actions"]
+        np.testing.assert_allclose(actions[:2], left[:2], rtol=1e-5, atol=1e-6)
+        noise = np.zeros((4, 2), np.float32)
+        same = remote.infer({"state": OBS, "noise": noise})["actions"]
+    with running(flow_policy()) as port, client(port) as remote:
+        np.testing.assert_array_equal(same, remote.infer({"state": OBS, "noise": noise})["actions"])
+    assert not hasattr(resuming(flow_policy(ONE)).network, "resume")
+    assert not hasattr(resuming(echo(SPEC)).network, "resume")  # no flow
 
 
 def test_actions_that_are_not_finite_are_not_sent():

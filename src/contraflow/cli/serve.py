@@ -1,6 +1,5 @@
 """`contraflow serve`: a trained policy for robots and benchmarks, over websockets."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +9,9 @@ import tyro
 from contraflow.cli.flags import Modules, Switch, read_flags
 from contraflow.core.bounds import action_range, range_text
 from contraflow.core.types import UserError
-from contraflow.policy.artifact import policy_folder
-from contraflow.runtime.policy import load
+from contraflow.policy.artifact import revision
+from contraflow.policy.realtime import realtime
+from contraflow.runtime.policy import Policy, load
 
 if TYPE_CHECKING:
     from contraflow.runtime.serve.desk import Desk
@@ -57,7 +57,7 @@ def serve_command(args: list[str]) -> int:
     key = secret(options.key_file)
     policy = load(options.folder, options.seed, options.trust)
     print("compiling ...", flush=True)
-    desk = Desk(policy, options.batch, options.seed, revision(options.folder), options.debug)
+    desk = Desk(resuming(policy), options.batch, options.seed, revision(policy.network), options.debug)
     run(desk, Address(options.host, options.port, key), lambda port: print(greeting(desk, options, port), flush=True))
     print(f"stopped after {desk.metrics.requests} requests")
     return 0
@@ -76,9 +76,14 @@ def secret(file: Path | None) -> str:
     return key
 
 
-def revision(folder: Path) -> str:
-    """Returns the first 12 digits of the SHA-256 of the weights."""
-    return hashlib.sha256((policy_folder(folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+def resuming(policy: Policy) -> Policy:
+    """Returns a policy of chunks that can continue the previous one, if its flow allows it; any other as it is."""
+    if policy.spec.horizon == 1 or hasattr(policy.network, "resume"):
+        return policy
+    try:
+        return Policy(realtime(policy.network), policy.spec, policy.env, policy.seed)
+    except UserError:
+        return policy
 
 
 def greeting(desk: "Desk", options: Serve, port: int) -> str:

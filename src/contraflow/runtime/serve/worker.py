@@ -19,6 +19,7 @@ from contraflow.core.types import PRNGKey, UserError
 from contraflow.policy.base import Noisy
 from contraflow.policy.best_of import BestOf
 from contraflow.policy.normalise import Normalised
+from contraflow.policy.realtime import RealTime
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.serve.request import Request
 
@@ -52,7 +53,7 @@ def ability(policy: Any, obs: Any, name: str) -> tuple[Any, Any]:
     while not hasattr(policy, name):
         if isinstance(policy, Normalised):
             obs = None if obs is None else policy.stats(obs)
-        elif not isinstance(policy, BestOf | Noisy):
+        elif not isinstance(policy, BestOf | Noisy | RealTime):
             return None, obs
         policy = policy.policy
     return getattr(policy, name), obs
