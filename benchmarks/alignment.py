@@ -148,7 +148,7 @@ class Judge:
             }  # fmt: skip
         # Of images: the spread within a class beside that of the data.
         spread = lambda x, c: jnp.mean(jnp.stack([jnp.sum(jnp.var(x, 0, where=(c == k)[:, None])) for k in range(10)]))
-        data, labels = self.env.problem.data()
+        labels, data = self.env.problem.data()
         ratio = spread(x, cond.argmax(-1)) / spread(jnp.asarray(data), jnp.asarray(labels).argmax(-1))
         return out | {"spread": ratio}
 

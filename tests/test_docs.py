@@ -68,6 +68,7 @@ def run_page(page: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.usefixtures("allow_rank_promotion")
+@pytest.mark.filterwarnings(r"ignore:connect\(\) must be used:DeprecationWarning")  # the client of openpi
 def test_a_tutorial_runs(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
