@@ -8,6 +8,7 @@ a command whose flags exist.
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -95,3 +96,14 @@ def test_commands_of_a_page_have_flags_that_exist(page):
             words = [INSTEAD.get(word, word) for word in shlex.split(line["flags"], comments=True)]
             if line["preset"] in presets():
                 parse_train(line["preset"], words)
+
+
+def test_what_the_reference_names_exists():
+    """The pages are filled in when the site is built, which no test does."""
+    marks = [
+        mark for page in TEXTS for mark in re.findall(r"^\{\{ (?:settings|api) (\S+) \}\}$", page.read_text(), re.M)
+    ]
+    assert len(marks) > 30
+    for place in marks:
+        module, _, name = place.partition(":")
+        assert hasattr(import_module(module), name or "__name__"), place
