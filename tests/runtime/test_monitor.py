@@ -11,6 +11,7 @@ import pytest
 
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.envs import make
+from contraflow.policy.artifact import save_policy
 from contraflow.runtime.monitor import (
     Monitor,
     Novelty,
@@ -18,6 +19,7 @@ from contraflow.runtime.monitor import (
     band,
     calibrate,
     chunk_entropy,
+    load_watch,
     order_statistic,
     trace,
     window_sums,
@@ -148,3 +150,13 @@ def test_an_environment_is_traced_to_the_end_of_each_episode():
     found = trace(Wavering(2), env.spec, env, jr.key(0), draws=2)
     assert found.running[0].all() and found.obs.shape[:2] == found.running.shape
     assert len(found.obs) <= env.spec.episode_length
+
+
+def test_a_watch_is_read_back(tmp_path):
+    """The scores of the copy are those of the original, bit for bit."""
+    watch = calibrate(episodes(0.0, 60, 0), 2, jr.key(1), delta=0.1, window=3)
+    save_policy(tmp_path / "monitor", watch, EnvSpec(2, 1, 1, None, False), "probe:action")
+    one, two = (Monitor(w, undecided)(jnp.ones(2)) for w in (watch, load_watch(tmp_path)))
+    assert one == two
+    with pytest.raises(UserError, match="run `contraflow monitor"):
+        load_watch(tmp_path / "monitor")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.random as jr
@@ -11,7 +11,7 @@ import tyro
 
 from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.types import UserError
-from contraflow.policy.artifact import load_policy, policy_folder, save_policy
+from contraflow.policy.artifact import policy_folder, save_policy
 from contraflow.runtime.monitor import Rule, Traces, alarms, calibrate, trace
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import environment
@@ -76,14 +76,6 @@ def monitor_command(args: list[str]) -> int:
     print(f"at most {options.delta:.0%} of good episodes are expected to raise one")
     print(f"written  {place / 'monitor'}")
     return 0
-
-
-def load_watch(folder: Path, trust: Any = "") -> Any:
-    """Returns the watch that `contraflow monitor` wrote beside a policy."""
-    place = folder / "monitor"
-    if not place.is_dir():
-        raise UserError(f"{folder} has no monitor: run `contraflow monitor {folder}`")
-    return load_policy(place, trust)[0]
 
 
 def _good(found: Traces, above: float | None) -> np.ndarray:

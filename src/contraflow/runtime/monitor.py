@@ -11,6 +11,7 @@ wastes most of it: hardly any good episode exceeds both at once.
 """
 
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -22,9 +23,11 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from contraflow.core.observation import Observation
+from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, Obs, PRNGKey, UserError
 from contraflow.envs.base import Env
 from contraflow.nets.mlp import MLP
+from contraflow.policy.artifact import load_policy
 from contraflow.policy.base import Policy
 
 CELL = 0.03  # width of a cell of actions, as a share of the range of calibration actions
@@ -161,6 +164,14 @@ class Monitor:
         sums = np.sum(self._seen[-self._watch.window :], 0)
         ratio = sums / np.asarray(self._watch.thresholds)
         return Alarm(float(ratio[0]), float(ratio[1]), bool(_joint(self._watch.rule, ratio) > 1))
+
+
+def load_watch(folder: str | Path, trust: Trust = "") -> Watch:
+    """Returns the watch that `contraflow monitor` wrote into a folder. Raises UserError if there is none."""
+    place = Path(folder) / "monitor"
+    if not place.is_dir():
+        raise UserError(f"{folder} has no monitor: run `contraflow monitor {folder}`")
+    return load_policy(place, trust)[0]
 
 
 def drawn(policy: Policy, obs: Obs, key: PRNGKey, draws: int, horizon: int) -> Float[Array, "B h a"]:
