@@ -3,7 +3,8 @@
     python benchmarks/alignment.py pretrain                    # runs/align/PROBLEM, by `bc`
     python benchmarks/alignment.py train                       # docs/data/alignment.csv: a row for each evaluation
     python benchmarks/alignment.py table                       # at equal rewards, and at equal seconds
-    python benchmarks/alignment.py picture                     # docs/img/alignment.png, docs/img/digits.png
+    python benchmarks/alignment.py picture                     # docs/img/alignment.png
+    python benchmarks/alignment.py gallery                     # docs/img/digits.png
 
 `mixture2d` has the reward `pair` and the exact answer p_ref exp(r / .5) / Z on a grid, with p_ref the density of the
 pretrained flow itself. `digits` has the log-probability of the class; the judge is another classifier, and nearness to
@@ -34,7 +35,7 @@ from contraflow.experiments.bridge import with_networks
 from contraflow.flow.grid import density, grid, relative_entropy, tilted, total_variation
 from contraflow.flow.plan import FlowSDE, Plan
 from contraflow.flow.solver import Midpoint
-from contraflow.policy.artifact import load_policy
+from contraflow.policy.artifact import load_policy, save_policy
 from contraflow.policy.base import inner
 from contraflow.presets import preset_run
 from contraflow.rl.group import GroupAdvantage
@@ -175,8 +176,10 @@ def run(options: Options) -> None:
         for method, agent in methods().items():
             if method in done or (options.methods and method not in options.methods):
                 continue
-            rows = one(name, case, world, method, agent.starting_from(policy), policy, spec, judge, options.scale)
+            agent = agent.starting_from(policy)
+            rows, first = one(name, case, world, method, agent, policy, spec, judge, options.scale)
             write(options.out, rows, COLUMNS, mode="a")
+            save_policy(options.runs / f"{name}-{method}", agent.policy(first), spec, f"align:{name}")
             last = [row for row in rows if row["rewards"] == rows[-1]["rewards"]]
             means = {k: round(float(np.mean([row[k] for row in last])), 3) for k in rows[-1] if k in MEASURES}
             print(f"{name:10} {method:18} {means}", flush=True)
@@ -189,8 +192,8 @@ COLUMNS = ("problem", "method", "seed", "rewards", *MEASURES)
 
 def one(
     name: str, case: Case, world: World, method: str, agent: Any, policy: Any, spec: EnvSpec, judge: Judge, scale: float
-) -> list[Row]:
-    """The curve of one method: a row for each evaluation and seed."""
+) -> tuple[list[Row], Any]:
+    """The curve of one method, a row for each evaluation and seed, and the last state of the first seed."""
     group = case.group // getattr(agent, "leaves", 1) * getattr(agent, "leaves", 1)
     stage, each = Align(case.prompts, group), case.prompts * group
     between = max(1, round(scale * case.rewards / each / EVALUATIONS))
@@ -225,7 +228,7 @@ def one(
                 | found
                 | {"seconds": seconds}
             )
-    return rows
+    return rows, jax.tree.map(lambda x: x[0], learners.agent)
 
 
 def table(options: Options) -> None:
@@ -257,7 +260,9 @@ def table(options: Options) -> None:
 def main() -> None:
     options = tyro.cli(Options)
     print(machine())
-    {"pretrain": pretrain, "train": run, "table": table, "picture": picture}[options.command](options)
+    {"pretrain": pretrain, "train": run, "table": table, "picture": picture, "gallery": gallery}[options.command](
+        options
+    )
 
 
 def picture(options: Options) -> None:
@@ -289,6 +294,28 @@ def picture(options: Options) -> None:
         axes[1].invert_xaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
         figure.savefig(DATA.parent / "img" / "alignment.png", dpi=200)
+
+
+SHOWN = ("", "rfm-align", "nft", "awm", "flow-grpo", "mix-grpo", "rwr")
+
+
+def gallery(options: Options) -> None:
+    """Digits before alignment and after six methods, two of each class from the same noise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cond = jnp.repeat(jnp.eye(10), 2, 0)
+    keys = jr.split(jr.key(3), 20)
+    figure, axes = plt.subplots(len(SHOWN), 1, figsize=(9.0, 0.62 * len(SHOWN)), layout="constrained")
+    for ax, method in zip(axes, SHOWN, strict=True):
+        folder = options.runs / (f"digits-{method}" if method else "digits/policy")
+        x = jax.vmap(load_policy(folder)[0])(cond, keys)
+        ax.imshow(np.asarray(x).reshape(20, 8, 8).transpose(1, 0, 2).reshape(8, 160), cmap="gray", vmin=-1, vmax=1)
+        ax.set(xticks=(), yticks=())
+        ax.set_ylabel(method or "before", rotation=0, ha="right", va="center", fontsize=9)
+    figure.savefig(DATA.parent / "img" / "digits.png", dpi=200)
 
 
 PANELS = (("mixture2d", "moved", "reward"), ("digits", "spread", "approved"))
