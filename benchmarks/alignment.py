@@ -5,6 +5,7 @@
     python benchmarks/alignment.py table                       # at equal rewards, and at equal seconds
     python benchmarks/alignment.py picture                     # docs/img/alignment.png
     python benchmarks/alignment.py gallery                     # docs/img/digits.png
+    python benchmarks/alignment.py cost                        # docs/data/alignment_cost.csv
 
 `mixture2d` has the reward `pair` and the exact answer p_ref exp(r / .5) / Z on a grid, with p_ref the density of the
 pretrained flow itself. `digits` has the log-probability of the class; the judge is another classifier, and nearness to
@@ -260,9 +261,9 @@ def table(options: Options) -> None:
 def main() -> None:
     options = tyro.cli(Options)
     print(machine())
-    {"pretrain": pretrain, "train": run, "table": table, "picture": picture, "gallery": gallery}[options.command](
-        options
-    )
+    {"pretrain": pretrain, "train": run, "table": table, "picture": picture, "gallery": gallery, "cost": cost}[
+        options.command
+    ](options)
 
 
 def picture(options: Options) -> None:
@@ -294,6 +295,43 @@ def picture(options: Options) -> None:
         axes[1].invert_xaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
         figure.savefig(DATA.parent / "img" / "alignment.png", dpi=200)
+
+
+def longer(agent: Any, steps: int) -> Any:
+    """The agent with this many steps of its sampler."""
+    if hasattr(agent, "plan"):
+        return replace(agent, plan=replace(agent.plan, steps=steps))
+    name = {"AdjointMatching": "steps", "RFMAlign": "draws"}.get(type(agent).__name__)
+    if name:
+        return replace(agent, **{name: steps})
+    return replace(agent, flow=replace(agent.flow, solver=replace(agent.flow.solver, steps=steps)))
+
+
+def cost(options: Options) -> None:
+    """Temporary memory and time of an iteration on digits as steps K and groups grow; one seed, two threads."""
+    world, rows = world_of("digits"), []
+    policy, spec, _ = load_policy(options.runs / "digits" / "policy")
+    for method in ("flow-grpo", "flow-grpo-one", "nft", "adjoint-matching", "rfm-align"):
+        for steps, group in ((5, 32), (10, 32), (20, 32), (40, 32), (10, 8), (10, 16), (10, 64)):
+            agent: Any = longer(methods()[method].starting_from(policy), steps)
+            stage = Align(10, group)
+            state = jax.jit(lambda key, agent=agent: agent.adopt(agent.init(key, spec), policy))(jr.key(0))
+            carry = Carry(Learner(state, None, jnp.zeros(1), jnp.zeros((), int), jnp.zeros((), int)), None, None)
+            step = (
+                jax.jit(lambda c, k, a=agent, s=stage: s.iterate(a, world, c, k)[0]).lower(carry, jr.key(1)).compile()
+            )
+            seconds = []
+            for _ in range(4):
+                began = time.perf_counter()
+                jax.block_until_ready(step(carry, jr.key(1)))
+                seconds.append(time.perf_counter() - began)
+            memory: Any = step.memory_analysis()
+            rows.append(
+                {"method": method, "steps": steps, "group": group, "MB": memory.temp_size_in_bytes / 1e6,
+                 "ms": 1000 * min(seconds)}
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    write(DATA / "alignment_cost.csv", rows)
 
 
 SHOWN = ("", "rfm-align", "nft", "awm", "flow-grpo", "mix-grpo", "rwr")
