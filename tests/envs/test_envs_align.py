@@ -196,7 +196,7 @@ def test_the_judge_of_the_mixture_approves_of_data():
 
 
 def test_rewards_are_functions_of_one_sample():
-    for name in align.PROBLEMS:
+    for name in ("mixture2d", "digits"):  # those of glyphs run outside of JAX, and need a package
         kind = align.PROBLEMS[name]
         one = [jax.ShapeDtypeStruct((n,), jnp.float32) for n in kind.sizes]
         for reward in kind.rewards.values():
