@@ -66,7 +66,7 @@ def align_command(args: list[str]) -> int:
     """Runs `contraflow align`: the exit code of `contraflow train`."""
     methods = {p.name: p.title for p in presets().values() if p.needs == "conditions"}
     if not args or args[0] in ("-h", "--help", "--help-all"):
-        rows = "\n".join(f"  {name:<14} {title}" for name, title in methods.items())
+        rows = "\n".join(f"  {name:<20} {title}" for name, title in methods.items())
         print(HELP.format(methods=rows, problems=", ".join(align.PROBLEMS)))
         return 0
     method, *flags = args
