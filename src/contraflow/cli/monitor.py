@@ -65,7 +65,7 @@ def monitor_command(args: list[str]) -> int:
     found = play(options.episodes, options.seed, k[0])
     well = _good(found, options.above)
     print(f"{well.sum()} of {options.episodes} episodes are good (returns {found.returns.mean():.1f} on average)")
-    watch = calibrate(select(found, well), policy.spec.observation, k[1], options.delta, options.window, options.rule)
+    watch = calibrate(found.select(well), policy.spec.observation, k[1], options.delta, options.window, options.rule)
     place = policy_folder(options.folder).parent if (options.folder / "policy").is_dir() else options.folder
     save_policy(place / "monitor", watch, policy.spec, id)
     check = play(max(1, options.episodes // 2), options.seed + 1, k[2])
@@ -84,10 +84,3 @@ def _good(found: Traces, above: float | None) -> np.ndarray:
     if found.success is None:
         raise UserError("this environment does not say what success is: give --above RETURN")
     return found.success
-
-
-def select(found: Traces, which: np.ndarray) -> Traces:
-    """Returns some of the episodes."""
-    kept = {name: getattr(found, name)[:, which] for name in ("obs", "actions", "plans", "running")}
-    success = None if found.success is None else found.success[which]
-    return Traces(**kept, returns=found.returns[which], success=success)

@@ -63,21 +63,6 @@ def order_statistic(scores: Float[np.ndarray, " M"], delta: float) -> float:
     return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
 
 
-def band(curves: Float[np.ndarray, "M T"], delta: float) -> Float[np.ndarray, " T"]:
-    """Returns the upper bound [T] of a functional conformal band: a new curve leaves it with probability at most delta.
-
-    The first half of the curves gives the mean and the modulation c_t, the largest deviation of those that stay within
-    their (1 - delta) quantile. The other half gives the width, an order statistic of max_t (y_t - mean_t) / c_t. Public
-    copies of the released code take mean - y here, which bounds the wrong side.
-    """
-    first, second = curves[::2], curves[1::2]
-    mean = first.mean(0)
-    deviation = np.abs(first - mean)
-    inside = deviation.max(1) <= np.quantile(deviation.max(1), 1 - delta)
-    scale = deviation[inside].max(0) + 1e-6
-    return mean + scale * order_statistic(((second - mean) / scale).max(1), delta)
-
-
 class Novelty(eqx.Module):
     """|f(o) - g(o)|^2 with g a fixed random network and f fitted to it on observations of successful episodes."""
 
@@ -181,17 +166,22 @@ def drawn(policy: Policy, obs: Obs, key: PRNGKey, draws: int, horizon: int) -> F
 
 
 class Traces(NamedTuple):
-    """One episode for each of N copies: observations, drawn plans' first draw, entropies, and what became of it."""
+    """One episode for each of N copies: observations, what the policy drew at each, and what became of it."""
 
     obs: Float[np.ndarray, "T N o"]
-    actions: Float[np.ndarray, "T N d"]
-    plans: Any  # [T, N, B, h, a], for calibration only
+    plans: Float[np.ndarray, "T N B h a"]
     running: Bool[np.ndarray, "T N"]
     returns: Float[np.ndarray, " N"]
     success: Any  # [N] bool; None if the environment does not say
 
+    def select(self, which: Any) -> "Traces":
+        """Returns some of the episodes, by number or by a mask."""
+        success = None if self.success is None else self.success[which]
+        obs, plans, running = (x[:, which] for x in (self.obs, self.plans, self.running))
+        return Traces(obs, plans, running, self.returns[which], success)
 
-def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32, keep: bool = True) -> Traces:
+
+def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32) -> Traces:
     """Plays one episode in every copy of an environment and returns what a monitor sees."""
     k_reset, k_act = jr.split(key)
     state, obs = env.reset(k_reset)
@@ -211,7 +201,7 @@ def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32
         plans = act(policy, jnp.asarray(obs), i)
         action = plans[:, 0].reshape(n, -1)
         state, after = step(state, action)
-        rows.append((np.array(obs), np.array(action), np.array(plans) if keep else None, running.copy()))
+        rows.append((np.array(obs), np.array(plans), running.copy()))
         reward = after.reward if after.undiscounted is None else after.undiscounted
         returns += np.where(running, np.asarray(reward), 0.0)
         if after.success is not None:
@@ -221,9 +211,8 @@ def trace(policy: Policy, spec: EnvSpec, env: Env, key: PRNGKey, draws: int = 32
         obs = after.obs
         if not running.any():
             break
-    observed, actions, plans, alive = zip(*rows, strict=True)
-    kept = np.stack(plans) if keep else None
-    return Traces(np.stack(observed), np.stack(actions), kept, np.stack(alive), returns, success if said else None)
+    observed, plans, alive = (np.stack(column) for column in zip(*rows, strict=True))
+    return Traces(observed, plans, alive, returns, success if said else None)
 
 
 def calibrate(

@@ -28,6 +28,7 @@ from contraflow.agents.align.base import (
     field,
     first_state,
     flat,
+    followed,
     line,
     policy_of,
     repeated,
@@ -125,9 +126,8 @@ class AWM:
 
         rows = cond, flat(scored.draws.end), advantage
         state, metrics = descend(self.optim, state, loss, rows, key, self.minibatches)
-        kept = jnp.minimum(self.cap, self.rate * state.step)
-        slow = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.old, state.flow)
-        return replace(state, old=slow), metrics | {"kept": kept}
+        state, kept = followed(state, self.rate, self.cap)
+        return state, metrics | kept
 
     def _error(self, error: Scalar, t: Scalar) -> Scalar:
         if self.weight == "huber":

@@ -132,6 +132,14 @@ def ends(flow: Flow, cond: Float[Array, "B c"], group: int, key: PRNGKey) -> Flo
     return jax.vmap(lambda c, k: flow.particles(c, k, group)[1])(cond, keys)
 
 
+def followed(state: AlignState, rate: float, cap: float) -> tuple[AlignState, Metrics]:
+    """Returns the state whose old flow keeps the share min(cap, rate * iteration) of itself and takes the rest from the
+    flow, and that share."""
+    kept = jnp.minimum(cap, rate * state.step)
+    old = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.old, state.flow)
+    return replace(state, old=old), {"kept": kept}
+
+
 def batches(key: PRNGKey, rows: Any, parts: int) -> Any:
     """Returns the rows [n, ...] in random order, as [parts, n // parts, ...]; a rest is left out."""
     n = jax.tree.leaves(rows)[0].shape[0]

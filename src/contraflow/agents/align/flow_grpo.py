@@ -32,6 +32,7 @@ from contraflow.agents.align.base import (
     field,
     first_state,
     flat,
+    line,
     policy_of,
     repeated,
     with_pretrained,
@@ -39,8 +40,7 @@ from contraflow.agents.align.base import (
 from contraflow.agents.base import Preset, flow_of
 from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey
-from contraflow.flow.matching import matching_error
-from contraflow.flow.model import EDGE, Flow, FlowSpec
+from contraflow.flow.model import Flow, FlowSpec
 from contraflow.flow.plan import Noisy, Plan, generate
 from contraflow.policy.base import Policy
 from contraflow.rl.group import GroupAdvantage
@@ -245,9 +245,8 @@ class FlowGRPO:
 
     def _matching(self, flow: Flow, rows: Pairs, key: PRNGKey) -> Float[Array, ""]:
         def one(cond, x1, key):
-            k_x0, k_t = jr.split(key)
-            error = matching_error(flow, cond, flow.noise(k_x0), x1, jr.uniform(k_t, minval=EDGE, maxval=1 - EDGE))
-            return jnp.mean(error**2)
+            x, t, u = line(flow, x1, key)
+            return jnp.mean((field(flow, cond)(x, t) - u) ** 2)
 
         return jnp.mean(jax.vmap(one)(rows.cond, rows.x, jr.split(key, rows.x.shape[0])))
 

@@ -33,6 +33,7 @@ from contraflow.agents.align.base import (
     ends,
     first_state,
     flat,
+    followed,
     line,
     policy_of,
     repeated,
@@ -130,9 +131,8 @@ class NFT:
             return value + self.anchor * jnp.mean(away), {"anchor": jnp.mean(away)}
 
         state, metrics = descend(self.optim, state, loss, rows, key, self.minibatches)
-        kept = jnp.minimum(self.cap, self.rate * state.step)
-        old = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, state.old, state.flow)
-        return replace(state, old=old), metrics | {"kept": kept}
+        state, kept = followed(state, self.rate, self.cap)
+        return state, metrics | kept
 
     def _induced(
         self, old: Flow, cond: Condition, x: Vector, t: Scalar, u: Vector, key: PRNGKey
