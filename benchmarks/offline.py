@@ -2,6 +2,7 @@
 
     contraflow data make ogbench:scene-play --rows 200000 --out DIR/scene-play.npz     # for each data set of PLAN
     python benchmarks/offline.py train --data DIR --tasks scene --methods ifql         # docs/data/offline.csv
+    python benchmarks/offline.py online --data DIR --seeds 0 1                         # docs/data/offline_online.csv
     python benchmarks/offline.py table                                                 # means over seeds
     python benchmarks/offline.py picture                                               # docs/img/offline.png
     python benchmarks/offline.py speed --peer module:function                          # docs/data/offline_speed.csv
@@ -13,7 +14,7 @@ plays 50 episodes. `--peer`: see benchmarks/speed.py.
 import os
 import sys
 
-if "train" in sys.argv:
+if {"train", "online"} & set(sys.argv):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import time
@@ -35,7 +36,7 @@ from contraflow.core.types import Batch, EnvSpec
 from contraflow.experiments.bridge import with_networks
 from contraflow.training.log import read_evaluations
 from contraflow.training.run import Run, train
-from contraflow.training.sources import Dataset
+from contraflow.training.sources import Dataset, OfflineToOnline
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ class Task:
 TASKS = {
     "scene": Task("scene-play", "ogbench:scene-play-singletask-task1-v0", "sparse", 5),
     "cube": Task("cube-single-play", "ogbench:cube-single-play-singletask-task1-v0", "dense", 1),
+    "cube-chunks": Task("cube-single-play", "ogbench:cube-single-play-singletask-task1-v0", "sparse", 5),
     "puzzle": Task("puzzle-3x3-play", "ogbench:puzzle-3x3-play-singletask-task1-v0", "sparse", 5),
 }
 UPDATES = {
     "bc": 20_000, "ifql": 40_000, "fql": 30_000, "qc": 15_000, "qam-e": 15_000, "rebrac": 40_000, "rql": 25_000
 }  # fmt: skip
 """So that a run takes 5 to 14 minutes of one core."""
+ONLINE = {"fql": 30_000, "qam-e": 20_000}
+"""Gradient steps on the data before the first step of the environment."""
 PLAN = {
     "scene": ("bc", "ifql", "fql", "qc", "qam-e"),
     "cube": ("bc", "ifql", "fql", "rebrac", "rql"),
+    "cube-chunks": ("bc", "ifql", "qc"),
     "puzzle": ("bc", "ifql", "qc", "fql"),
 }
 SIZE, OBS, ACT, ROWS = {"width": 256, "depth": 2}, 28, 5, 256
@@ -91,39 +96,53 @@ class Options:
 
 
 def learn(options: Options) -> None:
-    """Every run of the plan that has no rows yet; a row for each evaluation."""
-    done = {(row["task"], row["method"], row["seed"], row["shift"]) for row in read(options.out)}
+    """Every run of the plan; a row for each evaluation."""
     for seed in options.seeds:
         for name in options.tasks:
             for method in (m for m in PLAN[name] if m in options.methods):
-                if (name, method, seed, options.shift) in done:
-                    continue
                 task, updates = TASKS[name], UPDATES[method]
-                file = str(options.data / f"{task.data}.npz")
                 rewards = {"reward": task.reward, "reward_shift": options.shift} if method != "bc" else {}
-                source = Dataset(file, task.env, ROWS, task.horizon, task.horizon, **rewards)
-                run = Run(
-                    agent_of(method), source, updates, None, -(-updates // 3), 50, updates // 30, seed=seed, trackers=()
-                )
-                folder = options.runs / f"{name}-{method}-{options.shift:g}" / f"seed{seed}"
-                began = time.process_time()
-                train(run, folder, quiet=True)
-                seconds = time.process_time() - began
-                rows = [
-                    {
-                        "task": name,
-                        "method": method,
-                        "seed": seed,
-                        "shift": options.shift,
-                        "updates": row["step"],
-                        "success": row["success"],
-                        "return": row["return_mean"],
-                        "cpu s": seconds,
-                    }
-                    for row in read_evaluations(folder)
-                ]
-                write(options.out, rows, mode="a")
-                print(name, method, seed, [f"{row['success']:.2f}" for row in rows], f"{seconds:.0f} s", flush=True)
+                source = Dataset(file_of(task, options), task.env, ROWS, task.horizon, task.horizon, **rewards)
+                perform(options, options.out, source, updates, -(-updates // 3), name, method, seed)
+
+
+def online(options: Options) -> None:
+    """On `scene`, 50 000 steps of the environment after the data, two updates for each chunk of five."""
+    for seed in options.seeds:
+        for method in (m for m in ONLINE if m in options.methods):
+            task, before = TASKS["scene"], ONLINE[method]
+            source = OfflineToOnline(
+                file_of(task, options),
+                task.env,
+                before,
+                updates=2,
+                batch_size=ROWS,
+                horizon=task.horizon,
+                reward=task.reward,
+            )
+            perform(options, DATA / "offline_online.csv", source, before + 50_000, 10_000, "scene", method, seed)
+
+
+def file_of(task: Task, options: Options) -> str:
+    return str(options.data / f"{task.data}.npz")
+
+
+def perform(options: Options, out: Path, source: Any, steps: int, every: int, name: str, method: str, seed: int):
+    """One run, unless its rows are there."""
+    if (name, method, seed, options.shift) in {(r["task"], r["method"], r["seed"], r["shift"]) for r in read(out)}:
+        return
+    run = Run(agent_of(method), source, steps, None, every, 50, steps // 30, seed=seed, trackers=())
+    folder = options.runs / out.stem / f"{name}-{method}-{options.shift:g}" / f"seed{seed}"
+    began = time.process_time()
+    train(run, folder, quiet=True)
+    seconds = time.process_time() - began
+    key = {"task": name, "method": method, "seed": seed, "shift": options.shift}
+    rows = [
+        key | {"updates": row["step"], "success": row["success"], "return": row["return_mean"], "cpu s": seconds}
+        for row in read_evaluations(folder)
+    ]
+    write(out, rows, mode="a")
+    print(name, method, seed, [f"{row['success']:.2f}" for row in rows], f"{seconds:.0f} s", flush=True)
 
 
 def table(options: Options) -> None:
@@ -217,4 +236,4 @@ def speed(options: Options) -> None:
 if __name__ == "__main__":
     options = tyro.cli(Options)
     print(machine())
-    {"train": learn, "table": table, "picture": picture, "speed": speed}[options.command](options)
+    {"train": learn, "online": online, "table": table, "picture": picture, "speed": speed}[options.command](options)
