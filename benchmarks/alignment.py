@@ -27,6 +27,7 @@ from common import DATA, Row, machine, read, write
 
 from contraflow.agents import presets
 from contraflow.agents.align.base import Pairs
+from contraflow.core.plotting import drawing, look
 from contraflow.core.types import EnvSpec
 from contraflow.data.datasets.dataset import build
 from contraflow.data.datasets.write import write as write_data
@@ -268,17 +269,10 @@ def main() -> None:
 
 def picture(options: Options) -> None:
     """Mean curves of training: reward over divergence from the reference, and approval over what is left of variety."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from contraflow.experiments.report.charts import COLOURS, DASHES, STYLE
-
     rows = read(options.out)
     names = [m for m in dict.fromkeys(row["method"] for row in rows) if m != FRONTIER]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(9.0, 4.2), layout="constrained")
+    with drawing(DATA.parent / "img" / "alignment.png", 9.0, 4.2) as figure:
+        axes = figure.subplots(1, 2)
         for ax, (name, across, up) in zip(axes, PANELS, strict=True):
             mine = [row for row in rows if row["problem"] == name]
             if exact := [row for row in mine if row["method"] == FRONTIER]:
@@ -288,13 +282,11 @@ def picture(options: Options) -> None:
                 counts = sorted({row["rewards"] for row in of})
                 point = lambda c, n, of=of: np.mean([row[c] for row in of if row["rewards"] == n])
                 xs, ys = ([point(c, n) for n in counts] for c in (across, up))
-                look = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
-                ax.plot(xs, ys, marker="osv"[i // len(COLOURS) % 3], ms=3, lw=1, label=method, **look)
+                ax.plot(xs, ys, ms=3, lw=1, label=method, **look(i))
             ax.set(title=name, xlabel=LABELS[across], ylabel=LABELS[up])
         axes[0].set(xlim=(-0.2, 7.0), ylim=(0.15, 1.02))
         axes[1].invert_xaxis()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
-        figure.savefig(DATA.parent / "img" / "alignment.png", dpi=200)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
 
 
 def longer(agent: Any, steps: int) -> Any:
@@ -339,21 +331,16 @@ SHOWN = ("", "rfm-align", "nft", "awm", "flow-grpo", "mix-grpo", "rwr")
 
 def gallery(options: Options) -> None:
     """Digits before alignment and after six methods, two of each class from the same noise."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cond = jnp.repeat(jnp.eye(10), 2, 0)
     keys = jr.split(jr.key(3), 20)
-    figure, axes = plt.subplots(len(SHOWN), 1, figsize=(9.0, 0.62 * len(SHOWN)), layout="constrained")
-    for ax, method in zip(axes, SHOWN, strict=True):
-        folder = options.runs / (f"digits-{method}" if method else "digits/policy")
-        x = jax.vmap(load_policy(folder)[0])(cond, keys)
-        ax.imshow(np.asarray(x).reshape(20, 8, 8).transpose(1, 0, 2).reshape(8, 160), cmap="gray", vmin=-1, vmax=1)
-        ax.set(xticks=(), yticks=())
-        ax.set_ylabel(method or "before", rotation=0, ha="right", va="center", fontsize=9)
-    figure.savefig(DATA.parent / "img" / "digits.png", dpi=200)
+    with drawing(DATA.parent / "img" / "digits.png", 9.0, 0.62 * len(SHOWN)) as figure:
+        axes = figure.subplots(len(SHOWN), 1)
+        for ax, method in zip(axes, SHOWN, strict=True):
+            folder = options.runs / (f"digits-{method}" if method else "digits/policy")
+            x = jax.vmap(load_policy(folder)[0])(cond, keys)
+            ax.imshow(np.asarray(x).reshape(20, 8, 8).transpose(1, 0, 2).reshape(8, 160), cmap="gray", vmin=-1, vmax=1)
+            ax.set(xticks=(), yticks=())
+            ax.set_ylabel(method or "before", rotation=0, ha="right", va="center", fontsize=9)
 
 
 PANELS = (("mixture2d", "moved", "reward"), ("digits", "spread", "approved"))

@@ -29,6 +29,7 @@ from common import DATA, Row, machine, read, write
 
 from contraflow.agents.offline.bc import BC
 from contraflow.core.optim import Optim
+from contraflow.core.plotting import COLOURS, drawing, look
 from contraflow.data.datasets import write as datasets
 from contraflow.data.datasets.dataset import build
 from contraflow.envs.control import Pendulum
@@ -204,30 +205,21 @@ def evaluate(options: Options) -> None:
 
 def picture(options: Options) -> None:
     """Success or return over the delay: the mean over seeds, and their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from contraflow.experiments.report.charts import COLOURS, DASHES, MARKERS, STYLE
-
     rows = read(options.out)
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(9.0, 3.8), layout="constrained")
+    with drawing(IMAGE, 9.0, 3.8) as figure:
+        axes = figure.subplots(1, 3)
         panels = (("gap", "success", 100), ("arm", "return", 1), ("pendulum", "return", 1))
         for ax, (name, key, scale) in zip(axes, panels, strict=True):
             for i, (mode, label) in enumerate(MODES.items()):
                 mine = [r for r in rows if (r["task"], r["mode"]) == (name, mode)]
                 values = np.array([[scale * float(r[key]) for r in mine if r["delay"] == d] for d in DELAYS])
-                look = {"color": COLOURS[i], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i]}
                 ax.fill_between(DELAYS, values.min(1), values.max(1), color=COLOURS[i], alpha=0.15, lw=0)
-                ax.plot(DELAYS, values.mean(1), label=label, ms=4, lw=1.6, **look)
+                ax.plot(DELAYS, values.mean(1), label=label, ms=4, lw=1.6, **look(i))
             ax.set(title=name, xlabel="delay, control steps", ylabel="success, %" if key == "success" else key)
             ax.grid(alpha=0.3)
         axes[0].set_ylim(bottom=0)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(IMAGE, dpi=200)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
     print(IMAGE.name)
 
 

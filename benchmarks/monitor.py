@@ -20,6 +20,7 @@ import jax.random as jr
 import numpy as np
 from common import DATA, Row, machine, write
 
+from contraflow.core.plotting import COLOURS, drawing
 from contraflow.core.types import EnvSpec
 from contraflow.data.datasets.dataset import build
 from contraflow.data.datasets.write import write as write_data
@@ -180,15 +181,8 @@ def measure(name: str, case: Case, policy: Any, seed: int) -> tuple[list[Row], A
 
 def picture(kept: dict[str, Any]) -> None:
     """Both scores of each episode at the step where the larger one is largest: an alarm is beyond one of the lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from contraflow.experiments.report.charts import COLOURS, STYLE
-
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(kept), figsize=(8.0, 3.6), layout="constrained")
+    with drawing(DATA.parent / "img" / "monitor.png", 8.0, 3.6) as figure:
+        axes = figure.subplots(1, len(kept))
         for ax, (name, (watch, curves)) in zip(axes, kept.items(), strict=True):
             for (case, found), colour in zip(curves.items(), COLOURS, strict=False):
                 sums = [window_sums(s, watch.window) for s in measured(watch.novelty, watch.cell, found)]
@@ -202,8 +196,7 @@ def picture(kept: dict[str, Any]) -> None:
             ax.axhline(1, color="0.4", lw=0.8)
             ax.set(xscale="log", title=name, xlabel="novelty over its threshold")
         axes[0].set_ylabel("entropy over its threshold")
-        axes[-1].legend(frameon=False, fontsize=8)
-        figure.savefig(DATA.parent / "img" / "monitor.png", dpi=200)
+        axes[-1].legend()
 
 
 def main() -> None:

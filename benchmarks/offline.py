@@ -32,6 +32,7 @@ from common import DATA, machine, peer, read, write
 from timing import paired, report
 
 from contraflow.agents import presets
+from contraflow.core.plotting import drawing, look
 from contraflow.core.types import Batch, EnvSpec
 from contraflow.experiments.bridge import with_networks
 from contraflow.training.log import read_evaluations
@@ -160,35 +161,27 @@ def table(options: Options) -> None:
 
 def picture(options: Options) -> None:
     """Success over updates, a panel for each task: the mean over seeds, and a thin line for each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from contraflow.experiments.report.charts import COLOURS, DASHES, STYLE
-
     rows = [row for row in read(options.out) if row["shift"] == options.shift]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(TASKS), figsize=(9.0, 3.2), layout="constrained", sharey=True)
+    with drawing(DATA.parent / "img" / "offline.png", 9.0, 3.2) as figure:
+        axes = figure.subplots(1, len(TASKS), sharey=True)
         for ax, name in zip(axes, TASKS, strict=True):
             for i, method in enumerate(UPDATES):
                 mine = [row for row in rows if (row["task"], row["method"]) == (name, method)]
                 if not mine:
                     continue
-                look = {"color": COLOURS[i], "linestyle": DASHES[i % len(DASHES)]}
+                line = look(i)
                 curves = []
                 for seed in sorted({row["seed"] for row in mine}):
                     points = sorted((row["updates"], 100 * row["success"]) for row in mine if row["seed"] == seed)
                     curves.append({round(step / 1000): value for step, value in points})  # the last two fall together
                 for curve in curves if len(curves) > 1 else []:
-                    ax.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.5, **look)
+                    ax.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.5, **(line | {"marker": ""}))
                 mean = np.mean([list(curve.values()) for curve in curves], axis=0)
-                ax.plot(list(curves[0]), mean, label=method, marker="o", ms=3, clip_on=False, **look)
+                ax.plot(list(curves[0]), mean, label=method, ms=3, clip_on=False, **line)
             ax.set(title=f"{TASKS[name].data}, task 1", xlabel="thousand updates", xlim=(0, 42))
             ax.set_ylim(0, 100)
-            ax.legend(frameon=False, fontsize=8)
+            ax.legend()
         axes[0].set_ylabel("success, %")
-        figure.savefig(DATA.parent / "img" / "offline.png", dpi=200)
 
 
 def with_flow(part: Any, depth: int) -> Any:

@@ -24,6 +24,7 @@ import optax
 import tyro
 from common import DATA, Row, machine
 
+from contraflow.core.plotting import drawing
 from contraflow.flow.adjoint import lean_adjoint, rollout
 from contraflow.flow.matching import matching_error, square
 from contraflow.flow.model import Flow
@@ -174,31 +175,26 @@ def table() -> tuple[list[Row], dict[tuple[str, str], jax.Array]]:
 
 def picture(file: Path, samples: dict[tuple[str, str], jax.Array]) -> None:
     """Samples [n, 2] by (task, method) over contours of the exact density, as docs/img/prior.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = ("clone, 30", "QAM, 10", "QAM, 30", "RFM, mixture, 30")
     titles = ("clone of behaviour", "QAM, 10 steps", "QAM, 30 steps", "RFM, 30 steps")
-    figure = Figure(figsize=(8.6, 3.75), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(BANDITS), len(columns), sharex=True, sharey=True)
-    line = jnp.linspace(-2.4, 2.4, 240)
-    grid = jnp.stack(jnp.meshgrid(line, line), -1)
-    for row, bandit in zip(axes, BANDITS, strict=True):
-        tilted, before = (np.exp(np.asarray(jax.vmap(jax.vmap(f))(grid))) for f in (bandit.exact, bandit.behaviour))
-        for axis, name, title in zip(row, columns, titles, strict=True):
-            density, colour = (before, "#7a869a") if name.startswith("clone") else (tilted, "#0072b2")
-            dots = np.asarray(samples[bandit.name, name])[:1200]
-            axis.plot(*dots.T, ".", ms=2.4, mew=0, color=DOT, alpha=0.6, rasterized=True)
-            levels = density.max() * np.array([0.05, 0.25, 0.6, 0.9])
-            axis.contour(line, line, density, levels=levels, colors=colour, linewidths=1.1)
-            axis.plot(*bandit.goal, "*", ms=9, mfc="white", mec=INK, mew=0.8)
-            axis.set(xlim=(-2.4, 2.4), ylim=(-1.7, 1.9), xticks=(), yticks=(), aspect="equal")
-            if bandit is BANDITS[0]:
-                axis.set_title(title, fontsize=10, color=INK)
-        row[0].set_ylabel(bandit.name, fontsize=10, color=INK)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=200)
+    with drawing(file, 8.6, 3.75) as figure:
+        axes = figure.subplots(len(BANDITS), len(columns), sharex=True, sharey=True)
+        line = jnp.linspace(-2.4, 2.4, 240)
+        grid = jnp.stack(jnp.meshgrid(line, line), -1)
+        for row, bandit in zip(axes, BANDITS, strict=True):
+            tilted, before = (np.exp(np.asarray(jax.vmap(jax.vmap(f))(grid))) for f in (bandit.exact, bandit.behaviour))
+            for axis, name, title in zip(row, columns, titles, strict=True):
+                density, colour = (before, "#7a869a") if name.startswith("clone") else (tilted, "#0072b2")
+                dots = np.asarray(samples[bandit.name, name])[:1200]
+                axis.plot(*dots.T, ".", ms=2.4, mew=0, color=DOT, alpha=0.6, rasterized=True)
+                levels = density.max() * np.array([0.05, 0.25, 0.6, 0.9])
+                axis.contour(line, line, density, levels=levels, colors=colour, linewidths=1.1)
+                axis.plot(*bandit.goal, "*", ms=9, mfc="white", mec=INK, mew=0.8)
+                axis.set(xlim=(-2.4, 2.4), ylim=(-1.7, 1.9), xticks=(), yticks=(), aspect="equal")
+                if bandit is BANDITS[0]:
+                    axis.set_title(title, fontsize=10, color=INK)
+            row[0].set_ylabel(bandit.name, fontsize=10, color=INK)
 
 
 def main(image: Path = DATA.parent / "img" / "prior.png") -> None:

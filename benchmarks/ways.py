@@ -28,6 +28,7 @@ import tyro
 from common import DATA, Row, machine, write
 
 from contraflow.core.optim import Optim
+from contraflow.core.plotting import drawing
 from contraflow.envs.bandit import Bandit, TwoPeak
 from contraflow.envs.episodes import BLUE, ORANGE, Disc, draw
 from contraflow.envs.ways import GOAL, GOALS, MultiGoal, TwoWayArm
@@ -205,61 +206,53 @@ def evaluate(options: Options) -> None:
 
 def picture(options: Options) -> None:
     """Draws and episodes of seed 0 of a flow and of a Gaussian policy, as they explore."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.2), layout="constrained")
-    for i, (method, label) in enumerate((("rfm", "flow (rfm)"), ("sac", "Gaussian (sac)"))):
-        axes[i, 0].set_ylabel(label)
-        for j, name in enumerate(TASKS):
-            ax, policy = axes[i, j], load(options.runs / f"{name}-{method}" / "seed0").network
-            row = row_of(policy, name, False)
-            if name == "two-peak":
-                act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
-                draws = np.asarray(act(jr.split(jr.key(2), 400)))
-                for side in (1, -1):
-                    draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
-                ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3, alpha=0.6)
-                ax.set(xlim=(-1, 1), ylim=(-1, 1))
-            else:
-                task = replace(TASKS[name], num_envs=24)
-                _, _, bodies = play(policy, task, False, 2)
-                draw(ax, backdrop(task))
-                for k in range(24):
-                    ax.plot(*trace(task, bodies[:, k]).T, color=BLUE, linewidth=1.2, alpha=0.45)
-                low, reach = (-0.25, 0.7) if name == "two-way-arm" else (-1.3, 1.3)
-                ax.set(xlim=(-reach, reach), ylim=(low, low + 2 * reach))
-            ax.set(xticks=[], yticks=[], aspect="equal")
-            open_, blocked = (f"{100 * row[k]:.0f} %" for k in ("success", "blocked_success"))
-            ax.set_xlabel(f"{open_} arrive; favourite blocked: {blocked}", fontsize=8)
-            if i == 0:
-                ax.set_title(TITLES[name], fontsize=9)
-    figure.savefig(IMAGE, dpi=200)
+    with drawing(IMAGE, 7.2, 5.2) as figure:
+        axes = figure.subplots(2, 3)
+        for i, (method, label) in enumerate((("rfm", "flow (rfm)"), ("sac", "Gaussian (sac)"))):
+            axes[i, 0].set_ylabel(label)
+            for j, name in enumerate(TASKS):
+                ax, policy = axes[i, j], load(options.runs / f"{name}-{method}" / "seed0").network
+                row = row_of(policy, name, False)
+                if name == "two-peak":
+                    act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
+                    draws = np.asarray(act(jr.split(jr.key(2), 400)))
+                    for side in (1, -1):
+                        draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
+                    ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3, alpha=0.6)
+                    ax.set(xlim=(-1, 1), ylim=(-1, 1))
+                else:
+                    task = replace(TASKS[name], num_envs=24)
+                    _, _, bodies = play(policy, task, False, 2)
+                    draw(ax, backdrop(task))
+                    for k in range(24):
+                        ax.plot(*trace(task, bodies[:, k]).T, color=BLUE, linewidth=1.2, alpha=0.45)
+                    low, reach = (-0.25, 0.7) if name == "two-way-arm" else (-1.3, 1.3)
+                    ax.set(xlim=(-reach, reach), ylim=(low, low + 2 * reach))
+                ax.set(xticks=[], yticks=[], aspect="equal")
+                open_, blocked = (f"{100 * row[k]:.0f} %" for k in ("success", "blocked_success"))
+                ax.set_xlabel(f"{open_} arrive; favourite blocked: {blocked}", fontsize=8)
+                if i == 0:
+                    ax.set_title(TITLES[name], fontsize=9)
     print(IMAGE.name)
 
 
 def first(options: Options) -> None:
     """The first picture of the README: 400 actions of a flow and of a Gaussian policy where two actions are best."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.9), layout="constrained")
-    for ax, (method, label) in zip(axes, (("rfm", "flow policy (rfm)"), ("sac", "Gaussian policy (sac)")), strict=True):
-        policy = load(options.runs / f"two-peak-{method}" / "seed0").network
-        act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
-        draws = np.asarray(act(jr.split(jr.key(2), 400)))
-        for side in (1, -1):
-            draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
-        ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3.5, alpha=0.6)
-        ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
-        ax.set_xlabel("first of six action dimensions")
-        ax.set_title(label)
-    axes[0].set_ylabel("second")
-    figure.savefig(IMAGE.with_name("peaks.png"), dpi=200)
+    with drawing(IMAGE.with_name("peaks.png"), 7.2, 3.9) as figure:
+        axes = figure.subplots(1, 2)
+        for ax, (method, label) in zip(
+            axes, (("rfm", "flow policy (rfm)"), ("sac", "Gaussian policy (sac)")), strict=True
+        ):
+            policy = load(options.runs / f"two-peak-{method}" / "seed0").network
+            act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
+            draws = np.asarray(act(jr.split(jr.key(2), 400)))
+            for side in (1, -1):
+                draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
+            ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3.5, alpha=0.6)
+            ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
+            ax.set_xlabel("first of six action dimensions")
+            ax.set_title(label)
+        axes[0].set_ylabel("second")
 
 
 def backdrop(task: Any) -> list[Any]:

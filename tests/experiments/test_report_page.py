@@ -61,7 +61,7 @@ def coloured(picture: np.ndarray) -> int:
 
 def test_lines_of_agents_can_be_told_apart():
     look = styles([f"agent {i:02}" for i in range(28)])
-    assert len({(style["color"], style["ls"]) for style in look.values()}) == 28
+    assert len({(style["color"], style["linestyle"]) for style in look.values()}) == 28
 
 
 def test_every_chart_is_in_the_page_and_beside_it(page: Path):

@@ -1,5 +1,4 @@
-"""The charts of a report: matplotlib figures on white. Colours (Okabe and Ito), line styles and markers together stay
-distinguishable for colour-blind readers and in grey prints."""
+"""The charts of a report: matplotlib figures on white."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -11,15 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from contraflow.core import plotting
 from contraflow.experiments.report.runs import Record
 from contraflow.experiments.report.scores import Method, Table
 from contraflow.experiments.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference, profile
 from contraflow.policy.best_of import ONE, UNIFORM
 from contraflow.runtime.variants import OWN
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-DASHES, MARKERS, RULES = ("-", "--", "-.", ":"), "osD^vP*X", {OWN: "o", ONE: "s", UNIFORM: "X"}
-STYLE: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+RULES = {OWN: "o", ONE: "s", UNIFORM: "X"}
 SWITCH: Any = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 8, "color": "#777777"}
 WIDTH = 9.0  # inches, for every chart
 CURVE = "mean over seeds, pointwise 95 % bootstrap interval of that mean. A finished run keeps its last value."
@@ -60,7 +58,7 @@ def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, F
     look = styles(sorted({record.agent for record in records}))
     methods = [method for method in table.methods if method.name in table.scores]
     out: dict[str, Figure | None] = {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(plotting.STYLE):
         if methods:
             rows = {f"{m.name}\n{m.effort}": (m, [estimate(iqm, table.scores[m.name])]) for m in methods}
             label = "interquartile mean of the scores"
@@ -87,10 +85,8 @@ def draw(records: Sequence[Record], table: Table, reference: str) -> dict[str, F
 
 
 def styles(agents: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns colour, dash and marker of each agent for all charts; colour and dash distinguish 28 agents."""
-    n = len(COLOURS)
-    looks = ((COLOURS[i % n], DASHES[(i + 2 * (i // n)) % len(DASHES)], MARKERS[i % 8]) for i in range(len(agents)))
-    return {a: {"color": c, "ls": d, "marker": m} for a, (c, d, m) in zip(sorted(agents), looks, strict=True)}
+    """Returns colour, dash and marker of each agent for all charts."""
+    return {agent: plotting.look(i) for i, agent in enumerate(sorted(agents))}
 
 
 def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Any]]:

@@ -10,6 +10,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from contraflow.core import plotting
 from contraflow.core.files import make_folder, replacing
 from contraflow.core.settings import suggest, version
 from contraflow.core.types import UserError
@@ -73,6 +74,6 @@ def _samples(records: list[Record]) -> list[tuple[str, str]]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(charts.STYLE):
+    with matplotlib.rc_context(plotting.STYLE):
         figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
