@@ -1,8 +1,8 @@
 """Code of README and docs.
 
 Every block of a tutorial after `<!-- run -->` runs, in the order of the pages, in one folder; a block after
-`<!-- file NAME -->` is written to that file first. In all other blocks, which may take long, `contraflow train` must be
-a command whose flags exist.
+`<!-- file NAME -->` is written to that file first. The recipes of the README run with less of everything. In all other
+blocks, which may take long, `contraflow train` must be a command whose flags exist.
 """
 
 import re
@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from contraflow.agents import presets
@@ -35,6 +36,29 @@ TRAIN = re.compile(r"^contraflow train (?P<preset>[\w-]+) (?P<flags>[^\n]*)$", r
 ALIGN = re.compile(r"^contraflow align (?P<preset>[\w-]+) (?P<flags>[^\n]*)$", re.MULTILINE)
 TEXTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 DONE: set[str] = set()
+LESS = {
+    "--steps 100000": "--steps 300 --eval-every 150 --eval-episodes 1",
+    "--episodes 20 --video cheetah.mp4": "--episodes 2",
+    "--out runs/cloned": "--steps 100 --out runs/cloned",
+    "--out runs/tuned": "--steps 2000 --eval-every 2000 --eval-episodes 1 --out runs/tuned",
+    "--rows 200000": "--rows 1500",
+    "--out runs/scene": "--steps 4 --eval-every 4 --eval-episodes 1 --log-every 4 --out runs/scene",
+    "--above 300": "--above -1 --episodes 4 --delta 0.4",
+    "--out runs/digits": "--steps 200 --out runs/digits",
+    "--out runs/aligned": "--steps 512 --eval-every 512 --out runs/aligned",
+    "--trust my_agent": "--trust my_agent --steps 300 --eval-every 300 --eval-episodes 1",
+}
+"""What a recipe of the README says, and the little of it that the test runs."""
+AGENT = """
+from dataclasses import dataclass
+
+from contraflow.agents.online.sac import SAC
+
+
+@dataclass(frozen=True)
+class MyAgent(SAC):
+    pass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +102,26 @@ def test_a_tutorial_runs(name, folder, monkeypatch):
             if page not in DONE:
                 assert run_page(ROOT / "docs" / f"{page}.md") > 0
                 DONE.add(page)
+
+
+@pytest.mark.slow
+def test_the_recipes_of_the_readme_run(tmp_path, monkeypatch):
+    """All of them but the server, which goes on until it is stopped and has a tutorial of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    Path("my_agent.py").write_text(AGENT)
+    text = (ROOT / "README.md").read_text()
+    for much, little in LESS.items():
+        assert text.count(much) == 1, much
+        text = text.replace(much, little)
+    for kind, code in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+        if kind == "python":
+            exec(compile(code, "README.md", "exec"), {"observation": np.zeros(17)})
+        for line in code.splitlines() if kind == "sh" else []:
+            if line.startswith("contraflow") and not line.startswith("contraflow serve"):
+                command(line)
+            if line.startswith("contraflow eval"):
+                command("contraflow record runs/cheetah --episodes 2 --out ./demos.npz")
 
 
 def test_there_is_code_in_every_tutorial():

@@ -15,10 +15,11 @@ from tests.cli_helpers import assert_refused, cli
 from tests.experiments.helpers import AGENTS, loose, write_matrix, write_run
 
 from contraflow.experiments.compare.matrix import FINAL, cell_folder
-from contraflow.experiments.report import charts
+from contraflow.experiments.report import charts, tables
 from contraflow.experiments.report.charts import CAPTIONS, styles
 from contraflow.experiments.report.runs import read
 from contraflow.presets import PRESETS
+from contraflow.runtime.export import digest
 
 
 class Text(HTMLParser):
@@ -192,6 +193,36 @@ def test_the_order_of_the_files_changes_nothing(page: Path, monkeypatch: pytest.
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def test_deployment_lists_files_and_monitors(tmp_path: Path):
+    """Not a file of other weights, and nothing at all for runs that were only trained."""
+    policy = write_run(tmp_path / "runs/a", loose(), [1.0, 2.0]) / "policy"
+    write_run(tmp_path / "runs/b", loose(1), [1.0, 2.0])
+    policy.mkdir()
+    policy.with_name("monitor").mkdir()
+    for name in ("model.safetensors", "policy.onnx", "policy.stablehlo"):
+        (policy / name).write_text(name)
+
+    def about(name, weights):
+        sums = {"sha256": digest(policy / name), "policy_sha256": digest(policy / weights)}
+        return {"file": name, "parity": 1.5e-6, "seconds": {"policy": 2e-4, "file": 1e-4}} | sums
+
+    exports = {
+        "onnx": about("policy.onnx", "model.safetensors"),
+        "stablehlo": about("policy.stablehlo", "policy.onnx"),
+    }
+    config = {"spec": {"horizon": 4, "execute": 2}, "exports": exports}
+    (policy / "config.json").write_text(json.dumps(config))
+    check = {"delta": 0.1, "good": 60, "alarms_good": 4, "other": 0, "alarms_other": 0}
+    (tmp_path / "runs/a/monitor/check.json").write_text(json.dumps(check))
+    records, _ = read(tmp_path / "runs")
+    row = ["a/policy", "0", "2 of 4", "policy.onnx", "1.5e-06", "0.20", "0.10", "4 of 60", "-"]
+    assert tables.deployment(records, tmp_path / "runs") == [row]
+    assert cli("report", tmp_path / "runs", "--out", tmp_path / "page.html")[0] == 0
+    assert "alarms, good" in (tmp_path / "page.html").read_text()
+
+
 PROBE = """<script>
 window.onload = () => {
   const rows = [...document.images].map((image) => {

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.random as jr
@@ -10,9 +10,10 @@ import numpy as np
 import tyro
 
 from contraflow.cli.flags import Modules, read_flags
+from contraflow.core.files import write_json
 from contraflow.core.types import UserError
 from contraflow.policy.artifact import policy_folder, save_policy
-from contraflow.runtime.monitor import Rule, Traces, alarms, calibrate, trace
+from contraflow.runtime.monitor import CHECK, Rule, Traces, alarms, calibrate, trace
 from contraflow.runtime.policy import load
 from contraflow.runtime.variants import environment
 
@@ -70,9 +71,12 @@ def monitor_command(args: list[str]) -> int:
     save_policy(place / "monitor", watch, policy.spec, id)
     check = play(max(1, options.episodes // 2), options.seed + 1, k[2])
     good, (raised, _) = _good(check, options.above), alarms(watch, check)
+    counts: dict[str, Any] = {"delta": options.delta}
     for name, which in (("good", good), ("other", ~good)):
+        counts |= {name: int(which.sum()), f"alarms_{name}": int(raised[which].sum())}
         if which.any():
             print(f"alarm in {raised[which].sum()} of {which.sum()} new {name} episodes ({raised[which].mean():.0%})")
+    write_json(place / "monitor" / CHECK, counts)
     print(f"at most {options.delta:.0%} of good episodes are expected to raise one")
     print(f"written  {place / 'monitor'}")
     return 0

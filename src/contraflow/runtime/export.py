@@ -98,6 +98,7 @@ def export(policy: Policy, folder: Path, to: Format = "onnx", unroll: int = UNRO
         "parity": parity,
         "largest": largest,
         "rows": len(each),
+        "seconds": {"policy": seconds[0], "file": seconds[1]},
         "inputs": {name: list(shape) for name, shape in names.items()},
         "made_by": {name: _version(name) for name in ("contraflow", "jax", *(("jax2onnx",) if to == "onnx" else ()))},
     }

@@ -151,6 +151,9 @@ class Monitor:
         return Alarm(float(ratio[0]), float(ratio[1]), bool(_joint(self._watch.rule, ratio) > 1))
 
 
+CHECK = "check.json"  # beside a watch: alarms in new episodes, good ones and others
+
+
 def load_watch(folder: str | Path, trust: Trust = "") -> Watch:
     """Returns the watch that `contraflow monitor` wrote into a folder. Raises UserError if there is none."""
     place = Path(folder) / "monitor"

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from contraflow.core.files import read_json
 from contraflow.experiments.report.runs import Record
 from contraflow.experiments.report.scores import Method, Returns, Scale, Table
 from contraflow.experiments.report.statistics import Estimate, estimate, improvement, iqm, iqm_difference
+from contraflow.runtime.export import fresh_exports
+from contraflow.runtime.monitor import CHECK
 from contraflow.runtime.variants import OWN
 
 FAIR = (
@@ -134,6 +137,27 @@ def runs(records: Sequence[Record], folder: Path) -> Rows:
         row = [r.folder.relative_to(folder).as_posix(), r.agent, r.env, str(r.seed), *counts]
         success = f"{last['success']:.0%}" if "success" in last else "-"
         rows.append([*row, f"{last['seconds'] / 60:.1f}", number(last["return_mean"]), success, versions])
+    return rows
+
+
+def deployment(records: Sequence[Record], folder: Path) -> Rows:
+    """Returns a row for each exported file, and for each policy with a monitor but no file; see `page.html`."""
+    rows = []
+    for r in records:
+        for policy, watched in ((r.folder / "policy", r.folder), (r.folder / "best", r.folder / "best")):
+            check = watched / "monitor" / CHECK
+            if not (policy / "config.json").is_file():
+                continue
+            files = list(fresh_exports(policy).values())
+            found = read_json(check) if check.is_file() else {}
+            spec = read_json(policy / "config.json")["spec"]
+            chunk = f"{spec['execute']} of {spec['horizon']}" if spec["horizon"] > 1 else "-"
+            row = [policy.relative_to(folder).as_posix(), "-" if r.cost is None else str(r.cost["nfe"]), chunk]
+            seen = [f"{found[f'alarms_{k}']} of {found[k]}" if found.get(k) else "-" for k in ("good", "other")]
+            for about in files or ([{}] if found else []):
+                times = [f"{1000 * s:.2f}" for s in about.get("seconds", {}).values()] or ["-", "-"]
+                parity = f"{about['parity']:.1e}" if about else "-"
+                rows.append([*row, about.get("file", "-"), parity, *times, *seen])
     return rows
 
 
