@@ -49,9 +49,10 @@ clean:
 
 .venv/installed-train: EXTRAS = $(TRAIN_EXTRAS)
 .venv/installed-dev: EXTRAS = $(DEV_EXTRAS)
-# Clients that the server is tested with, and jax2onnx, which excludes the newer orbax-checkpoint that is tested here and
-# does not import it. Their own requirements would not fit; what they do need is in dev.
-.venv/installed-dev: WITHOUT = openpi-client==0.1.2 vla-eval==0.8.0 jax2onnx==0.17.1
+# Clients that the server is tested with; jax2onnx, which excludes the newer orbax-checkpoint that is tested here and does
+# not import it; and metaworld for its scripted policies, which names an older mujoco. Their own requirements would not
+# fit; what they do need is in dev.
+.venv/installed-dev: WITHOUT = openpi-client==0.1.2 vla-eval==0.8.0 jax2onnx==0.17.1 metaworld==3.1.1
 .venv/installed-train .venv/installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	@test -x .venv/bin/pip || $(PYTHON) -m venv --clear .venv

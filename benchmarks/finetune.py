@@ -64,7 +64,7 @@ class Task:
     env: str
     steps: int
     half: int = 0
-    """0 where the demonstrations are made by examples/demonstrations.py, at OUT/TASK/data.npz."""
+    """0 where the demonstrations come from elsewhere, as OUT/TASK/data.npz."""
     source: str = ""
     """Environment that the recorded policy is trained on, where it is another."""
     horizon: int = 4

@@ -7,6 +7,7 @@ blocks, which may take long, `contraflow train` must be a command whose flags ex
 
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tests.cli_helpers import ENVIRON
 
 from contraflow.agents import presets
 from contraflow.cli import main
@@ -107,9 +109,17 @@ def test_a_tutorial_runs(name, folder, monkeypatch):
 @pytest.mark.slow
 def test_the_recipes_of_the_readme_run(tmp_path, monkeypatch):
     """All of them but the server, which goes on until it is stopped and has a tutorial of its own."""
+    (tmp_path / "my_agent.py").write_text(AGENT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    Path("my_agent.py").write_text(AGENT)
+
+    def command(line: str) -> None:
+        """In a process of its own, which compiles for speed, as the networks are of the default sizes."""
+        name, *args = shlex.split(line, comments=True)
+        done = subprocess.run(
+            [sys.executable, "-m", name, *args], env=ENVIRON | {"XLA_FLAGS": ""}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+
     text = (ROOT / "README.md").read_text()
     for much, little in LESS.items():
         assert text.count(much) == 1, much

@@ -16,7 +16,9 @@ from tests.cli_helpers import assert_refused, cli
 
 from contraflow.core.types import UserError
 from contraflow.data.datasets.readers import load
-from contraflow.data.make.ogbench import NAMES, Maker, Recipe, find, make
+from contraflow.data.make import make
+from contraflow.data.make.episodes import Maker
+from contraflow.data.make.ogbench import NAMES, find
 
 SET, STEPS = "ogbench:pointmaze-medium-stitch", 200
 
@@ -43,10 +45,10 @@ def test_a_set_follows_from_its_seed_alone(tmp_path: Path):
 
 
 def test_an_episode_does_not_know_what_was_made_before_it():
-    maker = Maker(Recipe("pointmaze-medium-navigate", 3))
+    maker = Maker(find("ogbench:pointmaze-medium-navigate", 3))
     first, second = maker.episode(0), maker.episode(1)
     for number, made in ((1, second), (0, first)):
-        again = Maker(Recipe("pointmaze-medium-navigate", 3)).episode(number)
+        again = Maker(find("ogbench:pointmaze-medium-navigate", 3)).episode(number)
         assert all((again[key] == made[key]).all() for key in made)
 
 
@@ -55,7 +57,7 @@ def test_what_was_stopped_goes_on(tmp_path: Path):
     make(SET, 4 * STEPS, whole)
     assert not make(SET, 4 * STEPS, parts, progress=lambda rows: told.append(rows) or rows >= 2 * STEPS)
     assert told == [0, STEPS, 2 * STEPS] and not parts.exists()
-    with pytest.raises(UserError, match=r"holds episodes of another set \(name pointmaze-medium-stitch, seed 0"):
+    with pytest.raises(UserError, match=r"holds episodes of another set \(name ogbench:pointmaze-"):
         make(SET, STEPS, parts, seed=1)
     told.clear()
     assert make(SET, 4 * STEPS, parts, jobs=2, progress=lambda rows: told.append(rows) or False)
@@ -99,7 +101,7 @@ def test_the_package_reads_it_and_so_do_we(tmp_path: Path):
 
 def test_walks_arrive(tmp_path: Path):
     """A short walk of four cells takes 16 m at .2 m a step: it is near its goal long before its 200 steps are over."""
-    maker = Maker(Recipe("pointmaze-large-stitch", 0))
+    maker = Maker(find("ogbench:pointmaze-large-stitch", 0))
     rows = [maker.episode(i) for i in range(8)]
     for walk in rows:
         assert walk["observations"].shape == (201, 2) and walk["terminals"].sum() == walk["terminals"][-1] == 1
@@ -107,7 +109,7 @@ def test_walks_arrive(tmp_path: Path):
         assert 4 < way < 20
         steps = np.linalg.norm(np.diff(walk["observations"][-50:], axis=0), axis=1)
         assert steps.mean() < 0.2 * np.sqrt(2) + 1e-3 and abs(walk["actions"]).max() <= 1
-    maker = Maker(Recipe("pointmaze-medium-navigate", 0))
+    maker = Maker(find("ogbench:pointmaze-medium-navigate", 0))
     for walk in (maker.episode(i)["observations"] for i in range(4)):
         assert len(walk) == 1001 and np.ptp(walk, axis=0).min() > 12, "it goes all over the maze, and stays nowhere"
 
@@ -123,7 +125,7 @@ def test_walks_arrive(tmp_path: Path):
 )
 def test_an_arm_moves_what_there_is(name: str, columns: tuple[int, ...], objects: set[str]):
     """Two episodes of 1001 states; actions in [-1, 1] that are not all at a bound; every kind of target is moved."""
-    maker = Maker(Recipe(name, 0))
+    maker = Maker(find(f"ogbench:{name}"))
     assert set(maker._source.oracles) == objects
     episodes = [maker.episode(i) for i in range(2)]
     moved = set()
@@ -143,7 +145,7 @@ def test_an_arm_moves_what_there_is(name: str, columns: tuple[int, ...], objects
 
 
 def test_names():
-    assert find("ogbench:cube-single-play-v0") == "cube-single-play"
+    assert find("ogbench:cube-single-play-v0").name == "ogbench:cube-single-play"
     assert len(NAMES) == len(set(NAMES)) == 28
     import gymnasium
 

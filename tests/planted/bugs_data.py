@@ -11,12 +11,14 @@ from tests.planted import bug, wrong
 from contraflow.data import samplers
 from contraflow.data.datasets import dataset, readers
 from contraflow.data.datasets.dataset import Dataset
-from contraflow.data.make import ogbench
+from contraflow.data.make import metaworld, ogbench
+from contraflow.data.make.episodes import Maker
 from contraflow.data.replay import Buffer
 from contraflow.data.rows import Rows
 from contraflow.data.samplers import Mixed
 from contraflow.envs import chunk, episodes
 from contraflow.envs.chunk import Chunked
+from contraflow.envs.envpool import EnvPool
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.envs.probe import Probe
 from contraflow.envs.reward import Rewarded
@@ -219,7 +221,7 @@ def a_robot_moves_the_other_way(patch: pytest.MonkeyPatch) -> None:
 
 @bug("data/test_make.py::test_a_set_follows_from_its_seed_alone")
 def episodes_of_a_set_share_one_seed(patch: pytest.MonkeyPatch):
-    @wrong(patch, ogbench.Maker, "episode")
+    @wrong(patch, Maker, "episode")
     def _(right, self, number):
         return right(self, 0)
 
@@ -233,8 +235,8 @@ def oracles_go_on_drawing_from_where_they_were(patch: pytest.MonkeyPatch):
 @bug("data/test_make.py::test_walks_arrive")
 def a_walk_stays_in_the_middle_of_the_cell_of_its_goal(patch: pytest.MonkeyPatch):
     @wrong(patch, ogbench.Walk, "__init__")
-    def _(right, self, recipe):
-        right(self, recipe)
+    def _(right, self, world, kind):
+        right(self, world, kind)
         # Two cells are never the same: the way goes to the centre of the last one.
         real = self.maze.xy_to_ij
         self.maze.xy_to_ij = lambda xy: Cell(real(xy))
@@ -282,3 +284,31 @@ def a_success_outlives_its_episode(patch: pytest.MonkeyPatch):
             return *counted, np.any(said, axis=0)
 
         return right(went_on, *sizes)
+
+
+@bug("data/test_make_metaworld.py::test_the_script_reaches_the_goal_that_it_sees")
+def metaworld_hides_its_goals(patch: pytest.MonkeyPatch):
+    @wrong(patch, EnvPool, "_build")
+    def _(right, self, seed):
+        self._settings["partially_observable"] = True
+        return right(self, seed)
+
+
+@bug("data/test_make_metaworld.py::test_the_noise_of_a_set_has_another_strength_in_each_episode")
+def all_episodes_have_the_strongest_noise(patch: pytest.MonkeyPatch):
+    @wrong(patch, metaworld.Script, "run")
+    def _(right, self, rng):
+        return right(self, Loudest(rng))
+
+
+class Loudest:
+    """A generator whose uniform numbers are the largest."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def uniform(self, low, high, *size):
+        return self.rng.uniform(low, high, *size) if size else high
+
+    def __getattr__(self, name):
+        return getattr(self.rng, name)

@@ -17,7 +17,7 @@ from contraflow.data.datasets.dataset import Dataset, build
 from contraflow.data.datasets.inspect import problems, summary
 from contraflow.data.datasets.readers import load as load_dataset
 from contraflow.data.datasets.write import check_target, write
-from contraflow.data.make import ogbench
+from contraflow.data.make import make
 from contraflow.envs import align
 from contraflow.runtime.collect import Behaviour, record
 from contraflow.runtime.policy import load
@@ -81,8 +81,8 @@ class Make:
     """
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-    """A set of OGBench such as ogbench:cube-single-play or ogbench:pointmaze-large-navigate, or the data of a problem
-    of alignment such as align:digits."""
+    """A set of OGBench such as ogbench:cube-single-play or ogbench:pointmaze-large-navigate, a set of MetaWorld such
+    as metaworld:reach-expert or metaworld:reach-noisy, or the data of a problem of alignment such as align:digits."""
     out: Path
     """The new file, which ends in .npz."""
     rows: int = 1_000_000
@@ -141,7 +141,7 @@ def make_command(args: list[str]) -> int:
             shown.update("making", rows, {})
             return bool(signals)
 
-        whole = ogbench.make(options.name, options.rows, options.out, options.seed, options.jobs, told)
+        whole = make(options.name, options.rows, options.out, options.seed, options.jobs, told)
     if not whole:
         again = " ".join(["contraflow data make", *map(shlex.quote, args)])
         print(f"interrupted with {done[-1]:,} rows, which are kept: {again}")

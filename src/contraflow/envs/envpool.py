@@ -47,6 +47,7 @@ class EnvPool:
       wrong and unused.
     - An ended copy is reset within the same `step`, so EnvPool's dummy transition after an end never happens.
     - `truncated` marks the time limit and `terminated` the task's own end; both are True when they coincide.
+    - The goal of a task of MetaWorld is part of the observation, as in its MT1; EnvPool hides it unless told.
     - EnvPool seeds a pool only at construction, so `reset` builds a new pool, seeded from `seed` and its key.
 
     Raises UserError when EnvPool is missing, the id is unknown, actions are not continuous and bounded, observations
@@ -80,6 +81,8 @@ class EnvPool:
         envpool = check_id(id)
         self._make = envpool.make_gymnasium
         self._settings: dict[str, Any] = {"task_id": id, "num_envs": num_envs, "num_threads": num_threads}
+        if id.startswith("MetaWorld/"):
+            self._settings["partially_observable"] = False
         if render:
             height, width = render_size
             self._gl = _gl_context(width, height)
