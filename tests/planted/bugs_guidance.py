@@ -1,4 +1,4 @@
-"""In guidance and choice by values, and in the search for weights of composed policies."""
+"""In guidance and choice by values, in the search for weights of composed policies, and in adaptation."""
 
 from dataclasses import replace
 
@@ -9,9 +9,11 @@ from tests.planted import bug, wrong
 
 from contraflow.experiments import weights
 from contraflow.policy import best_of, guided, push, value
+from contraflow.runtime import action_flow, adapt
 
 GUIDED = "policy/test_guided.py::"
 VALUES = "policy/test_values.py::"
+TRANSFER = "runtime/test_transfer.py::"
 WEIGHTS = "experiments/test_weights.py::"
 
 
@@ -89,3 +91,29 @@ def the_worst_weight_wins(patch: pytest.MonkeyPatch) -> None:
     import tests.experiments.test_weights as tests
 
     patch.setattr(tests, "search_weights", weights.search_weights)
+
+
+@bug(TRANSFER + "test_equal_domains_are_zero_apart_only_without_the_own_component[64-36.6]")
+def a_point_counts_its_own_component(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, jnp, "eye")
+    def eye(right, n, *args, **named):
+        return 0 * right(n, *args, **named)
+
+
+@bug(TRANSFER + "test_an_affine_change_of_sensors_is_found")
+def the_encoder_is_left_as_it_was(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(adapt, "_placed", lambda start, map: start)
+
+
+@bug(TRANSFER + "test_the_flow_of_a_linear_change_is_its_inverse[True-turned]")
+def the_flow_leads_from_the_action_to_the_plan(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, action_flow, "matching_error")
+    def error(right, flow, cond, x0, x1, t):
+        return right(flow, cond, x1, x0, t)
+
+
+@bug(TRANSFER + "test_only_the_flow_that_is_given_the_plan_reverses_an_action")
+def the_plan_is_never_given(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, action_flow.Transformed, "condition")
+    def condition(right, self, obs, plan):
+        return right(self, obs, jnp.zeros_like(plan))

@@ -49,7 +49,7 @@ class Eval:
     best_of: tuple[int, ...] = ()
     """Also evaluates the best of so many actions by the value, once for each number."""
     value: str = ""
-    """What guides and chooses: the critic of the policy in a folder, or module:function. By default the policy's own."""
+    """What guides and chooses: the critic in a folder, or module:function. Without it the policy's own critic does."""
     video: Path | None = None
     """Also film one episode; the suffix sets the format (.mp4, .gif)."""
     fps: int = 50

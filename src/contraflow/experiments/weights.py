@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 def grid(policies: int, steps: int = 10) -> list[Weights]:
-    """Returns all weights that are multiples of 1 / steps and add up to 1, those of 2 policies from (0, 1) to (1, 0)."""
+    """Returns all weights that are multiples of 1 / steps and add up to 1; for two policies from (0, 1) to (1, 0)."""
     counts = itertools.product(range(steps + 1), repeat=policies)
     return [tuple(k / steps for k in each) for each in counts if sum(each) == steps]
 
