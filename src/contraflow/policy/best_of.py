@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from contraflow.core.types import Obs, PRNGKey, UserError
 from contraflow.nets.critic import QEnsemble
 from contraflow.policy.base import Cost, Policy, innermost
-from contraflow.policy.gaussian import Deterministic, SquashedGaussian
+from contraflow.policy.gaussian import ClippedGaussian, Deterministic, SquashedGaussian
 from contraflow.policy.uniform import BetaActions
 from contraflow.policy.value import as_value, under
 
@@ -133,7 +133,7 @@ class BestOf(eqx.Module):
 class Chosen(eqx.Module):
     """Picks the best of n actions of a whole policy, by a value that need not be its own (V-GPS, 2410.13816).
 
-    With one action it is the policy itself. The paper picks by a softmax of Q; here the best is picked.
+    With one action it is the policy itself.
     """
 
     policy: Any
@@ -159,6 +159,6 @@ def chosen(policy: Policy, value: Any, n: int) -> Chosen:
     """
     if n < 1:
         raise UserError(f"the best of {n} actions is none: give at least 1")
-    if isinstance(innermost(policy), SquashedGaussian | Deterministic):
+    if isinstance(innermost(policy), SquashedGaussian | ClippedGaussian | Deterministic):
         raise UserError("a choice needs a policy that draws its greedy actions, such as a flow: this one has a mean")
     return Chosen(policy, as_value(value), n)

@@ -48,21 +48,21 @@ class Guided(eqx.Module):
     policy: Any
     value: Any
     weight: Scalar
-    rule: Rule = eqx.field(static=True)
+    form: Rule = eqx.field(static=True)
 
     def pushed(self, obs: Any) -> Any:
         """Returns the policy under one observation."""
         return with_flow(self.policy, lambda flow: self._pushed(flow, obs))
 
     def _pushed(self, flow: Flow, obs: Any) -> Flow:
-        if self.rule.at == "state":
+        if self.form.at == "state":
             slope = jax.grad(lambda x, t: self.value(x, t, obs))
         else:
             value = under(self.value, obs)
             slope = lambda y, t: _slope(flow.spec.support, value, y)
-        score = self.rule.gain == "score"
+        score = self.form.gain == "score"
         gain = lambda t: self.weight * ((1.0 - t) / t if score else 1.0)
-        return renetted(flow, Push(flow, slope, gain, self.rule.at, FIRST if score else 0.0))
+        return renetted(flow, Push(flow, slope, gain, self.form.at, FIRST if score else 0.0))
 
     def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
         return self.pushed(obs)(obs, key, greedy)
