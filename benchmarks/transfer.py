@@ -111,7 +111,7 @@ def clone(name: str, seed: int, ways: int = 1) -> Path:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def rolled(env: Any, policy: Any, key: Any, uniform: bool) -> Any:
+def rolled(env: Any, policy: Any, key: Any, explore: bool) -> Any:
     """One episode of every copy: (whether it ran, reward, terminated, obs, action, next_obs), [T, N, ...]."""
     k_reset, k_act = jr.split(key)
     state, obs = env.reset(k_reset)
@@ -120,7 +120,11 @@ def rolled(env: Any, policy: Any, key: Any, uniform: bool) -> Any:
     def step(carry, i):
         state, obs, running = carry
         keys = jr.split(jr.fold_in(k_act, i), n)
-        action = jr.uniform(keys[0], (n, env.spec.action_dim), minval=-1.0) if uniform else jax.vmap(policy)(obs, keys)
+        action = jax.vmap(policy)(obs, keys)
+        if explore:
+            k_drawn, k_which = jr.split(jr.fold_in(k_act, i + 10_000))
+            drawn = jr.uniform(k_drawn, action.shape, minval=-1.0)
+            action = jnp.where(jr.bernoulli(k_which, 0.5, (n, 1)), drawn, action)
         state, after = env.step(state, action)
         row = running, after.reward, after.terminated, obs, action, after.next_obs
         return (state, after.obs, running & ~(after.terminated | after.truncated)), row
@@ -239,9 +243,9 @@ def motors() -> None:
                 ("before", 0): score(name, env, own, seed),
                 ("exact", 0): score(name, env, jax.tree_util.Partial(exact, own, inverse_map), seed),
             }
-            obs, action, next_obs = transitions(replace(old, num_envs=50), keys[0], 5000)
+            obs, action, next_obs = transitions(replace(old, num_envs=50), own, keys[0], 5000)
             inverse = inverse_model(obs, action, next_obs, keys[1])
-            obs, action, next_obs = transitions(replace(env, env=replace(old, num_envs=50)), keys[2], 1000)
+            obs, action, next_obs = transitions(replace(env, env=replace(old, num_envs=50)), own, keys[2], 1000)
             for n in (100, 1000):
                 for case_name, given_plan in (("flow", True), ("flow without plan", False)):
                     policy = transformed(own, inverse, obs[:n], action[:n], next_obs[:n], keys[3], given_plan)
@@ -254,18 +258,20 @@ def motors() -> None:
             write(DATA / "transfer_motors.csv", rows)
 
 
-def transitions(env: Any, key: Any, most: int) -> tuple[Any, ...]:
-    """(obs, action, next_obs) of uniform actions."""
-    running, _, _, *rows = rolled(env, None, key, True)
+def transitions(env: Any, policy: Any, key: Any, most: int) -> tuple[Any, ...]:
+    """(obs, action, next_obs) of the policy with every second action uniform."""
+    running, _, _, *rows = rolled(env, policy, key, True)
     order = jr.permutation(jr.fold_in(key, 1), int(running.sum()))[:most]
     return tuple(x[running][order] for x in rows)
 
 
 def tuned(name: str, seed: int, steps: int) -> Any:
     """The old policy after `steps` of PPO on the changed robot."""
+    folder = FOLDER / f"tuned-{name}{seed}-{steps}"
+    if (folder / "best").exists():
+        return load(folder, trust="transfer").network
     run = preset_run("reinflow")
     source = replace(run.source, env=f"transfer:{name.replace('-', '_')}", num_envs=16, unroll=64)
-    folder = FOLDER / f"tuned-{name}{seed}-{steps}"
     run = replace(run, source=source, steps=steps, pretrained=str(clone(name, seed)), seed=seed, trackers=())
     run = replace(run, eval_every=steps, log_every=steps)
     train(run, folder, trust="transfer", quiet=True)

@@ -105,7 +105,7 @@ def the_encoder_is_left_as_it_was(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(adapt, "_placed", lambda start, map: start)
 
 
-@bug(TRANSFER + "test_the_flow_of_a_linear_change_is_its_inverse[True-turned]")
+@bug(TRANSFER + "test_the_flow_of_a_linear_change_is_its_inverse[turned]")
 def the_flow_leads_from_the_action_to_the_plan(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, action_flow, "matching_error")
     def error(right, flow, cond, x0, x1, t):

@@ -61,7 +61,7 @@ def test_an_affine_change_of_sensors_is_found():
     mix = jnp.asarray([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], jnp.float32) * 1.2
     source, other = skewed(jr.key(0)), skewed(jr.key(1))
     target = other @ mix.T + turn[None]
-    policy = adapted(see, source, target, jr.key(2), steps=600, batch=128)
+    policy = adapted(see, source, target, jr.key(2), steps=400, batch=128)
     before = jnp.mean(jnp.linalg.norm(target - other, axis=1))
     after = jnp.mean(jnp.linalg.norm(jax.vmap(policy.encode)(target) - other, axis=1))
     assert after < 0.15 * before
@@ -70,7 +70,7 @@ def test_an_affine_change_of_sensors_is_found():
 def test_equal_sensors_are_left_alone():
     """With the leave-one-out estimate; the released one widens the encodings or pulls them together."""
     source, target = skewed(jr.key(0)), skewed(jr.key(1))
-    policy = adapted(see, source, target, jr.key(2), steps=300, batch=128)
+    policy = adapted(see, source, target, jr.key(2), steps=200, batch=128)
     moved = jnp.abs(jax.vmap(policy.encode)(target) - target).mean() / target.std()
     assert moved < 0.1
 
@@ -93,12 +93,15 @@ def exact(obs, next_obs):
 TURNED = 0.8 * jnp.array([[np.cos(0.9), -np.sin(0.9)], [np.sin(0.9), np.cos(0.9)]], jnp.float32)
 
 
-@pytest.mark.parametrize("gain", [jnp.eye(2), TURNED], ids=["unchanged", "turned"])
-@pytest.mark.parametrize("given_plan", [True, False])
-def test_the_flow_of_a_linear_change_is_its_inverse(gain, given_plan):
+@pytest.mark.parametrize(
+    ("given_plan", "gain"),
+    [(True, jnp.eye(2)), (True, TURNED), (False, TURNED)],
+    ids=["unchanged", "turned", "turned without the plan"],
+)
+def test_the_flow_of_a_linear_change_is_its_inverse(given_plan, gain):
     """A plan a becomes K^-1 a, the identity on the old robot."""
     rows = linear_robot(jr.key(0), gain)
-    policy = transformed(uniform_policy(2), exact, *rows, jr.key(1), given_plan, steps=600)
+    policy = transformed(uniform_policy(2), exact, *rows, jr.key(1), given_plan, steps=400)
     intended = jr.uniform(jr.key(2), (200, 2), minval=-0.8, maxval=0.8)
     found = jax.vmap(policy.transform)(jr.normal(jr.key(3), (200, 2)), intended @ gain.T)
     assert jnp.sqrt(jnp.mean((found - intended) ** 2)) < 0.05
@@ -111,7 +114,7 @@ def test_only_the_flow_that_is_given_the_plan_reverses_an_action():
         obs, action = jr.normal(key, (1000, 1)), jr.uniform(jr.fold_in(key, 1), (1000, 1), minval=-1.0)
         inverse = lambda s, s_next: s_next - s
         policy = transformed(
-            uniform_policy(1), inverse, obs, action, obs - 0.8 * action, jr.key(5), given_plan, steps=600
+            uniform_policy(1), inverse, obs, action, obs - 0.8 * action, jr.key(5), given_plan, steps=400
         )
         plans = jnp.linspace(-0.7, 0.7, 41)[:, None]
         found = jax.vmap(policy.transform)(jnp.zeros((41, 1)), plans)[:, 0]
@@ -124,7 +127,7 @@ def test_only_the_flow_that_is_given_the_plan_reverses_an_action():
 
 def test_an_inverse_model_of_a_linear_robot_is_linear():
     obs, action, next_obs = linear_robot(jr.key(6), jnp.eye(2))
-    model = inverse_model(obs, action, next_obs, jr.key(7), steps=800)
+    model = inverse_model(obs, action, next_obs, jr.key(7), steps=500)
     fresh = linear_robot(jr.key(8), jnp.eye(2), 200)
     found = jax.vmap(model)(fresh[0], fresh[2])
     assert jnp.sqrt(jnp.mean((found - fresh[1]) ** 2)) < 0.05

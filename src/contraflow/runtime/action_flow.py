@@ -65,17 +65,20 @@ def inverse_model(
 
 
 class Transformed(eqx.Module):
-    """A policy whose actions pass through a flow that starts at them."""
+    """A policy whose actions pass through a flow that starts at them.
+
+    Observations outside the range of the transitions count as those at its edge.
+    """
 
     policy: Any
     flow: Flow
-    mean: Float[Array, " o"]
-    std: Float[Array, " o"]
+    low: Float[Array, " o"]
+    high: Float[Array, " o"]
     given_plan: bool = eqx.field(static=True)
 
     def condition(self, obs: Float[Array, " o"], plan: Float[Array, " a"]) -> Float[Array, " c"]:
         """Returns what the flow is conditioned on: the observation, and the plan if it is given."""
-        seen = (obs - self.mean) / self.std
+        seen = 2.0 * jnp.clip((obs - self.low) / (self.high - self.low + 1e-6), 0.0, 1.0) - 1.0
         return jnp.concatenate([seen, plan]) if self.given_plan else seen
 
     def transform(self, obs: Float[Array, " o"], plan: Float[Array, " a"]) -> Float[Array, " a"]:
@@ -110,7 +113,7 @@ def transformed(
     k_flow, k_rows = jr.split(key)
     size, cond = action.shape[1], obs.shape[1] + (action.shape[1] if given_plan else 0)
     flow = spec.init(k_flow, size, cond)
-    start = Transformed(policy, flow, obs.mean(0), obs.std(0) + 1e-6, given_plan)
+    start = Transformed(policy, flow, obs.min(0), obs.max(0), given_plan)
     plan = jax.vmap(inverse)(obs, next_obs)
 
     def loss(flow, key):
