@@ -9,6 +9,7 @@ reported on 400 others; "wins" says whether it beats both parents there by more 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,14 @@ from delay import EXECUTE, HORIZON, NOISE, TASKS, Noisy
 
 from contraflow.agents.offline.bc import BC
 from contraflow.core.optim import Optim
+from contraflow.experiments.weights import Weights, grid, search_weights
 from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.nets.velocity import ResidualMLP
-from contraflow.policy.composed import composed
+from contraflow.policy.composed import Rule, composed
 from contraflow.runtime.delayed import Delayed, simulate
 from contraflow.runtime.policy import Policy, load
 from contraflow.training.run import Run, train
 from contraflow.training.sources import Dataset
-
-GRID = tuple(i / 10 for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class Options:
     out: Path = DATA / "compose.csv"
 
 
-def played(network: Any, spec: Any, episodes: int, seed: int) -> float:
+def played(network: Any, spec: Any, episodes: int, seed: int) -> np.ndarray:
     """Success of a policy, every 4 steps of a chunk, without delay."""
     env = Noisy(TASKS["gap"][0](episodes), NOISE["gap"])
     act = Delayed(Policy(network, spec, "", seed), episodes, 0, "switch", EXECUTE)
-    return float(simulate(act, env, seed).terminated.mean())
+    return simulate(act, env, seed).terminated.astype(float)
+
+
+def together(parents: Any, rule: Rule, spec: Any, weights: Weights, episodes: int, seed: int) -> np.ndarray:
+    return played(composed(parents, weights, rule), spec, episodes, seed)
 
 
 def half(options: Options, side: int, seed: int) -> Policy:
@@ -68,15 +72,14 @@ def main(options: Options) -> None:
     rows: list[Row] = []
     for kind, pair, one, two in cases:
         parents = one.network, two.network
-        ends = [played(parent, one.spec, 400, 2) for parent in parents]
         for rule in ("convex", "or"):
-            found = [played(composed(parents, (1 - w, w), rule), one.spec, 200, 1) for w in GRID]
-            w = GRID[int(np.argmax(found))]
-            score = played(composed(parents, (1 - w, w), rule), one.spec, 400, 2)
+            play = partial(together, parents, rule, one.spec)
+            found = search_weights(play, grid(2)[::-1], 200, 400, seed=1)
+            ends, score = [alone.mean for alone in found.alone], found.fresh.mean
             half_width = 1.96 * np.sqrt(sum(p * (1 - p) for p in (score, max(ends))) / 400)
             row = {"parents": kind, "pair": pair, "rule": rule, "first": ends[0], "second": ends[1]}
-            row |= {"weight": w, "composed": score, "wins": bool(score - max(ends) > half_width)}
-            row |= {f"w{w:g}": f for w, f in zip(GRID, found, strict=True)}
+            row |= {"weight": found.weights[1], "composed": score, "wins": bool(score - max(ends) > half_width)}
+            row |= {f"w{weights[1]:g}": tried.mean for weights, tried in found.tried.items()}
             rows.append(row)
             print(row, flush=True)
             write(options.out, rows)

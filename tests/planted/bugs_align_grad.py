@@ -4,11 +4,11 @@ from tests.planted import bug, wrong
 
 from contraflow.agents.align import adjoint_matching, rfm_align
 from contraflow.flow import adjoint
-from contraflow.policy import steered
+from contraflow.policy import searched
 
 ADJOINT = "agents/align/test_adjoint_matching.py"
 RFM = "agents/align/test_rfm_align.py"
-STEERED = "policy/test_steered.py"
+SEARCHED = "policy/test_searched.py"
 
 
 @bug(f"{ADJOINT}::test_a_linear_reward_shifts_the_mean")
@@ -60,23 +60,8 @@ def rewards_are_not_divided_by_lambda(patch):
         return right(ends, 0.5 * log_w, mean)
 
 
-@bug(f"{STEERED}::test_the_soft_value_makes_the_exact_tilt")
-def the_push_of_nrg_has_no_gain(patch):
-    @wrong(patch, steered.Push, "__call__")
-    def call(right, self, x, t, cond):
-        v = self.net(x, t, cond)
-        return v + (right(self, x, t, cond) - v) * t / self.spec.clock
-
-
-@bug(f"{STEERED}::test_the_error_of_an_inversion_shrinks_by_one_minus_rate_s")
+@bug(f"{SEARCHED}::test_the_error_of_an_inversion_shrinks_by_one_minus_rate_s")
 def an_inversion_starts_over_at_each_iteration(patch):
-    @wrong(patch, steered, "search")
+    @wrong(patch, searched, "search")
     def search(right, sampler, slope, z, rate, iterations):
         return right(sampler, slope, z, rate, min(iterations, 1))
-
-
-@bug(f"{STEERED}::test_what_cannot_be_steered_is_refused")
-def averaged_flows_are_steered(patch):
-    @wrong(patch, steered, "_flow")
-    def flow(right, policy, what):
-        return policy.flow if hasattr(policy, "flow") else right(policy, what)

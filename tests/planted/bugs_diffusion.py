@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import pytest
 from tests.planted import bug, wrong
 
@@ -14,13 +13,10 @@ from contraflow.agents.offline.rql import RQL
 from contraflow.flow import model
 from contraflow.flow.model import Flow
 from contraflow.nets.critic import QEnsemble
-from contraflow.policy import guided
-from contraflow.policy.guided import Guided
 from contraflow.rl.critics import Critics
 
 DQL_TESTS = "agents/test_dql.py::"
 DAC_TESTS = "agents/test_dac.py::"
-GUIDED_TESTS = "policy/test_guided.py::"
 RQL_TESTS = "agents/test_rql.py::"
 
 
@@ -114,26 +110,3 @@ def rql_values_where_its_step_begins(patch: pytest.MonkeyPatch) -> None:
                 return asked(x, f - 1.0 / self.flow.solver.nfe)
 
             return right(self, state, batch, key)
-
-
-@bug(GUIDED_TESTS + "test_the_slope_is_that_at_the_predicted_end_within_the_box")
-def guidance_asks_at_the_noisy_action(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, guided.Pushed, "__call__")
-    def pushed(right, self, x, t, cond):
-        v = self.net(x, t, cond)
-        return v + self.weight * jax.grad(lambda a: self.critic.value(self.seen, a))(jnp.clip(x, -1.0, 1.0))
-
-
-@bug(GUIDED_TESTS + "test_the_slope_is_that_at_the_predicted_end_within_the_box")
-def guidance_passes_through_the_prediction(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, guided.Pushed, "__call__")
-    def pushed(right, self, x, t, cond):
-        end = lambda x: jnp.clip(x + (1.0 - t / self.clock) * self.net(x, t, cond), -1.0, 1.0)
-        return self.net(x, t, cond) + self.weight * jax.grad(lambda x: self.critic.value(self.seen, end(x)))(x)
-
-
-@bug(GUIDED_TESTS + "test_without_weight_it_is_the_policy[mlp]")
-def guided_candidates_are_those_of_the_plain_flow(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Guided, "particles")
-    def particles(right, self, obs, key, n):
-        return self.policy.particles(obs, key, n)

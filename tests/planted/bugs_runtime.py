@@ -38,16 +38,24 @@ def weights_of_the_overlap_do_not_end_with_it(patch: pytest.MonkeyPatch) -> None
 
 @bug(REALTIME + "test_guidance_is_exact_for_independent_actions_of_its_deviation")
 def guidance_pulls_the_noisy_chunk(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, realtime._Pulled, "__call__")
-    def call(right, self, x, t, cond):
-        return self.flow.velocity(x, t, cond) + self.rule.limit * self.weight * (self.goal - x)
+    @wrong(patch, realtime, "_pulled")
+    def pulled(right, flow, goal, weight, rule):
+        return replace(right(flow, goal, weight, rule), at="state")
+
+    import tests.policy.test_realtime as tests
+
+    patch.setattr(tests, "_pulled", realtime._pulled)
 
 
 @bug(REALTIME + "test_how_far_guidance_is_from_the_conditional_gaussian")
 def guidance_never_uses_the_jacobian(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, realtime._Pulled, "__call__")
-    def call(right, self, x, t, cond):
-        return right(replace(self, rule=replace(self.rule, jacobian=False)), x, t, cond)
+    @wrong(patch, realtime, "_pulled")
+    def pulled(right, flow, goal, weight, rule):
+        return right(flow, goal, weight, replace(rule, jacobian=False))
+
+    import tests.policy.test_realtime as tests
+
+    patch.setattr(tests, "_pulled", realtime._pulled)
 
 
 @bug(REALTIME + "test_a_given_prefix_leads_to_the_conditional_gaussian")

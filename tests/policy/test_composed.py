@@ -16,6 +16,7 @@ from contraflow.policy.artifact import load_policy, save_policy
 from contraflow.policy.base import Cost
 from contraflow.policy.composed import composed
 from contraflow.policy.flow import FlowPolicy
+from contraflow.policy.guided import guided
 from contraflow.policy.normalise import Normalised, RunningMoments
 from contraflow.policy.uniform import uniform_policy
 
@@ -124,3 +125,5 @@ def test_bad_use():
         composed((one, FlowPolicy(Flow(Gaussian(jnp.zeros(()), jnp.ones(())), FlowSpec(path=VP())))), (0.5, 0.5))
     with pytest.raises(UserError, match="same size"):
         composed((one, FlowPolicy(FlowSpec().init(jr.key(0), 3, 3))), (0.5, 0.5))
+    with pytest.raises(UserError, match="lose the guidance"):
+        composed((one, guided(other, 1.0, lambda a, obs: a.sum())), (0.5, 0.5))

@@ -15,18 +15,18 @@ from contraflow.agents.offline.iql import IQL, Cloned
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.flow.model import Ddim, Ddpm, Flow, FlowSpec
 from contraflow.flow.solver import EulerMaruyama
-from contraflow.flow.support import Tanh
 from contraflow.nets.critic import QEnsemble
 from contraflow.nets.mlp import MLPSpec
 from contraflow.nets.transformer import ChunkTransformer
 from contraflow.nets.velocity import ResidualMLP
 from contraflow.policy.artifact import load_policy, save_policy
-from contraflow.policy.base import Cost, inner
-from contraflow.policy.best_of import Argmax, BestOf, First
+from contraflow.policy.base import Cost
+from contraflow.policy.best_of import ONE, Argmax, BestOf, First
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.guided import Guided, guided, value_scale
+from contraflow.policy.guided import Guided, guided
 from contraflow.policy.normalise import Normalised, RunningMoments
 from contraflow.policy.uniform import uniform_policy
+from contraflow.policy.value import Judge, own_critic, value_scale
 from contraflow.rl.critics import Critics
 
 D, K, MEAN, STD = 2, 8, 0.2, 0.15
@@ -95,7 +95,7 @@ def test_a_plane_moves_all_actions_by_the_same():
 def test_the_slope_is_that_at_the_predicted_end_within_the_box(weight):
     """A bowl: each step is pulled by w (goal - clip(x_t + (1 - t) v)); not by the slope at x_t, and not through v."""
     flow = FlowPolicy(Flow(Gaussian(), FlowSpec(solver=Ddim(K))))
-    policy = Guided(flow, policy_of(Bowl).policy.critic, jnp.asarray(weight))
+    policy = guided(flow, weight, Judge(policy_of(Bowl).policy.critic))
     x0 = np.asarray(jax.vmap(lambda k: jr.normal(k, (D,)))(jr.split(jr.key(1), 256)))
     a = jax.jit(jax.vmap(lambda k: policy(OBS, k)))(jr.split(jr.key(1), 256))
     want = by_hand(x0, weight, lambda end: GOAL - end)
@@ -115,8 +115,9 @@ def test_without_weight_it_is_the_policy(network):
         plain = act(policy, keys)
         np.testing.assert_array_equal(plain, act(guided(policy, 0.0), jr.split(jr.key(2), 16)))
         assert np.abs(plain - act(guided(policy, 5.0), jr.split(jr.key(2), 16))).max() > 1e-3
-    assert guided(policy, 1.0).policy.policy.flow is flow and inner(guided(policy, 1.0), "cost") == Cost(5, 3, 5)
-    assert guided(policy, 1.0).policy.policy.cost == Cost(1, 3, 3)
+    assert guided(policy, 1.0).cost == Cost(5, 3, 5 + 5 * 3)
+    one = guided(policy, 1.0).ablations()[ONE]
+    assert isinstance(one, Guided) and one.cost == Cost(1, 3, 3)
 
 
 def test_the_policy_of_ifql_is_guided():
@@ -125,7 +126,7 @@ def test_the_policy_of_ifql_is_guided():
     agent = IQL(Cloned(spec, 3), value=MLPSpec(8, 1), critic=Critics(width=8, depth=1), normalise_obs="frozen")
     policy = agent.policy(agent.init(jr.key(0), EnvSpec(3, 2, 1, None, False)))
     part = guided(policy, 5.0)
-    assert part.policy.critic is part.policy.policy.critic is policy.policy.critic
+    assert part.value.critic is policy.policy.critic and part.value.stats is policy.stats
     assert np.abs(part(OBS, jr.key(1)) - policy(OBS, jr.key(1))).max() > 1e-4
 
 
@@ -143,28 +144,28 @@ def test_the_scale_of_values_is_that_of_the_policys_actions():
     obs, keys = jr.normal(jr.key(1), (64, 3)), jr.split(jr.key(2), 64)
     actions = jax.vmap(policy)(obs, keys)
     want = jnp.mean(0.5 * jnp.sum((actions - jnp.asarray(GOAL, jnp.float32)[None]) ** 2, -1))
-    np.testing.assert_allclose(value_scale(policy, obs, jr.key(2)), want, rtol=1e-5)
+    np.testing.assert_allclose(value_scale(policy, own_critic(policy), obs, jr.key(2)), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "spec",
     [
         DIFFUSION,
-        FlowSpec(support=Tanh()),
         FlowSpec(solver=EulerMaruyama(5)),
         FlowSpec(solver=Ddpm(5)),
         FlowSpec(averaged=True),
     ],
-    ids=["diffusion", "tanh", "stochastic", "ancestral", "averaged"],
+    ids=["diffusion", "stochastic", "ancestral", "averaged"],
 )
 def test_what_cannot_be_guided_is_refused(spec):
     policy = policy_of(Plane)
     policy = eqx.tree_at(lambda p: p.policy.policy.flow, policy, Flow(Gaussian(), spec))
     with pytest.raises(UserError, match="linear path"):
         guided(policy, 1.0)
-    for other in (FlowPolicy(Flow(Gaussian(), FlowSpec())), uniform_policy(2)):
-        with pytest.raises(UserError, match="flow and a critic"):
-            guided(other, 1.0)
+    with pytest.raises(UserError, match="no critic"):
+        guided(FlowPolicy(Flow(Gaussian(), FlowSpec())), 1.0)
+    with pytest.raises(UserError, match="is a flow"):
+        guided(uniform_policy(2), 1.0)
 
 
 def test_weights_on_the_command_line(tmp_path):
@@ -179,4 +180,4 @@ def test_weights_on_the_command_line(tmp_path):
     assert "mean |Q|" in out and none == f"0      {own}" and guided_.startswith("3      ") and guided_[7:] != own
     save_policy(tmp_path / "b", replace(best, policy=uniform_policy(1)), spec, "probe:obs-action")
     code, _, err = cli("eval", tmp_path / "b", "--guide", "1")
-    assert code == 2 and "flow and a critic" in err
+    assert code == 2 and "is a flow" in err

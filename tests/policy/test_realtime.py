@@ -25,10 +25,11 @@ from contraflow.policy.artifact import load_policy, save_policy
 from contraflow.policy.base import Cost, inner
 from contraflow.policy.best_of import Argmax, BestOf, First
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.guided import Guided
+from contraflow.policy.guided import guided
 from contraflow.policy.normalise import Normalised, RunningMoments
-from contraflow.policy.realtime import Guidance, Prefix, RealTime, _Given, _Pulled, overlap_weights, realtime
+from contraflow.policy.realtime import Guidance, Prefix, RealTime, _Given, _pulled, overlap_weights, realtime
 from contraflow.policy.uniform import uniform_policy
+from contraflow.policy.value import Judge
 
 H, A = 6, 2
 OBS = jnp.array([0.5, -1.0, 2.0])
@@ -61,14 +62,14 @@ def test_without_a_previous_chunk_it_is_the_policy(network, greedy):
     """Bit for bit. Of a transformer with a gradient, or a time for each action, float32 rounds otherwise."""
     policy = wrapped(flow_of(network))
     plain = jax.jit(jax.vmap(lambda k: policy(OBS, k, greedy)))(jr.split(jr.key(3), 8)).reshape(8, H, A)
-    guided = realtime(policy)
+    ours = realtime(policy)
     rounding = 0.0 if isinstance(network, ResidualMLP) else 1e-5
-    np.testing.assert_allclose(plain, resumed(guided, 0, 0, greedy=greedy), rtol=0, atol=rounding)
-    np.testing.assert_allclose(plain, resumed(guided, 0, 3, greedy=greedy), rtol=0, atol=rounding)
+    np.testing.assert_allclose(plain, resumed(ours, 0, 0, greedy=greedy), rtol=0, atol=rounding)
+    np.testing.assert_allclose(plain, resumed(ours, 0, 3, greedy=greedy), rtol=0, atol=rounding)
     trained = resumed(RealTime(policy, Prefix(3)), H, 0, greedy=greedy)
     np.testing.assert_allclose(plain, trained, rtol=0, atol=rounding)
-    np.testing.assert_array_equal(guided(OBS, jr.key(1), greedy), policy(OBS, jr.key(1), greedy))
-    assert np.abs(plain - resumed(guided, 4, 2, greedy=greedy)).max() > 1e-2
+    np.testing.assert_array_equal(ours(OBS, jr.key(1), greedy), policy(OBS, jr.key(1), greedy))
+    assert np.abs(plain - resumed(ours, 4, 2, greedy=greedy)).max() > 1e-2
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=["mlp", "transformer"])
@@ -77,7 +78,7 @@ def test_without_a_previous_chunk_it_is_the_policy(network, greedy):
 )
 def test_the_chunk_begins_with_what_is_executed_meanwhile(network, rule):
     """Bit for bit, as many actions as the delay says and the previous chunk holds, in every wrapper."""
-    inside = replace(wrapped(flow_of(network)).policy, policy=Guided(FlowPolicy(flow_of(network)), *_guide()))
+    inside = guided(wrapped(flow_of(network)), 0.3, _critic())
     for policy in (FlowPolicy(flow_of(network)), wrapped(flow_of(network)), inside):
         for left, delay in ((5, 3), (2, 3), (5, 0)):
             chunks, known = resumed(RealTime(policy, rule), left, delay), min(left, delay)
@@ -86,8 +87,8 @@ def test_the_chunk_begins_with_what_is_executed_meanwhile(network, rule):
             assert np.ptp(chunks[:, known:], axis=0).max() > 0
 
 
-def _guide():
-    return QEnsemble(2, 3, H * A, 8, 1, key=jr.key(2)), jnp.asarray(0.3)
+def _critic():
+    return Judge(QEnsemble(2, 3, H * A, 8, 1, key=jr.key(2)), STATS)
 
 
 def test_weights_of_the_overlap():
@@ -151,7 +152,7 @@ def test_a_given_prefix_leads_to_the_conditional_gaussian():
 def pulled(cov, rule, steps):
     spec = FlowSpec(solver=Ddim(steps), support=Real())
     flow = Flow(Gaussian(jnp.asarray(cov)), spec)
-    return ends(_Pulled(flow, GOAL, jnp.asarray(KNOWN, jnp.float32), rule), spec)
+    return ends(_pulled(flow, GOAL, jnp.asarray(KNOWN, jnp.float32), rule), spec)
 
 
 def test_guidance_is_exact_for_independent_actions_of_its_deviation():

@@ -42,8 +42,9 @@ from contraflow.policy.artifact import save_policy
 from contraflow.policy.base import Noisy
 from contraflow.policy.best_of import Argmax, BestOf
 from contraflow.policy.flow import FlowPolicy
-from contraflow.policy.guided import Guided
+from contraflow.policy.guided import guided
 from contraflow.policy.normalise import Normalised, RunningMoments
+from contraflow.policy.value import Judge
 from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.serve.codec import pack, unpack
@@ -286,8 +287,7 @@ def test_noise_is_found_within_wrappers():
         client(port) as robot,
     ):
         np.testing.assert_allclose(robot.infer(STATE | {"noise": noise})["actions"][0], wanted, rtol=1e-4, atol=1e-5)
-    guided = Guided(FlowPolicy(FLOW), critic, jnp.ones(()))
-    assert abilities(guided) == set(), "guidance would be lost"
+    assert abilities(guided(FlowPolicy(FLOW), 1.0, Judge(critic))) == set(), "guidance would be lost"
 
 
 def test_the_one_step_actor_of_fql_takes_noise():

@@ -20,6 +20,7 @@ commands:
   align METHOD    align a flow with rewards, after `align pretrain PROBLEM`
   resume DIR      continue a run that was interrupted, or extend it with --steps
   eval DIR        returns of a trained policy, and a video with --video out.mp4
+  compose DIRS    weights with which several policies act as one, found by evaluation
   compare         train a matrix of agents, environments and seeds, or continue one
   report DIR      one page over the runs in DIR: scores with intervals, curves, diagnostics
   record POLICY   roll a policy out and write the episodes as a dataset
@@ -45,6 +46,7 @@ COMMANDS = {
     "align": "contraflow.cli.align:align_command",
     "resume": "contraflow.cli.train:resume_command",
     "eval": "contraflow.cli.evaluate:eval_command",
+    "compose": "contraflow.cli.compose:compose_command",
     "compare": "contraflow.cli.compare:compare_command",
     "report": "contraflow.cli.report:report_command",
     "record": "contraflow.cli.data:record_command",

@@ -18,9 +18,12 @@ from contraflow.envs.base import Env, notes
 from contraflow.envs.chunk import singly
 from contraflow.policy import base
 from contraflow.policy.base import act_batch
-from contraflow.policy.guided import guided, value_scale
+from contraflow.policy.best_of import chosen
+from contraflow.policy.guided import guided
 from contraflow.policy.uniform import still_policy, uniform_policy
+from contraflow.policy.value import Judge, value_scale
 from contraflow.runtime.policy import Policy, load
+from contraflow.runtime.value import load_value
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import Episodes, evaluate_one, margin
 from contraflow.training.loop import reset
@@ -41,7 +44,12 @@ class Eval:
     env: str | None = None
     """Another environment with the same sizes."""
     guide: tuple[float, ...] = ()
-    """Also evaluates the flow guided by its critic, once for each weight in units of mean |Q| (docs/methods/qgf.md)."""
+    """Also evaluates the policy with its flow guided by a value, once for each weight (docs/how-to/guide-policy.md).
+    Weights of a critic are in units of mean |Q|."""
+    best_of: tuple[int, ...] = ()
+    """Also evaluates the best of so many actions by the value, once for each number."""
+    value: str = ""
+    """What guides and chooses: the critic in a folder, or module:function. Without it the policy's own critic does."""
     video: Path | None = None
     """Also film one episode; the suffix sets the format (.mp4, .gif)."""
     fps: int = 50
@@ -54,6 +62,8 @@ class Eval:
     def __post_init__(self):
         if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:
             raise ValueError("episodes, fps and frames must be at least 1, and seed not negative")
+        if self.value and not (self.guide or self.best_of):
+            raise ValueError("--value guides or chooses actions: give --guide WEIGHT or --best-of N with it")
 
 
 def eval_command(args: list[str]) -> int:
@@ -61,8 +71,11 @@ def eval_command(args: list[str]) -> int:
     options = read_flags(Eval, args, prog="contraflow eval")
     policy = load(options.folder, options.seed, options.trust)
     id = options.env or policy.env
-    if options.guide:
-        guided(policy.network, 0.0)  # refused before anything runs
+    value = None
+    if options.guide or options.best_of:  # refused before anything runs
+        value = load_value(options.value, policy, options.trust)
+        _ = [guided(policy.network, weight, value) for weight in options.guide]
+        _ = [chosen(policy.network, value, n) for n in options.best_of]
     if options.video:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
@@ -74,19 +87,31 @@ def eval_command(args: list[str]) -> int:
         found = evaluate_one(policy.network, env, jr.key(options.seed), options.episodes)
         print(f"{id}, {options.episodes} episodes, seed {options.seed}")
         print(summary(found))
-        if options.guide:
-            print_guided(policy.network, env, options)
+        if value is not None:
+            print_valued(policy.network, value, env, options)
     return 0
 
 
-def print_guided(policy: base.Policy, env: Env, options: Eval) -> None:
-    """Prints a line for each weight of guidance, on the same episodes."""
-    k_reset, k_act = jr.split(jr.key(options.seed))
-    scale = float(value_scale(policy, reset(env, k_reset)[1], k_act))
-    print(f"guided by Q, weights divided by mean |Q| = {scale:.4g} at first observations:")
-    for weight in options.guide:
-        part = guided(policy, weight / max(scale, 1e-6))
-        print(f"{weight:<6g} {summary(evaluate_one(part, env, jr.key(options.seed), options.episodes))}")
+def print_valued(policy: base.Policy, value: Any, env: Env, options: Eval) -> None:
+    """Prints a line for each weight of guidance and each number to choose from, on the same episodes."""
+
+    def line(name: str, part: base.Policy) -> None:
+        print(f"{name:<6} {summary(evaluate_one(part, env, jr.key(options.seed), options.episodes))}")
+
+    scale = 1.0
+    if options.guide:
+        if isinstance(value, Judge):
+            k_reset, k_act = jr.split(jr.key(options.seed))
+            scale = float(value_scale(policy, value, reset(env, k_reset)[1], k_act))
+            print(f"guided by Q, weights divided by mean |Q| = {scale:.4g} at first observations:")
+        else:
+            print(f"guided by {options.value}:")
+        for weight in options.guide:
+            line(f"{weight:g}", guided(policy, weight / max(scale, 1e-6), value))
+    if options.best_of:
+        print(f"the best of so many actions by {options.value or 'Q'}:")
+        for n in options.best_of:
+            line(str(n), chosen(policy, value, n))
 
 
 def summary(found: Episodes, width: int = 0) -> str:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int
 
-from contraflow.core.types import Obs, PRNGKey
+from contraflow.core.types import Obs, PRNGKey, UserError
 from contraflow.nets.critic import QEnsemble
-from contraflow.policy.base import Cost, Policy
+from contraflow.policy.base import Cost, Policy, innermost
+from contraflow.policy.gaussian import ClippedGaussian, Deterministic, SquashedGaussian
 from contraflow.policy.uniform import BetaActions
+from contraflow.policy.value import as_value, under
 
 
 def _check(particles: int) -> None:
@@ -126,3 +128,37 @@ class BestOf(eqx.Module):
     def cost(self) -> Cost:
         n = self.greedy.particles
         return Cost(n, self.policy.cost.nfe, n if chooses(self.greedy) else 0)
+
+
+class Chosen(eqx.Module):
+    """Picks the best of n actions of a whole policy, by a value that need not be its own (V-GPS, 2410.13816).
+
+    With one action it is the policy itself.
+    """
+
+    policy: Any
+    value: Any
+    n: int = eqx.field(static=True)
+
+    def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        if self.n == 1:
+            return self.policy(obs, key, greedy)
+        actions = jax.vmap(lambda k: self.policy(obs, k, greedy))(jr.split(key, self.n))
+        return actions[jnp.argmax(jax.vmap(under(self.value, obs))(actions))]
+
+    @property
+    def cost(self) -> Cost:
+        cost = self.policy.cost
+        return Cost(self.n * cost.particles, cost.nfe, self.n * cost.critic_calls + (self.n if self.n > 1 else 0))
+
+
+def chosen(policy: Policy, value: Any, n: int) -> Chosen:
+    """Returns the policy that acts with the best of n of its actions by a value (`contraflow.policy.value`).
+
+    Raises UserError for n < 1, and for a Gaussian policy, whose greedy actions are all the same.
+    """
+    if n < 1:
+        raise UserError(f"the best of {n} actions is none: give at least 1")
+    if isinstance(innermost(policy), SquashedGaussian | ClippedGaussian | Deterministic):
+        raise UserError("a choice needs a policy that draws its greedy actions, such as a flow: this one has a mean")
+    return Chosen(policy, as_value(value), n)

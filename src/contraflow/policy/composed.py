@@ -91,6 +91,8 @@ def composed(policies: tuple[Policy, ...], weights: tuple[float, ...], rule: Rul
     for policy, flow in zip(policies, flows, strict=True):
         if flow is None or not solves_velocity(flow.spec) or not isinstance(innermost(policy), FlowPolicy):
             raise UserError("a composition is of flow policies with velocities on the linear path, without noise")
+        if inner(policy, "value") is not None:
+            raise UserError("a composition would lose the guidance of a policy: compose policies that are not guided")
     if len({(flow.dim, flow.spec.support) for flow in flows}) != 1:
         raise UserError("composed policies must have actions, chunks and supports of the same size and kind")
     if len(weights) != len(policies) or min(weights) < 0:

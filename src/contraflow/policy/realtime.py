@@ -7,11 +7,10 @@ previous chunk are already decided. The new chunk must begin with them, and shou
     Prefix     a flow that was trained with the first actions given, `BC(delay_max=...)` (2512.05964)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +19,8 @@ from contraflow.core.types import PRNGKey, UserError
 from contraflow.flow.model import Condition, Flow
 from contraflow.flow.path import Scalar, Vector
 from contraflow.policy.base import Cost, Policy, inner, mapped_ablations
-from contraflow.policy.flow import FlowPolicy, solves_velocity
+from contraflow.policy.flow import solves_velocity
+from contraflow.policy.push import Push, renetted, with_flow
 
 Count = Int[Array, ""] | int
 Chunk = Float[Array, "h a"]
@@ -85,10 +85,10 @@ class RealTime(eqx.Module):
                 net: Any = _Given(flow, end, places < known)
             else:
                 weight = overlap_weights(self.rule.soft, shape[0], known, left)
-                net = _Pulled(flow, end, jnp.repeat(weight, shape[1]), self.rule)
-            return replace(flow, net=net, spec=replace(flow.spec, clock=1.0))
+                net = _pulled(flow, end, jnp.repeat(weight, shape[1]), self.rule)
+            return renetted(flow, net)
 
-        action = _with_flow(self.policy, steered)(obs, key, greedy)
+        action = with_flow(self.policy, steered)(obs, key, greedy)
         return jnp.where(given, goal, action).reshape(shape)
 
     def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
@@ -103,27 +103,14 @@ class RealTime(eqx.Module):
         return self.policy.cost
 
 
-class _Pulled(eqx.Module):
-    """The velocity of a flow, pulled towards `goal`."""
+def _pulled(flow: Flow, goal: Vector, weight: Vector, rule: Guidance) -> Push:
+    """Returns the velocity of a flow, pulled towards `goal`: up -|W^1/2 (Y - x1)|^2 / 2."""
 
-    flow: Flow
-    goal: Vector
-    weight: Vector
-    rule: Guidance = eqx.field(static=True)
+    def gain(t):
+        strength = (t**2 + (1.0 - t) ** 2 / rule.std**2) / jnp.maximum(t * (1.0 - t), 1e-6)
+        return jnp.minimum(rule.limit, strength)
 
-    @property
-    def dim(self) -> int:
-        return self.flow.dim
-
-    def __call__(self, x: Vector, t: Scalar, cond: Condition) -> Vector:
-        def end(x):
-            v = self.flow.velocity(x, t, cond)
-            return x + (1.0 - t) * v, v
-
-        x1, transposed, v = jax.vjp(end, x, has_aux=True)
-        error = self.weight * (self.goal - x1)
-        strength = (t**2 + (1.0 - t) ** 2 / self.rule.std**2) / jnp.maximum(t * (1.0 - t), 1e-6)
-        return v + jnp.minimum(self.rule.limit, strength) * (transposed(error)[0] if self.rule.jacobian else error)
+    return Push(flow, lambda x1, t: weight * (goal - x1), gain, "end" if rule.jacobian else "held")
 
 
 class _Given(eqx.Module):
@@ -166,13 +153,5 @@ def realtime(policy: Policy, rule: Guidance = Guidance()) -> RealTime:
     flow = inner(policy, "flow")
     if flow is None or not solves_velocity(flow.spec):
         raise UserError("real-time chunking needs a flow policy with velocities on the linear path, without noise")
-    _with_flow(policy, lambda flow: flow)
+    with_flow(policy, lambda flow: flow)
     return RealTime(policy, rule)
-
-
-def _with_flow(policy: Any, change: Any) -> Any:
-    if isinstance(policy, FlowPolicy):
-        return replace(policy, flow=change(policy.flow))
-    if not hasattr(policy, "policy"):
-        raise UserError(f"the flow of {type(policy).__name__} cannot be steered")
-    return replace(policy, policy=_with_flow(policy.policy, change))
