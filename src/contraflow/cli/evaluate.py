@@ -34,8 +34,8 @@ PATIENCE = 5.0  # seconds between messages while filming
 class Eval:
     """Print the returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of a run or of a policy."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of a run or of a policy, or the address ws://host:port of a served one."""
     episodes: int = 20
     seed: int = 0
     env: str | None = None

@@ -11,11 +11,13 @@ import jax.random as jr
 from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
 from contraflow.data.samplers import Mixed, NStep, Sampler, Uniform
+from contraflow.training import frozen
 from contraflow.training.loop import Carry, Learner, World, shown, step
 from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    closed_on_error,
     discount,
     environments,
     first_learner,
@@ -111,11 +113,19 @@ class Replay:
     """Chunk length: actions per decision; that of the pretrained policy if one is given."""
     execute: int = 1
     """Actions of a chunk that are executed before the next decision."""
+    base: str | None = None
+    """Frozen policy whose start noise is learned in place of actions: a folder, or ws://host:port of a served one."""
+    noise_bound: float = 1.5
+    """That noise lies in [-noise_bound, noise_bound]."""
+    noise_repeat: bool = False
+    """One noise for all actions of a chunk of `base`."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "num_envs", "batch_size", "n_step", "buffer_size")
         check_chunk(self)
+        if self.noise_bound <= 0:
+            raise ValueError(f"--noise-bound must be positive, got {self.noise_bound}")
         if self.updates < 0:
             raise ValueError(f"--updates must not be negative, got {self.updates}")
         if self.collect is not None and not 0 < self.collect < steps:
@@ -133,7 +143,12 @@ class Replay:
     def open(self, run: Any, trust: Trust) -> Opened:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
-        return Opened(World(env.spec, env), evaluation)
+        with closed_on_error(env, evaluation):
+            base = frozen.load(self, trust)
+            if base is None:
+                return Opened(World(env.spec, env), evaluation)
+            env, evaluation = (frozen.over_noise(one, base, self) for one in (env, evaluation))
+            return Opened(World(env.spec, env), evaluation, base=base.revision)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
         """A fresh one."""
