@@ -9,7 +9,7 @@ from tests.planted import bug, wrong
 
 from contraflow.agents.offline import bc
 from contraflow.policy import composed, realtime
-from contraflow.runtime.delayed import Delayed
+from contraflow.runtime.delayed import Delayed, Plans
 
 REALTIME = "policy/test_realtime.py::"
 DELAYED = "runtime/test_delayed.py::"
@@ -84,16 +84,16 @@ def a_late_chunk_begins_with_its_first_action(patch: pytest.MonkeyPatch) -> None
 
 @bug(DELAYED + "test_what_is_resumed_begins_now")
 def the_previous_chunk_is_not_shifted(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Delayed, "_plans")
-    def plans(right, self):
-        return np.roll(right(self), self._age[0] if self._delay else 0, 1)
+    @wrong(patch, Delayed, "_infer")
+    def infer(right, self, obs, explore):
+        for _ in range(int(self._age[0]) if self._delay and self._known.known.any() else 0):
+            self._known._total = np.roll(self._known._total, 1, 1)
+        return right(self, obs, explore)
 
 
 @bug(DELAYED + "test_ensembling_equal_plans_gives_the_plan")
 def ensembled_plans_are_added(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Delayed, "_plans")
-    def plans(right, self):
-        return self._total.copy()
+    patch.setattr(Plans, "actions", property(lambda self: self._total.copy()))
 
 
 @bug(DELAYED + "test_copies_begin_episodes_at_other_times")

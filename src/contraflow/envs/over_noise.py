@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -10,6 +10,7 @@ from contraflow.core.types import EnvSpec, PRNGKey, Step
 from contraflow.envs.base import Env, close, notes
 
 
+@runtime_checkable
 class Base(Protocol):
     """A frozen policy and the meaning of a choice of its noise."""
 

@@ -5,7 +5,7 @@ its noise. A compiled program asks through a callback to the host, row after row
 """
 
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,10 @@ class Connection:
         self._failures = (OSError, WebSocketException)
         self._lock = threading.Lock()
         try:
-            self._socket = connect(address, compression=None, max_size=None, open_timeout=TIMEOUT)
+            self._open = ExitStack()  # a connection must be a context
+            self._socket = self._open.enter_context(
+                connect(address, compression=None, max_size=None, open_timeout=TIMEOUT)
+            )
             self.metadata: dict[str, Any] = unpack(self._frame())
         except (*self._failures, ValueError) as error:
             raise UserError(f"no policy is served at {address} ({error}): start `contraflow serve`") from None
@@ -79,7 +82,7 @@ class Connection:
     def close(self) -> None:
         """Says goodbye."""
         with suppress(Exception):
-            self._socket.close()
+            self._open.close()
 
 
 _connections: dict[str, Connection] = {}

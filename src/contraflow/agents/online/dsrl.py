@@ -187,7 +187,10 @@ class DSRL:
 PLAIN = SAC(target_entropy=0.0, critic=Critics(width=256, optim=Optim(3e-4)))
 """The plain form: noises are the actions of an environment in which the frozen policy acts (`base` of the source)."""
 PRESETS = (
-    Preset("dsrl", DSRL(), "DSRL, noise-aliased", "2506.15799", "SAC over the start noise of a frozen policy"),
+    Preset(
+        "dsrl", DSRL(), "DSRL, noise-aliased", "2506.15799", "SAC over the start noise of a frozen policy",
+        run={"warm_up": "policy"},
+    ),
     Preset(
         "dsrl-sac", PLAIN, "DSRL, plain", "2506.15799", "SAC over the start noise of a frozen policy, local or served",
         run={"base": ""},

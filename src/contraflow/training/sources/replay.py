@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ from contraflow.training.sources.base import (
 
 @dataclass(frozen=True)
 class Interact:
-    """`updates` gradient steps on `batch_size` rows after each step of all environments; random actions and 0 updates
-    are the warm-up."""
+    """`updates` gradient steps on `batch_size` rows after each step of all environments, of which the warm-up takes
+    none; its actions may be random."""
 
     random: bool
     updates: int
@@ -38,11 +38,11 @@ class Interact:
 
     @property
     def name(self) -> str:
-        return "collecting" if self.random else "learning"
+        return "learning" if self.updates else "collecting"
 
     @property
     def learns(self) -> bool:
-        return not self.random
+        return self.updates > 0
 
     def compiled(self, world: World) -> bool:
         return world.env.spec.jittable
@@ -99,7 +99,7 @@ class Replay:
     num_envs: int = 1
     """Number of parallel environments."""
     collect: int | None = None
-    """Random steps before learning starts; None is a twentieth of all, at most 5000."""
+    """Steps before learning starts; None is a twentieth of all, at most 5000."""
     updates: int = 1
     """Gradient steps per step of all environments; updates / num_envs is the update-to-data ratio."""
     batch_size: int = 256
@@ -113,6 +113,8 @@ class Replay:
     """Chunk length: actions per decision; that of the pretrained policy if one is given."""
     execute: int = 1
     """Actions of a chunk that are executed before the next decision."""
+    warm_up: Literal["random", "policy"] = "random"
+    """Actions of the `collect` steps: random ones, or those of the policy."""
     base: str | None = None
     """Frozen policy whose start noise is learned in place of actions: a folder, or ws://host:port of a served one."""
     noise_bound: float = 1.5
@@ -168,7 +170,8 @@ class Replay:
         assert self.collect is not None
         warm_up = taken < self.collect
         until = min(self.collect, until) if warm_up else until
-        stage = Interact(warm_up, 0 if warm_up else self.updates, self.batch_size, self.sampler(agent))
+        random = warm_up and self.warm_up == "random"
+        stage = Interact(random, 0 if warm_up else self.updates, self.batch_size, self.sampler(agent))
         return stage, iterations(taken, until, self.each)
 
     def sampler(self, agent: Any) -> Uniform | NStep:
