@@ -83,7 +83,9 @@ def main(out: Path, seeds: tuple[int, ...] = (0, 1, 2), methods: tuple[str, ...]
         policy = load(folder)
         with environment(policy, ENV, 32, 888) as env:
             found = evaluate(policy.network, env, jr.key(seed), 64)
-        rows.append({"policy": name, "seed": seed, "return_mean": float(found.mean()), "return_std": float(found.std())})
+        rows.append(
+            {"policy": name, "seed": seed, "return_mean": float(found.mean()), "return_std": float(found.std())}
+        )
 
     judge("demonstrator", out / "demo" / "best", 0)
     judge("clone", start, 0)

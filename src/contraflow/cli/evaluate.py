@@ -13,13 +13,14 @@ from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.files import make_folder
 from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
-from contraflow.envs import copies
+from contraflow.envs import close, copies, make
 from contraflow.envs.base import Env, notes
 from contraflow.envs.chunk import singly
 from contraflow.policy import base
 from contraflow.policy.base import act_batch
 from contraflow.policy.guided import guided, value_scale
 from contraflow.policy.uniform import still_policy, uniform_policy
+from contraflow.runtime.asynchronous import Asynchronous, Late, Mode, play
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.variants import OWN, environment, variants
 from contraflow.training.evaluate import Episodes, evaluate_one, margin
@@ -48,12 +49,22 @@ class Eval:
     """Frames per second of the video; one frame per environment step."""
     frames: int | None = None
     """Stop filming after this many frames; the default is the whole episode."""
+    hz: float | None = None
+    """Also play one episode in real time at this many steps a second, while a thread plans the chunks."""
+    mode: Mode = "switch"
+    """In real time: how a new chunk follows the previous one (docs/how-to/real-time.md)."""
+    late: Late = "repeat"
+    """In real time: what is done when no action is planned; repeat the last, stop (zeros), or wait for the chunk."""
+    execute: int | None = None
+    """In real time: steps between the beginnings of two inferences; the default is the policy's own."""
     trust: Modules = ""
     """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
     def __post_init__(self):
         if min(self.episodes, self.fps, 1 if self.frames is None else self.frames) < 1 or self.seed < 0:
             raise ValueError("episodes, fps and frames must be at least 1, and seed not negative")
+        if self.hz is not None and not 0 < self.hz < float("inf"):
+            raise ValueError(f"hz must be positive, got {self.hz}")
 
 
 def eval_command(args: list[str]) -> int:
@@ -63,6 +74,9 @@ def eval_command(args: list[str]) -> int:
     id = options.env or policy.env
     if options.guide:
         guided(policy.network, 0.0)  # refused before anything runs
+    act = None
+    if options.hz is not None:
+        act = Asynchronous(policy, options.mode, options.execute, options.late)
     if options.video:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
@@ -76,6 +90,14 @@ def eval_command(args: list[str]) -> int:
         print(summary(found))
         if options.guide:
             print_guided(policy.network, env, options)
+    if act is not None and options.hz is not None:
+        env = make(id, 1, options.seed, trust=options.trust)
+        try:
+            total, timing = play(act, env, options.hz, options.seed)
+        finally:
+            act.close()
+            close(env)
+        print(f"in real time at {options.hz:g} Hz, {options.mode}: return {total:.1f}; {timing}")
     return 0
 
 
