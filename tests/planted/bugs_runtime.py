@@ -9,10 +9,12 @@ from tests.planted import bug, wrong
 
 from contraflow.agents.offline import bc
 from contraflow.policy import composed, realtime
+from contraflow.runtime.asynchronous import Asynchronous
 from contraflow.runtime.delayed import Delayed, Plans
 
 REALTIME = "policy/test_realtime.py::"
 DELAYED = "runtime/test_delayed.py::"
+ASYNCHRONOUS = "runtime/test_asynchronous.py::"
 
 
 @bug(REALTIME + "test_the_chunk_begins_with_what_is_executed_meanwhile")
@@ -136,3 +138,28 @@ def agreement_forgets_the_noise(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, composed.Composed, "_end")
     def end(right, self, flows, conds, x0):
         return right(replace(self, rule="convex"), flows, conds, x0)
+
+
+@bug(ASYNCHRONOUS + "test_a_delay_of_two_steps_is_that_of_the_simulated_loop")
+def a_chunk_of_the_thread_begins_with_its_first_action(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Plans, "add")
+    def add(right, self, chunk, left, here):
+        right(self, np.roll(chunk, chunk.shape[1] - left[0], 1), left, here)
+
+
+@bug(ASYNCHRONOUS + "test_a_worker_that_hangs_stalls_the_robot_by_rule")
+def a_stalled_robot_goes_on(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Asynchronous, "__call__")
+    def call(right, self, obs):
+        late, self._late = self._late, "repeat"
+        action = right(self, obs)
+        self._late = late
+        return action
+
+
+@bug(ASYNCHRONOUS + "test_what_is_resumed_is_what_will_be_carried_out")
+def no_delay_is_expected(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Asynchronous, "_begin")
+    def begin(right, self, obs):
+        self._most = 0
+        right(self, obs)

@@ -1,5 +1,6 @@
 """The control loop in real time, with inferences that end when the test says so: nothing hangs on how fast it runs."""
 
+import re
 import threading
 from concurrent.futures import Executor, Future
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from tests.runtime.test_delayed import Continuing, Counting, flow_policy, obs
 
+from contraflow.cli import main
 from contraflow.core.types import UserError
 from contraflow.envs.control import Pendulum
+from contraflow.policy.artifact import save_policy
 from contraflow.policy.realtime import Prefix, RealTime
 from contraflow.runtime.asynchronous import Asynchronous, control, play
 from contraflow.runtime.delayed import Delayed
@@ -159,6 +162,17 @@ def test_an_episode_of_a_flow_in_real_time():
         returns.append(total)
         assert timing.steps == 200 and timing.stalls == 0 and set(timing.delays) == {0}
     assert returns[0] == returns[1]
+
+
+@pytest.mark.slow
+def test_eval_plays_in_real_time(tmp_path, capsys):
+    policy = flow_policy(Pendulum(1))
+    save_policy(tmp_path / "policy", policy.network, policy.spec, "jax:pendulum")
+    assert main(["eval", str(tmp_path), "--episodes", "1", "--hz", "2000", "--mode", "resume", "--late", "wait"]) == 0
+    assert re.search(
+        r"in real time at 2000 Hz, resume: return -\d+\.\d; held \d+\.\d Hz,.* stalls\n", capsys.readouterr().out
+    )
+    assert main(["eval", str(tmp_path), "--hz", "0"]) == 2
 
 
 def test_bad_use():
