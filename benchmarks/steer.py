@@ -66,7 +66,8 @@ def clone(out: Path) -> Path:
         write_data(record(load(out / "demo" / "best"), 20, behaviour=noisy, seed=1), out / "data.npz")
     if not (out / "clone").exists():
         flow = FlowSpec(solver=Ddim(5), network=ResidualMLP(64, 2))
-        bc = replace(presets()["bc"].agent, flow=flow, optim=Optim(1e-3))
+        bc = presets()["bc"].agent
+        bc = replace(bc, flow=flow, optim=replace(bc.optim, lr=1e-3))
         source = Dataset(str(out / "data.npz"), ENV, horizon=4, execute=4)
         train(Run(bc, source, 4_000, eval_every=2_000, trackers=()), out / "clone", quiet=True)
     return out / "clone"
