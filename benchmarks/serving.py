@@ -136,7 +136,7 @@ def fuzz(port: int, pid: int, count: int, seed: int) -> Row:
     """Frames that were valid and were then changed, half of them in each protocol; the server answers every one."""
     from websockets.sync.client import connect
 
-    from contraflow.runtime.serve.codec import pack, unpack
+    from contraflow.core.codec import pack, unpack
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests.runtime.serve_helpers import mutations

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ def test_what_is_not_known_is_not_written(tmp_path: Path):
     with pytest.raises(UserError, match="short lacks the successor of 2 steps, which Minari's formats need: write"):
         write(short, tmp_path / "other")
     assert_same(load(write(short.with_successor(), tmp_path / "other")), short.with_successor(), rounding=1e-6)
+    person = replace(short, human=np.arange(len(short)) % 2 == 0)
+    again = load(write(person, tmp_path / "person.npz"))
+    np.testing.assert_array_equal(again.human, person.human)
+    assert person.digest() != short.digest() and again.with_successor().human is not None
+    with pytest.raises(UserError, match="short says where a person took over"):
+        write(person.with_successor(), tmp_path / "person")
 
 
 def minari_metadata(**change):

@@ -1,5 +1,7 @@
 """Batches against sums by hand: single steps, several steps, chunks, mixtures; ends of trajectories of every kind."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -202,3 +204,19 @@ def test_the_next_action_is_what_the_same_trajectory_did_next(source, sampler):
         np.testing.assert_allclose(batch.next_action[i][mask], wanted, rtol=1e-6)
         known[first] = bool(ahead)
     assert known.any() and not known[last].any()
+
+
+def test_corrections_stay_with_their_actions():
+    """Rows 6, 8 and 15 are a person's: their numbers in single steps and in chunks; none in replay mixed in."""
+    data = dataset(inside=False)
+    data = replace(data, human=np.isin(np.arange(n), [6, 8, 15]))
+    rows = Rows.of(data)
+    for sampler, width in ((Uniform(0.9), 1), (NStep(3, 0.9), 1), (Chunk(3, 0.9), 3)):
+        batch = sampler(rows, jr.key(0), 64)
+        i = np.round(50 * np.asarray(batch.action)[:, ::2]).astype(int)  # repeated beyond the end
+        assert batch.human is not None and batch.human.shape == (64, 2 * width)
+        np.testing.assert_array_equal(batch.human, np.repeat(np.isin(i, [6, 8, 15]), 2, 1))
+    mixed = Mixed(Uniform(0.9), Uniform(0.9), 0.5)((rows, replay()), jr.key(1), 64)
+    person = np.isin(np.round(50 * np.asarray(mixed.action)[:, 0]), [6, 8, 15])
+    assert mixed.human is not None and 0 < float(mixed.human.sum()) <= 2 * person.sum()
+    assert Uniform(0.9)(replay(), jr.key(0), 4).human is None

@@ -9,10 +9,12 @@ from tests.planted import bug, wrong
 
 from contraflow.agents.offline import bc
 from contraflow.policy import composed, realtime
-from contraflow.runtime.delayed import Delayed
+from contraflow.runtime.asynchronous import Asynchronous
+from contraflow.runtime.delayed import Delayed, Plans
 
 REALTIME = "policy/test_realtime.py::"
 DELAYED = "runtime/test_delayed.py::"
+ASYNCHRONOUS = "runtime/test_asynchronous.py::"
 
 
 @bug(REALTIME + "test_the_chunk_begins_with_what_is_executed_meanwhile")
@@ -92,16 +94,16 @@ def a_late_chunk_begins_with_its_first_action(patch: pytest.MonkeyPatch) -> None
 
 @bug(DELAYED + "test_what_is_resumed_begins_now")
 def the_previous_chunk_is_not_shifted(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Delayed, "_plans")
-    def plans(right, self):
-        return np.roll(right(self), self._age[0] if self._delay else 0, 1)
+    @wrong(patch, Delayed, "_infer")
+    def infer(right, self, obs, explore):
+        for _ in range(int(self._age[0]) if self._delay and self._known.known.any() else 0):
+            self._known._total = np.roll(self._known._total, 1, 1)
+        return right(self, obs, explore)
 
 
 @bug(DELAYED + "test_ensembling_equal_plans_gives_the_plan")
 def ensembled_plans_are_added(patch: pytest.MonkeyPatch) -> None:
-    @wrong(patch, Delayed, "_plans")
-    def plans(right, self):
-        return self._total.copy()
+    patch.setattr(Plans, "actions", property(lambda self: self._total.copy()))
 
 
 @bug(DELAYED + "test_copies_begin_episodes_at_other_times")
@@ -144,3 +146,30 @@ def agreement_forgets_the_noise(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, composed.Composed, "_end")
     def end(right, self, flows, conds, x0):
         return right(replace(self, rule="convex"), flows, conds, x0)
+
+
+@bug(ASYNCHRONOUS + "test_a_delay_of_two_steps_is_that_of_the_simulated_loop")
+def a_chunk_of_the_thread_begins_with_its_first_action(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Asynchronous, "_collect")
+    def collect(right, self, wait=False):
+        begun, self._begun = self._begun, self._step
+        right(self, wait)
+        self._begun = begun
+
+
+@bug(ASYNCHRONOUS + "test_a_worker_that_hangs_stalls_the_robot_by_rule")
+def a_stalled_robot_goes_on(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Asynchronous, "__call__")
+    def call(right, self, obs):
+        late, self._late = self._late, "repeat"
+        action = right(self, obs)
+        self._late = late
+        return action
+
+
+@bug(ASYNCHRONOUS + "test_what_is_resumed_is_what_will_be_carried_out")
+def no_delay_is_expected(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Asynchronous, "_begin")
+    def begin(right, self, obs):
+        self._most = 0
+        right(self, obs)

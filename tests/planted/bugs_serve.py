@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tests.planted import bug, wrong
 
+from contraflow.core import codec
 from contraflow.runtime.policy import Policy
-from contraflow.runtime.serve import codec, desk, openpi, request, server, vla_eval, worker
+from contraflow.runtime.serve import desk, openpi, request, server, vla_eval, worker
 from contraflow.runtime.serve.desk import Desk, Session
 from contraflow.runtime.serve.request import Request
 from contraflow.runtime.serve.worker import Worker

@@ -8,14 +8,20 @@ import pytest
 from tests.planted import bug, wrong
 
 from contraflow.agents.online.dsrl import DSRL
+from contraflow.agents.online.residual import Residual
 from contraflow.agents.onpolicy import flow_ppo
 from contraflow.agents.onpolicy.flow_ppo import PlannedFlow
+from contraflow.core.bounds import action_range
+from contraflow.data.rows import Rows
 from contraflow.flow.targets import log_normal
-from contraflow.policy import start_noise
-from contraflow.policy.start_noise import Prior, Steered
+from contraflow.policy import served, start_noise
+from contraflow.policy.start_noise import ByNoise, Prior, Steered
 from contraflow.runtime import monitor
+from contraflow.training.frozen import Frozen
 
 DSRL_TESTS = "agents/test_dsrl.py::"
+OVER_NOISE = "train/test_over_noise.py::"
+RESIDUAL = "agents/test_residual.py::"
 
 
 @bug(DSRL_TESTS + "test_the_prior_form_reaches_the_tilt_of_the_noise")
@@ -72,3 +78,43 @@ def the_actor_does_not_wait_for_the_critic(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, flow_ppo, "improve")
     def improve(right, settings, *rest):
         return right(replace(settings, warmup=0), *rest)
+
+
+@bug(OVER_NOISE + "test_over_the_noise_of_the_identity_it_is_the_agent_itself")
+def noises_are_decoded_for_another_copy(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Frozen, "decode")
+    def decode(right, self, obs, choice):
+        return right(self, obs, choice[::-1])
+
+
+@bug(OVER_NOISE + "test_the_best_noise_of_an_affine_policy_is_found")
+def the_saved_policy_forgets_the_bound_of_the_noise(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ByNoise, "noise")
+    def noise(right, self, choice):
+        return right(self, choice) / self.bound
+
+
+@bug("runtime/test_served.py::test_actions_come_back_from_the_range_of_the_robot")
+def served_actions_stay_in_the_range_of_the_robot(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(served, "action_range", lambda spec: action_range(replace(spec, low=(), high=())))
+
+
+@bug(RESIDUAL + "test_the_edit_climbs_to_the_best_action_within_reach")
+def the_distance_is_a_sum(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Residual, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, mask=batch.mask * batch.action.shape[-1]), key)
+
+
+@bug(RESIDUAL + "test_a_large_weight_leaves_the_frozen_policy_and_a_person_overrules_it")
+def a_person_is_not_heard(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Residual, "update")
+    def update(right, self, state, batch, key):
+        return right(self, state, replace(batch, human=None), key)
+
+
+@bug("data/test_samplers.py::test_corrections_stay_with_their_actions")
+def corrections_are_those_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, Rows, "of")
+    def of(right, data, successor=True):
+        return right(replace(data, human=None if data.human is None else np.roll(data.human, 1)), successor)

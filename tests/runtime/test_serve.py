@@ -33,6 +33,7 @@ from tests.runtime.serve_helpers import (
 
 from contraflow.agents.offline.fql import FQL
 from contraflow.cli.serve import resuming
+from contraflow.core.codec import pack, unpack
 from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec
 from contraflow.flow.model import Ddim, FlowSpec
@@ -47,7 +48,6 @@ from contraflow.policy.normalise import Normalised, RunningMoments
 from contraflow.policy.value import Judge
 from contraflow.rl.critics import Critics
 from contraflow.runtime.policy import Policy
-from contraflow.runtime.serve.codec import pack, unpack
 from contraflow.runtime.serve.server import Address, running
 from contraflow.runtime.serve.worker import abilities
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tests.runtime.serve_helpers import mutations
 
+from contraflow.core.codec import KINDS, pack, unpack
 from contraflow.core.types import UserError
-from contraflow.runtime.serve.codec import KINDS, pack, unpack
 
 ARRAYS = {
     "row": np.array([[0, 1, 1]]),

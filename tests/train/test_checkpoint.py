@@ -93,7 +93,7 @@ def test_a_renamed_field_may_be_migrated(written: Path, monkeypatch: pytest.Monk
 
 
 def test_changed_data_are_refused(written: Path):
-    with pytest.raises(UserError, match=r"the dataset of .* is not the one that checkpoint 7 was trained on"):
+    with pytest.raises(UserError, match=r"the dataset or frozen policy of .* is not the one that checkpoint 7"):
         checkpoint.load(written, 7, shapes(STATE), ABOUT | {"data": "abc"})
 
 

@@ -260,7 +260,7 @@ def test_changed_data_are_not_trained_on(data: Path, tmp_path: Path):
     arrays = dict(np.load(file))
     arrays["reward"][3] += 1
     np.savez(file, **arrays)
-    with pytest.raises(UserError, match=r"the dataset of .* is not the one that checkpoint 40 was trained on"):
+    with pytest.raises(UserError, match=r"the dataset or frozen policy of .* is not the one that checkpoint 40"):
         resume(tmp_path / "run", steps=60, quiet=True, trust="all")
 
 

@@ -24,6 +24,7 @@ MODULES = (
     "online.td3",
     "online.sir",
     "online.dsrl",
+    "online.residual",
     "onpolicy.ppo",
     "onpolicy.reinflow",
     "onpolicy.dppo",

@@ -13,7 +13,7 @@ from contraflow.cli.flags import Modules, read_flags
 from contraflow.core.files import make_folder
 from contraflow.core.trust import Trust
 from contraflow.core.types import UserError
-from contraflow.envs import copies
+from contraflow.envs import close, copies, make
 from contraflow.envs.base import Env, notes
 from contraflow.envs.chunk import singly
 from contraflow.policy import base
@@ -22,6 +22,7 @@ from contraflow.policy.best_of import chosen
 from contraflow.policy.guided import guided
 from contraflow.policy.uniform import still_policy, uniform_policy
 from contraflow.policy.value import Judge, value_scale
+from contraflow.runtime.asynchronous import Asynchronous, Late, Mode, play
 from contraflow.runtime.policy import Policy, load
 from contraflow.runtime.value import load_value
 from contraflow.runtime.variants import OWN, environment, variants
@@ -37,8 +38,8 @@ PATIENCE = 5.0  # seconds between messages while filming
 class Eval:
     """Print the returns of a trained policy, acting as in evaluation, on the environment it was trained on."""
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder of a run or of a policy."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder of a run or of a policy, or the address ws://host:port of a served one."""
     episodes: int = 20
     seed: int = 0
     env: str | None = None
@@ -56,6 +57,14 @@ class Eval:
     """Frames per second of the video; one frame per environment step."""
     frames: int | None = None
     """Stop filming after this many frames; the default is the whole episode."""
+    hz: float | None = None
+    """Also play one episode in real time at this many steps a second, while a thread plans the chunks."""
+    mode: Mode = "switch"
+    """In real time: how a new chunk follows the previous one (docs/how-to/real-time.md)."""
+    late: Late = "repeat"
+    """In real time: what is done when no action is planned; repeat the last, stop (zeros), or wait for the chunk."""
+    execute: int | None = None
+    """In real time: steps between the beginnings of two inferences; the default is the policy's own."""
     trust: Modules = ""
     """Modules outside the library that may be imported, separated by commas; `all` allows any."""
 
@@ -64,6 +73,8 @@ class Eval:
             raise ValueError("episodes, fps and frames must be at least 1, and seed not negative")
         if self.value and not (self.guide or self.best_of):
             raise ValueError("--value guides or chooses actions: give --guide WEIGHT or --best-of N with it")
+        if self.hz is not None and not 0 < self.hz < float("inf"):
+            raise ValueError(f"hz must be positive, got {self.hz}")
 
 
 def eval_command(args: list[str]) -> int:
@@ -76,6 +87,9 @@ def eval_command(args: list[str]) -> int:
         value = load_value(options.value, policy, options.trust)
         _ = [guided(policy.network, weight, value) for weight in options.guide]
         _ = [chosen(policy.network, value, n) for n in options.best_of]
+    act = None
+    if options.hz is not None:
+        act = Asynchronous(policy, options.mode, options.execute, options.late)
     if options.video:
         film(policy, id, options.seed, options.video, options.fps, options.frames)
         print(f"video  {options.video}")
@@ -89,6 +103,14 @@ def eval_command(args: list[str]) -> int:
         print(summary(found))
         if value is not None:
             print_valued(policy.network, value, env, options)
+    if act is not None and options.hz is not None:
+        env = make(id, 1, options.seed, trust=options.trust)
+        try:
+            total, timing = play(act, env, options.hz, options.seed)
+        finally:
+            act.close()
+            close(env)
+        print(f"in real time at {options.hz:g} Hz, {options.mode}: return {total:.1f}; {timing}")
     return 0
 
 

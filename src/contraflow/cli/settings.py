@@ -58,9 +58,8 @@ settings of the agent, with what lies below them (--help-all explains each):
 --help-all lists every setting, its kinds and its default."""
 OFTEN = (
     "env", "data", "reward", "weights", "prompts", "group", "steps", "seed", "seeds", "out", "num_envs", "collect",
-    "updates", "unroll", "batch_size", "n_step",
-    "horizon", "execute", "offline_steps", "mix", "pretrained", "eval_every", "eval_episodes", "log_every", "trackers",
-    "require", "quiet", "trust",
+    "updates", "unroll", "batch_size", "n_step", "horizon", "execute", "offline_steps", "mix", "pretrained", "base",
+    "eval_every", "eval_episodes", "log_every", "trackers", "require", "quiet", "trust",
 )  # fmt: skip
 """What the short help shows, in its order."""
 

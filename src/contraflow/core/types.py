@@ -63,6 +63,7 @@ class Batch(eqx.Module):
     mask: Float[Array, "B d"]
     next_action: Float[Array, "B d"] | None = None
     next_mask: Float[Array, "B d"] | None = None
+    human: Float[Array, "B d"] | None = None
 
 
 class Rollout(eqx.Module):

@@ -23,6 +23,7 @@ class Rows(eqx.Module):
     size: Int[Array, ""]
     last: Int[Array, " C"] | None = None  # of a dataset, in time order: place of the last row of the same trajectory
     steps: Int[Array, " C"] | None = None  # of the environment in a row that is a chunk of actions; None is one each
+    human: Bool[Array, " C"] | None = None  # whether a person took the action; None is nowhere
 
     @classmethod
     def of(cls, data: Dataset, successor: bool = True) -> "Rows":
@@ -33,7 +34,8 @@ class Rows(eqx.Module):
         following = np.where(data.end, -1, np.arange(1, n + 1)).astype(np.int32)
         last = np.repeat(ends, data.lengths).astype(np.int32)
         arrays = data.obs, data.action, data.reward, data.next_obs, data.terminated, following, np.int32(n), last
-        return cls(*jax.tree.map(jnp.asarray, arrays))
+        human = None if data.human is None else jnp.asarray(data.human)
+        return cls(*jax.tree.map(jnp.asarray, arrays), human=human)
 
     def draw(self, key: PRNGKey, n: int) -> Int[Array, " n"]:
         """Places of n rows, uniform with replacement. The caller makes sure that there are rows."""

@@ -12,7 +12,7 @@ reward that is discounted already. Then the weight of r_i is gamma^(s_0 + ... + 
 gamma^(s_0 + ... + s_(k-1)).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,8 @@ class Mixed:
         counts = round(self.ratio * n), n - round(self.ratio * n)
         draws = zip((self.offline, self.online), rows, jr.split(key), counts, strict=True)
         parts = [sampler(part, k, count) for sampler, part, k, count in draws if count]
+        if any(part.human is not None for part in parts):  # of one set alone
+            parts = [p if p.human is not None else replace(p, human=jnp.zeros_like(p.action)) for p in parts]
         even = np.argsort(np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts]), kind="stable")
         return jax.tree.map(lambda *x: jnp.concatenate(x)[even], *parts)
 
@@ -170,4 +172,8 @@ def _batch(
     after = rows.next[last]
     places, inside = _chain(rows, jnp.where(after < 0, last, after), horizon)
     following = _actions(rows, places, inside & (after >= 0)[:, None])
-    return Batch(obs, action, reward, discount, next_obs, jnp.ones_like(action) if mask is None else mask, *following)
+    human = None
+    if rows.human is not None:
+        human = jnp.repeat(rows.human[_chain(rows, first, horizon)[0]], rows.action.shape[1], 1).astype(jnp.float32)
+    mask = jnp.ones_like(action) if mask is None else mask
+    return Batch(obs, action, reward, discount, next_obs, mask, *following, human)

@@ -1,4 +1,4 @@
-"""Edits: small Gaussian changes of the actions of a policy, given these actions (2507.07986)."""
+"""Edits: small changes of the actions of a policy, given these actions: Gaussian (2507.07986) or one (1812.03201)."""
 
 from typing import Any
 
@@ -70,3 +70,29 @@ class AlsoEdited(eqx.Module):
     def cost(self) -> Cost:
         """The cost of a candidate: half the evaluations of an action and its edit, rounded up."""
         return Cost(1, (self.policy.cost.nfe + 2) // 2, 0)
+
+
+class Residual(eqx.Module):
+    """clip(a + scale tanh(net(s, a))) for an action a of `policy`; with Gaussian noise of std `noise` while exploring.
+
+    With `scale` 0 it acts as `policy`, bit for bit.
+    """
+
+    policy: Any
+    net: MLP
+    scale: float = eqx.field(static=True)
+    noise: float = eqx.field(static=True)
+
+    def edited(self, obs: Obs, action: Action, seen: Action) -> Action:
+        """Returns the edit of an action, made knowing `seen`, which is the action or zeros."""
+        return jnp.clip(action + self.scale * jnp.tanh(self.net(obs, seen)), -1.0, 1.0)
+
+    def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Action:
+        k_policy, k_noise = jr.split(key)
+        action = self.policy(obs, k_policy, greedy)
+        action = self.edited(obs, action, action)
+        return action if greedy else jnp.clip(action + self.noise * jr.normal(k_noise, action.shape), -1.0, 1.0)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.policy.cost.nfe + 1, 0)

@@ -1,4 +1,4 @@
-"""Acting through the start noise of a frozen flow policy: a = f(s, w), with w drawn by a small network (2506.15799)."""
+"""Acting through the start noise of a frozen policy: a = f(s, w), with w chosen by a small policy (2506.15799)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from contraflow.core.optim import check_positive
 from contraflow.core.types import Obs, PRNGKey
 from contraflow.flow.targets import log_normal, log_sech2
 from contraflow.nets.mlp import MLP
+from contraflow.policy.abilities import ability
 from contraflow.policy.base import Cost
 
 Noise = Float[Array, " n"]
@@ -96,3 +97,32 @@ class Steered(eqx.Module):
     @property
     def cost(self) -> Cost:
         return Cost(1, self.base.cost.nfe + 1, 0)
+
+
+class ByNoise(eqx.Module):
+    """a = f(s, bound u(s)): a frozen policy f from start noise that another policy u chooses in [-1, 1]^n.
+
+    The noise has `repeat` times the numbers of the choice: the same for each action of a chunk.
+    """
+
+    base: Any
+    chooser: Any
+    bound: float = eqx.field(static=True)
+    repeat: int = eqx.field(static=True, default=1)
+
+    def __call__(self, obs: Any, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        return acted(self.base, obs, self.noise(self.chooser(obs, key, greedy)))
+
+    def noise(self, choice: Float[Array, " n"]) -> Float[Array, " a"]:
+        """Returns the start noise of a choice in [-1, 1]^n."""
+        return jnp.tile(self.bound * choice, self.repeat)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self.base.cost.nfe + self.chooser.cost.nfe, 0)
+
+
+def acted(base: Any, obs: Any, noise: Float[Array, " a"]) -> Float[Array, " a"]:
+    """Returns the action [a] that a policy, within its wrappers, maps start noise [a] to."""
+    method, obs = ability(base, obs, "from_noise")
+    return method(obs, noise)

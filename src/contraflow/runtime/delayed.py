@@ -30,6 +30,54 @@ from contraflow.policy.realtime import Prefix, realtime
 from contraflow.runtime.policy import Policy
 
 MODES = ("wait", "switch", "ensemble", "resume")
+Chunks = Float[np.ndarray, "N h a"]
+
+
+class Plans:
+    """What is planned for the coming steps of N copies: the newest chunk, or with `decay` = m the mean of all that
+    were planned for a step, weighted by exp(-m i), i = 0 the oldest."""
+
+    def __init__(self, copies: int, horizon: int, size: int, decay: float | None = None):
+        shape = copies, horizon
+        self._decay, self._total = decay, np.zeros((*shape, size), np.float32)
+        self._weight, self._count = np.zeros((2, *shape, 1), np.float32)
+
+    @property
+    def known(self) -> Bool[np.ndarray, "N h"]:
+        """Which of the coming steps have an action."""
+        return self._weight[..., 0] > 0
+
+    @property
+    def actions(self) -> Chunks:
+        """The actions of the coming steps, zeros where there is none."""
+        return np.where(self._weight > 0, self._total / np.maximum(self._weight, 1e-30), 0.0).astype(np.float32)
+
+    def add(self, chunk: Chunks, left: Int[np.ndarray, " N"], here: Bool[np.ndarray, " N"]) -> None:
+        """Takes in the chunks of the copies `here`, of which the first `left` actions count."""
+        given = (np.arange(chunk.shape[1])[None] < left[:, None])[..., None]
+        if self._decay is None:
+            self._total[here], self._weight[here] = chunk[here], given[here]
+            return
+        weight = here[:, None, None] * given * np.exp(-self._decay * self._count)
+        self._total += weight * chunk
+        self._weight += weight
+        self._count += here[:, None, None] * given
+
+    def advance(self) -> None:
+        """A step passes."""
+        for plans in (self._total, self._weight, self._count):
+            passed(plans)
+
+    def clear(self, copies: Any = slice(None)) -> None:
+        """Forgets the plans of these copies."""
+        for plans in (self._total, self._weight, self._count):
+            plans[copies] = 0
+
+
+def passed(plans: np.ndarray) -> None:
+    """Moves plans [N, h, ...] by one step, in place."""
+    plans[:, :-1] = plans[:, 1:]
+    plans[:, -1] = 0
 
 
 class Delayed:
@@ -66,10 +114,9 @@ class Delayed:
         rule = inner(policy.network, "rule")
         if mode == "resume" and isinstance(rule, Prefix) and delay > rule.delay_max:
             raise UserError(f"this policy was trained for delays up to {rule.delay_max}, not {delay}: use guidance")
-        self._policy, self._mode, self._delay, self._period, self._decay = policy, mode, delay, period, ensemble
+        self._policy, self._mode, self._delay, self._period = policy, mode, delay, period
         shape = copies, horizon, policy.spec.action_dim // horizon
-        self._total, self._weight = np.zeros(shape, np.float32), np.zeros((*shape[:2], 1), np.float32)
-        self._planned = np.zeros((*shape[:2], 1), np.float32)  # number of plans so far for each coming step
+        self._known = Plans(*shape, ensemble if mode == "ensemble" else None)
         self._coming, self._left = np.zeros(shape, np.float32), np.zeros(copies, int)  # a chunk on its way
         self._wait = np.full(copies, -1)  # steps until it arrives; -1 for none
         self._age = np.full(copies, period)
@@ -84,7 +131,7 @@ class Delayed:
         if due.any():
             self._begin(self._infer(obs, explore), due)
             self._arrive()
-        action = self._plans()[:, 0]
+        action = self._known.actions[:, 0]
         self._advance()
         return action
 
@@ -96,49 +143,33 @@ class Delayed:
     def reset(self, copies: Any = slice(None)) -> None:
         """Discards the plans of these copies (a mask, indices or a slice)."""
         self._age[copies], self._wait[copies], self._fresh[copies] = self._period, -1, True
-        for plans in (self._total, self._weight, self._planned):
-            plans[copies] = 0
-
-    def _plans(self) -> np.ndarray:
-        """The actions of the coming steps, zeros where there is none."""
-        return np.where(self._weight > 0, self._total / np.maximum(self._weight, 1e-30), 0.0).astype(np.float32)
+        self._known.clear(copies)
 
     def _infer(self, obs: Any, explore: bool) -> np.ndarray:
         if self._mode != "resume":
-            return np.asarray(self._policy(obs, explore)).reshape(self._total.shape)
-        left = np.sum(self._weight[..., 0] > 0, 1)
-        return self._policy.resume(obs, self._plans(), left, self._delay, explore)
+            return np.asarray(self._policy(obs, explore)).reshape(self._coming.shape)
+        return self._policy.resume(obs, self._known.actions, self._known.known.sum(1), self._delay, explore)
 
     def _begin(self, chunk: np.ndarray, due: np.ndarray) -> None:
         self._coming[due], self._left[due] = chunk[due], chunk.shape[1]
         self._wait[due] = np.where(self._fresh, 0, self._delay)[due]
         self._age[due] = 0
         if self._mode == "wait":
-            self._weight[due] = 0
+            self._known.clear(due)
             self._age -= np.where(due, self._wait, 0)
         self._fresh &= ~due
 
     def _arrive(self) -> None:
         here = self._wait == 0
-        known = (np.arange(self._coming.shape[1])[None] < self._left[:, None])[..., None]
-        if self._mode == "ensemble":
-            weight = here[:, None, None] * known * np.exp(-self._decay * self._planned)
-            self._total += weight * self._coming
-            self._weight += weight
-            self._planned += here[:, None, None] * known
-        else:
-            self._total[here], self._weight[here] = self._coming[here], known[here]
+        self._known.add(self._coming, self._left, here)
         self._wait[here] = -1
 
     def _advance(self) -> None:
-        self._stalled = self._weight[:, 0, 0] == 0
-        moving = [self._total, self._weight, self._planned]
+        self._stalled = ~self._known.known[:, 0]
+        self._known.advance()
         if self._mode != "wait":
-            moving.append(self._coming)
+            passed(self._coming)
             self._left -= 1
-        for plans in moving:
-            plans[:, :-1] = plans[:, 1:]
-            plans[:, -1] = 0
         self._wait -= self._wait > 0
         self._age += 1
 

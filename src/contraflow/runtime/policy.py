@@ -13,6 +13,7 @@ from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.policy import base
 from contraflow.policy.artifact import load_policy, policy_folder
+from contraflow.policy.served import Served, connection, is_address, served
 
 
 class Policy:
@@ -104,9 +105,15 @@ def _array(x: Any) -> np.ndarray:
 
 
 def load(path: str | Path, seed: int = 0, trust: Trust = "") -> Policy:
-    """Returns the policy in a run folder or a policy folder.
+    """Returns the policy in a run folder or a policy folder, or the one served at ws://host:port.
 
     `trust` names modules outside the library that may be imported for parts of the policy, separated by commas. Raises
-    UserError if there is no policy or it is damaged.
+    UserError if there is no policy, it is damaged, or a part of it is served where nobody answers.
     """
-    return Policy(*load_policy(policy_folder(Path(path)), trust), seed=seed)
+    if isinstance(path, str) and is_address(path):
+        return Policy(*served(path), seed=seed)
+    network, spec, env = load_policy(policy_folder(Path(path)), trust)
+    for part in jax.tree.leaves(network, is_leaf=lambda x: isinstance(x, Served)):
+        if isinstance(part, Served):
+            connection(part.address)
+    return Policy(network, spec, env, seed=seed)

@@ -155,8 +155,8 @@ def _check_fit(
     """Raises UserError for a checkpoint from other data, other settings or another version of the code."""
     if contents.get("data") != about.get("data"):
         raise UserError(
-            f"the dataset of {folder} is not the one that checkpoint {step} was trained on: restore it, or start "
-            "a new run"
+            f"the dataset or frozen policy of {folder} is not the one that checkpoint {step} was trained with: restore "
+            "it, or start a new run"
         )
     have = {name: contents["arrays"][old] for name, old in stored.items()}
     want = {name: _signature(x) for name, x in wanted.items()}

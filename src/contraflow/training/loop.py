@@ -17,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from contraflow.agents.base import Agent
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, PRNGKeys, Step, UserError
 from contraflow.envs.base import failed
+from contraflow.envs.over_noise import OverNoise
+from contraflow.policy.base import Policy
 
 
 class World(eqx.Module):
@@ -25,6 +27,11 @@ class World(eqx.Module):
     spec: EnvSpec = eqx.field(static=True)
     env: Any = eqx.field(static=True, default=None)
     data: Any = None
+
+    def acting(self, policy: Policy) -> tuple[Policy, EnvSpec]:
+        """Returns what users evaluate and serve, and its sizes: where `policy` chooses noise, with what it steers."""
+        env = self.env
+        return (env.base.steered(policy), env.env.spec) if isinstance(env, OverNoise) else (policy, self.spec)
 
 
 class Learner(eqx.Module):

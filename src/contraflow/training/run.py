@@ -24,7 +24,7 @@ from contraflow.core.files import full_disk_named, locked, make_folder, read_jso
 from contraflow.core.interrupt import noted
 from contraflow.core.trust import Trust
 from contraflow.core.types import PRNGKey, UserError
-from contraflow.training import checkpoint, pretrained
+from contraflow.training import checkpoint, frozen, pretrained
 from contraflow.training.console import Progress
 from contraflow.training.evaluate import Episodes, evaluate_seeds
 from contraflow.training.log import TrackerName, check_trackers
@@ -86,7 +86,7 @@ class Run:
         """The run as it will be written down: with what comes from the data and the pretrained policy, and with numbers
         for what depends on the budget."""
         run = pretrained.settle(self, trust)
-        source = run.source
+        source = frozen.settled(run.source, trust)
         if not source.env and getattr(source, "data", ""):
             source = replace(source, env=recorded(source).env or "")
         return replace(run, source=source.resolved(run.steps))

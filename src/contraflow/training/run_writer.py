@@ -72,7 +72,7 @@ class RunWriter:
             "episodes": len(returns),
             "seed": run.seed,
             "executed": self._world.spec.execute,
-            REVISION: revision(run.agent.policy(state)),
+            REVISION: revision(self._world.acting(run.agent.policy(state))[0]),
             "return_mean": returns.mean(),
             "return_std": returns.std(),
             "return_min": returns.min(),
@@ -95,8 +95,8 @@ class RunWriter:
         self._policy("policy", carry)
 
     def _policy(self, name: str, carry: Carry) -> None:
-        policy = self.run.agent.policy(carry.learner.agent)
-        save_policy(self.folder / name, policy, self._world.spec, self.run.env)
+        policy, spec = self._world.acting(self.run.agent.policy(carry.learner.agent))
+        save_policy(self.folder / name, policy, spec, self.run.env)
 
     def _keep(self, step: int, mean: float, carry: Carry) -> None:
         self._best = mean

@@ -18,6 +18,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, PyTree
 
 from contraflow.agents.base import Preset, adopted, flow_of
+from contraflow.agents.online.sac import SAC
 from contraflow.core.optim import Optim, check_positive, gradient_step
 from contraflow.core.types import Batch, EnvSpec, Metrics, PRNGKey
 from contraflow.flow.model import Flow, FlowSpec
@@ -183,4 +184,15 @@ class DSRL:
         return replace(state, base=base, stats=state.stats if stats is None else stats)
 
 
-PRESETS = (Preset("dsrl", DSRL(), "DSRL, noise-aliased", "2506.15799", "SAC over the start noise of a frozen policy"),)
+PLAIN = SAC(target_entropy=0.0, critic=Critics(width=256, optim=Optim(3e-4)))
+"""The plain form: noises are the actions of an environment in which the frozen policy acts (`base` of the source)."""
+PRESETS = (
+    Preset(
+        "dsrl", DSRL(), "DSRL, noise-aliased", "2506.15799", "SAC over the start noise of a frozen policy",
+        run={"warm_up": "policy"},
+    ),
+    Preset(
+        "dsrl-sac", PLAIN, "DSRL, plain", "2506.15799", "SAC over the start noise of a frozen policy, local or served",
+        run={"base": ""},
+    ),
+)  # fmt: skip

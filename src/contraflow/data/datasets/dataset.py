@@ -21,7 +21,7 @@ from contraflow.core.observation import Observation, Part, shown
 from contraflow.core.types import EnvSpec, UserError
 
 VECTORS, REQUIRED = ("obs", "action", "next_obs"), ("obs", "action", "reward", "terminated")
-NUMBERS = ("reward", "terminated", "truncated", "end", "known", "terminals", "timeouts", "masks")
+NUMBERS = ("reward", "terminated", "truncated", "end", "known", "human", "terminals", "timeouts", "masks")
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminated", "end", "known")
 GUESSED = "no action bounds are stated: the range of the data became [-1, 1]"
 UNBOUNDED = 1e30  # a bound beyond it, such as the largest float32, is none
@@ -34,6 +34,7 @@ class Dataset:
     not `stated`. `next_obs` is the true successor of `obs`, where it was recorded.
 
     Where it was not, `next_obs` repeats `obs`, and `known` is False unless the step terminated: nothing may read it.
+    `human` says which actions a person took in place of the policy; None where that was not recorded.
     `env` is an id of `contraflow.envs`, where it is known; `notes` say what had to be assumed. Built by `build`, `join`
     and `contraflow.data.datasets.readers.load`.
     """
@@ -51,9 +52,15 @@ class Dataset:
     stated: bool = True
     env: str | None = None
     notes: tuple[str, ...] = ()
+    human: Bool[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.reward)
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The names of its columns."""
+        return COLUMNS if self.human is None else (*COLUMNS, "human")
 
     @property
     def observation(self) -> Observation:
@@ -92,7 +99,7 @@ class Dataset:
     def digest(self) -> str:
         """SHA-256 of the arrays: another one where anything in them differs."""
         total = hashlib.sha256()
-        for key in (*COLUMNS, "low", "high"):
+        for key in (*self.recorded, "low", "high"):
             for name, leaf in zip(
                 leaf_names(getattr(self, key)) or ("",), ordered_leaves(getattr(self, key)), strict=True
             ):
@@ -129,7 +136,7 @@ class Dataset:
                 f"dataset {self.name} records no successor of any step: imitate it, or record longer trajectories"
             )
         end = self.end | ~np.append(self.known[1:], True)
-        rows = {key: end if key == "end" else getattr(self, key) for key in COLUMNS}
+        rows = {key: end if key == "end" else getattr(self, key) for key in self.recorded}
         return replace(self, **jax.tree.map(lambda x: x[self.known], rows))
 
     def with_bounds(self, low: Any, high: Any, *, clip: bool = False, where: str = "these bounds") -> "Dataset":
@@ -181,8 +188,8 @@ def build(
     notes: Iterable[str] = (),
     clip: bool = False,
 ) -> Dataset:
-    """A dataset from flat arrays obs [n, o], action [n, a] in [low, high], reward [n], next_obs, terminated, end, and
-    `known` where not all is.
+    """A dataset from flat arrays obs [n, o], action [n, a] in [low, high], reward [n], next_obs, terminated, end,
+    `known` where not all is, and `human` where a person took over.
 
     Bounds that are not stated, or are none, become the range of the data. `clip` takes actions outside the bounds for
     what most environments take them for. Raises UserError for arrays that do not fit together, are empty or not finite,
@@ -192,7 +199,7 @@ def build(
     rows = columns(name, arrays, (*REQUIRED, "next_obs", "end"))
     same_length(name, rows)
     rows.setdefault("known", np.ones(len(rows["action"]), bool))
-    rows = {key: _converted(name, key, rows[key], said) for key in COLUMNS}
+    rows = {key: _converted(name, key, rows[key], said) for key in (*COLUMNS, "human") if key in rows}
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), rows[key]) for key in ("obs", "next_obs")]
     if shapes[0] != shapes[1]:
         if not all(isinstance(rows[key], np.ndarray) and rows[key].ndim == 2 for key in ("obs", "next_obs")):
@@ -316,7 +323,7 @@ def same_length(name: str, rows: Mapping[str, Any], empty: bool = False) -> None
 
 def _converted(name: str, key: str, array: Any, said: list[str]) -> Any:
     """A column as bool or float32, in which it must be finite; a note where that loses what varies in it."""
-    if key in ("terminated", "end", "known"):
+    if key in ("terminated", "end", "known", "human"):
         return array.astype(bool)
     if isinstance(array, dict) or array.ndim == 4:
         return array  # what `_part` made of it

@@ -11,7 +11,7 @@ import numpy as np
 from contraflow.core.flatten import leaf_names, ordered_leaves
 from contraflow.core.types import UserError
 from contraflow.data.datasets import minari
-from contraflow.data.datasets.dataset import COLUMNS, Dataset
+from contraflow.data.datasets.dataset import Dataset
 
 
 def check_target(target: str | Path) -> Path:
@@ -37,6 +37,10 @@ def write(data: Dataset, target: str | Path, kind: str = "hdf5", algorithm: str 
         raise UserError(
             f"dataset {data.name} lacks the successor of {int((~data.known).sum())} steps, which Minari's formats "
             "need: write it as .npz"
+        )
+    if not npz and data.human is not None:
+        raise UserError(
+            f"dataset {data.name} says where a person took over, which Minari's formats cannot: write it as .npz"
         )
     if not npz and not isinstance(data.observation, int):
         raise UserError(f"dataset {data.name} has images, which are not written in Minari's formats: write it as .npz")
@@ -89,7 +93,7 @@ def _episodes(data: Dataset) -> list[Any]:
 
 
 def _write_npz(data: Dataset, place: Path) -> Path:
-    keys = (*COLUMNS, "low", "high") if data.stated else COLUMNS
+    keys = (*data.recorded, "low", "high") if data.stated else data.recorded
     arrays: dict[str, Any] = {}
     for key in keys:
         leaves = zip(leaf_names(getattr(data, key)), ordered_leaves(getattr(data, key)), strict=False)

@@ -12,8 +12,8 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from contraflow.core.codec import pack, unpack
 from contraflow.core.types import UserError
-from contraflow.runtime.serve.codec import pack, unpack
 from contraflow.runtime.serve.desk import Desk
 
 CODE, REASON = 1011, "Internal server error. See the previous frame."

@@ -17,9 +17,9 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from contraflow.core.codec import pack, unpack
 from contraflow.core.settings import version
 from contraflow.core.types import EnvSpec, UserError
-from contraflow.runtime.serve.codec import pack, unpack
 from contraflow.runtime.serve.desk import Desk
 
 PATH = "/vla-eval"

@@ -16,10 +16,7 @@ from jaxtyping import Array, Float, UInt32
 
 from contraflow.core.observation import blank
 from contraflow.core.types import PRNGKey, UserError
-from contraflow.policy.base import Noisy
-from contraflow.policy.best_of import BestOf
-from contraflow.policy.normalise import Normalised
-from contraflow.policy.realtime import RealTime
+from contraflow.policy.abilities import abilities, ability
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.serve.request import Request
 
@@ -42,27 +39,6 @@ class Job:
     request: Request
     words: tuple[int, int, int, int]
     answer: Future = field(default_factory=Future)
-
-
-def ability(policy: Any, obs: Any, name: str) -> tuple[Any, Any]:
-    """Returns the method `name` of the policy and the observation as it takes it; (None, obs) if it has none.
-
-    The method is looked up within normalisation, best of n and exploration noise, so an action from given noise is the
-    one candidate that the flow maps it to. Other wrappers change actions, and what they wrap is not offered.
-    """
-    while not hasattr(policy, name):
-        if isinstance(policy, Normalised):
-            obs = None if obs is None else policy.stats(obs)
-        elif not isinstance(policy, BestOf | Noisy | RealTime):
-            return None, obs
-        policy = policy.policy
-    return getattr(policy, name), obs
-
-
-def abilities(policy: Any) -> frozenset[str]:
-    """Returns what the policy can do besides acting: "noise" (`from_noise`) and "rtc" (`resume`)."""
-    pairs = (("noise", "from_noise"), ("rtc", "resume"))
-    return frozenset(name for name, method in pairs if ability(policy, None, method)[0] is not None)
 
 
 def _key(words: UInt32[Array, "4"]) -> PRNGKey:

@@ -26,11 +26,13 @@ class Opened:
     world: World
     evaluation: Env | None
     data: Dataset | None = None
+    base: str | None = None
+    """Revision of the frozen policy."""
 
     @cached_property
     def digest(self) -> str | None:
-        """Of the dataset."""
-        return self.data.digest() if self.data else None
+        """Of the dataset, or the revision of the frozen policy."""
+        return self.data.digest() if self.data else self.base
 
     @property
     def notes(self) -> tuple[str, ...]:

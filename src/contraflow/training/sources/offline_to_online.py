@@ -101,6 +101,8 @@ class OfflineToOnline:
                     if self.horizon == 1
                     else "chunks of the data cannot be put into the replay: give --mix"
                 )
+            if self.mix is None and data.human is not None:
+                raise UserError("the replay does not keep which actions a person took: give --mix")
             return Opened(World(env.spec, env, dataset.rows_of(data, run.agent)), evaluation, data)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:

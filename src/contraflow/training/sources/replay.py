@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,13 @@ import jax.random as jr
 from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
 from contraflow.data.samplers import Mixed, NStep, Sampler, Uniform
+from contraflow.training import frozen
 from contraflow.training.loop import Carry, Learner, World, shown, step
 from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    closed_on_error,
     discount,
     environments,
     first_learner,
@@ -26,8 +28,8 @@ from contraflow.training.sources.base import (
 
 @dataclass(frozen=True)
 class Interact:
-    """`updates` gradient steps on `batch_size` rows after each step of all environments; random actions and 0 updates
-    are the warm-up."""
+    """`updates` gradient steps on `batch_size` rows after each step of all environments, of which the warm-up takes
+    none; its actions may be random."""
 
     random: bool
     updates: int
@@ -36,11 +38,11 @@ class Interact:
 
     @property
     def name(self) -> str:
-        return "collecting" if self.random else "learning"
+        return "learning" if self.updates else "collecting"
 
     @property
     def learns(self) -> bool:
-        return not self.random
+        return self.updates > 0
 
     def compiled(self, world: World) -> bool:
         return world.env.spec.jittable
@@ -97,7 +99,7 @@ class Replay:
     num_envs: int = 1
     """Number of parallel environments."""
     collect: int | None = None
-    """Random steps before learning starts; None is a twentieth of all, at most 5000."""
+    """Steps before learning starts; None is a twentieth of all, at most 5000."""
     updates: int = 1
     """Gradient steps per step of all environments; updates / num_envs is the update-to-data ratio."""
     batch_size: int = 256
@@ -111,11 +113,21 @@ class Replay:
     """Chunk length: actions per decision; that of the pretrained policy if one is given."""
     execute: int = 1
     """Actions of a chunk that are executed before the next decision."""
+    warm_up: Literal["random", "policy"] = "random"
+    """Actions of the `collect` steps: random ones, or those of the policy."""
+    base: str | None = None
+    """Frozen policy whose start noise is learned in place of actions: a folder, or ws://host:port of a served one."""
+    noise_bound: float = 1.5
+    """That noise lies in [-noise_bound, noise_bound]."""
+    noise_repeat: bool = False
+    """One noise for all actions of a chunk of `base`."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "num_envs", "batch_size", "n_step", "buffer_size")
         check_chunk(self)
+        if self.noise_bound <= 0:
+            raise ValueError(f"--noise-bound must be positive, got {self.noise_bound}")
         if self.updates < 0:
             raise ValueError(f"--updates must not be negative, got {self.updates}")
         if self.collect is not None and not 0 < self.collect < steps:
@@ -133,7 +145,12 @@ class Replay:
     def open(self, run: Any, trust: Trust) -> Opened:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
-        return Opened(World(env.spec, env), evaluation)
+        with closed_on_error(env, evaluation):
+            base = frozen.load(self, trust)
+            if base is None:
+                return Opened(World(env.spec, env), evaluation)
+            env, evaluation = (frozen.over_noise(one, base, self) for one in (env, evaluation))
+            return Opened(World(env.spec, env), evaluation, base=base.revision)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
         """A fresh one."""
@@ -153,7 +170,8 @@ class Replay:
         assert self.collect is not None
         warm_up = taken < self.collect
         until = min(self.collect, until) if warm_up else until
-        stage = Interact(warm_up, 0 if warm_up else self.updates, self.batch_size, self.sampler(agent))
+        random = warm_up and self.warm_up == "random"
+        stage = Interact(random, 0 if warm_up else self.updates, self.batch_size, self.sampler(agent))
         return stage, iterations(taken, until, self.each)
 
     def sampler(self, agent: Any) -> Uniform | NStep:
