@@ -10,7 +10,6 @@ An episode is as long as the task; success does not end it. The layout is that o
 import warnings
 from typing import Any
 
-import jax.random as jr
 import numpy as np
 
 from contraflow.core.errors import UserError
@@ -57,29 +56,30 @@ class Script:
     """A scripted policy in its task."""
 
     def __init__(self, name: str):
-        from contraflow.envs.envpool import EnvPool
+        import envpool
 
         task, _, kind = name.removeprefix(PREFIX).rpartition("-")
         self.policy, self.noisy = _scripts()[f"{task}-v3"], kind == "noisy"
-        self.env = EnvPool(_id(task), num_threads=1)
+        options = {"num_envs": 1, "num_threads": 1, "max_episode_steps": STEPS, "partially_observable": False}
+        self.pool = lambda seed: envpool.make_gymnasium(_id(task), seed=seed, **options)
 
     def run(self, rng: np.random.Generator) -> Arrays:
         """Returns one episode."""
-        policy, noise = self.policy(), rng.uniform(0, NOISE) if self.noisy else 0.0
-        _, obs = self.env.reset(jr.key(int(rng.integers(2**31))))
-        rows = []
+        policy, noise, rows = self.policy(), rng.uniform(0, NOISE) if self.noisy else 0.0, []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of gains that the policies choose
-            for _ in range(STEPS):
-                action = np.asarray(policy.get_action(obs[0].astype(np.float64)), np.float64)
+            warnings.simplefilter("ignore")  # of gains that the policies choose, and of EnvPool's own bounds
+            pool = self.pool(int(rng.integers(2**31)))
+            obs = pool.reset()[0][0]
+            for i in range(STEPS):
+                action = np.asarray(policy.get_action(obs), np.float64)
                 if self.noisy:
                     action = action + noise * rng.standard_normal(4)
                     action = rng.uniform(-1, 1, 4) if rng.random() < RANDOM else action
                 action = np.clip(action, -1, 1).astype(np.float32)
-                _, after = self.env.step(None, action[None])
-                assert after.success is not None
-                end = after.terminated, after.truncated
-                rows.append((obs[0], action, *(x[0] for x in (after.reward, after.next_obs, *end, after.success))))
-                obs = after.obs
+                (following,), (reward,), (terminated,), _, info = pool.step(action[None])
+                rows.append((obs, action, reward, following, terminated, i == STEPS - 1, info["success"][0] > 0))
+                obs = following
+            pool.close()
+        columns = (np.array(column) for column in zip(*rows, strict=True))
         names = "obs", "action", "reward", "next_obs", "terminated", "truncated", "success"
-        return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+        return {n: x if x.dtype == bool else x.astype(np.float32) for n, x in zip(names, columns, strict=True)}
