@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from tests.cli_helpers import assert_refused
 from tests.runtime.serve_helpers import OBS, SPEC, echo, flow_policy
 from tests.train.loop_helpers import QUICK, WARM, begin, run_epoch
 
@@ -153,3 +154,19 @@ def test_a_lost_server_ends_in_one_line_and_may_come_back(unit):
         with pytest.raises(UserError, match="answers no longer"):
             remote.ask(OBS, {"seed": 3})
         np.testing.assert_array_equal(remote.ask(OBS, {"seed": 3}), one)
+
+
+def test_a_server_lost_within_a_compiled_program_ends_in_the_same_line(monkeypatch):
+    """JAX puts an error of its own in the place of that of the callback."""
+    send = client.Connection.ask
+
+    def ask(self, fields):
+        self.asked = getattr(self, "asked", 0) + 1
+        if self.asked == 2:
+            self.close()
+        return send(self, fields)
+
+    monkeypatch.setattr(client.Connection, "ask", ask)
+    with running(flow_policy(replace(UNIT, action_dim=4))) as port:
+        args = ["eval", f"ws://127.0.0.1:{port}", "--env", "jax:pendulum", "--episodes", "1"]
+        assert_refused(args, "answers no longer")

@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from contraflow.core import interrupt
-from contraflow.core.errors import UserError
+from contraflow.core.errors import IN_CALLBACK, UserError
 from contraflow.core.settings import suggest, version
 
 USAGE = """\
@@ -71,14 +71,22 @@ def main(args: list[str] | None = None) -> int:
         with interrupt.guard() as guard:
             return _dispatch(args, guard)
     except UserError as error:
-        print(f"contraflow: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt:
         print("contraflow: interrupted", file=sys.stderr)
         return interrupt.INTERRUPTED
     except BrokenPipeError:  # `contraflow list envs | head`
         sys.stderr.close()
         return 0
+    except Exception:
+        if not IN_CALLBACK:
+            raise
+        return _refuse(IN_CALLBACK.pop())
+
+
+def _refuse(error: UserError) -> int:
+    print(f"contraflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(args: list[str], guard: interrupt.Guard | None) -> int:

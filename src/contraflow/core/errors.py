@@ -5,4 +5,7 @@ class UserError(Exception):
     """A mistake that the user can fix, printed as one line with the remedy; the command line exits with code 2."""
 
 
-__all__ = ["UserError"]
+IN_CALLBACK: list[UserError] = []
+"""What a callback of a compiled program raised; JAX reports an error of its own in its place."""
+
+__all__ = ["IN_CALLBACK", "UserError"]

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from contraflow.core.bounds import action_range
+from contraflow.core.errors import IN_CALLBACK
 from contraflow.core.flatten import ordered_leaves
 from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec, PRNGKey, UserError
@@ -141,7 +142,8 @@ class Served(eqx.Module):
                     f"{self.address} serves revision {now} of a policy, not {self.revision} as before: serve that one"
                 )
             actions = np.asarray(server.ask(fields), np.float32)
-        except UserError:
+        except UserError as error:
+            IN_CALLBACK.append(error)
             _connections.pop(self.address, server).close()  # the next request finds a server that came back
             raise
         return (np.clip((2 * actions - low - high) / (high - low), -1, 1) if spec.low else actions).reshape(-1)
