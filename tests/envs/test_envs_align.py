@@ -161,7 +161,9 @@ def test_onnx_models_are_rewards(tmp_path):
 class WithoutOcr(align.Glyphs):
     """Glyphs with the reward that needs no package, and no judge."""
 
-    rewards = {"ink": align.glyphs.ink}
+    @property
+    def rewards(self):
+        return {"ink": align.glyphs.ink}
 
     def approved(self, x, cond):
         return True
