@@ -12,7 +12,7 @@ units of their deviation in a state.
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.random as jr
 import numpy as np
@@ -72,13 +72,13 @@ def judged(run: Run, policies: dict[str, Any]) -> list[Row]:
     """Mean reward of 2000 actions, and mean return of 100 episodes, of each policy."""
     k_cond, k_draw, k_play = jr.split(jr.key(run.seed), 3)
     with closing(run.source.open(run, "")) as opened:
-        env: Any = opened.world.env
+        env, played = opened.world.env, cast(Any, opened.evaluation)
         cond = env.conditions(k_cond, 2000)
         return [
             {
                 "method": name, "seed": run.seed,
                 "reward": float(env.each_of(gallery.samples(policy, cond, k_draw), cond).mean()),
-                "return": float(evaluate_one(policy, opened.evaluation, k_play, EPISODES).returns.mean()),
+                "return": float(evaluate_one(policy, played, k_play, EPISODES).returns.mean()),
             }
             for name, policy in policies.items()
         ]  # fmt: skip
@@ -87,10 +87,10 @@ def judged(run: Run, policies: dict[str, Any]) -> list[Row]:
 def run(options: Options) -> None:
     for seed in range(SEEDS):
         model = ifql(options, seed)
-        source = Conditions(ENV, str(options.runs / "data.npz"), (f"critic:{model}",), prompts=32)
+        source = Conditions(ENV, (f"critic:{model}",), prompts=32, data=str(options.runs / "data.npz"))
         for name in options.methods:
             folder, (preset, settings) = options.runs / f"{name.replace(', ', '-')}-{seed}", METHODS[name]
-            agent: Any = replace(preset_run(preset).agent, **settings)
+            agent = replace(cast(Any, preset_run(preset).agent), **settings)
             one = Run(agent, source, REWARDS, str(model), REWARDS, EPISODES, REWARDS, seed, ())
             if not folder.exists():
                 train(one, folder, quiet=True)

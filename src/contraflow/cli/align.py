@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax.random as jr
 import numpy as np
@@ -215,12 +215,12 @@ def _actions(run: Run, policies: dict[str, Any], require: float | None, trust: T
     if ONE in (parts := ablations(policies.get("before"))):
         policies = {"before": parts[ONE], "chosen": policies["before"]} | {k: policies[k] for k in ("best", "last")}
     with closing(run.source.open(run, trust)) as opened:
-        env, returns = opened.world.env, {}
+        env, played, returns = opened.world.env, cast(Any, opened.evaluation), {}
         cond = env.conditions(k_cond, SAMPLES)
         print(f"{'':8}{'reward':<20}return in {run.env}")
         for name, policy in policies.items():
             total = env.each_of(gallery.samples(policy, cond, k_draw), cond) @ np.asarray(env.weights)
-            returns[name] = evaluate_one(policy, opened.evaluation, k_play, run.eval_episodes)
+            returns[name] = evaluate_one(policy, played, k_play, run.eval_episodes)
             mean = f"{total.mean():.4g} +- {margin(total):.2g}"
             print(f"{name:8}{mean:<20}{summary(returns[name])}")
     if require is None or returns["best"].returns.mean() >= require:

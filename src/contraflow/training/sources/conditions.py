@@ -96,8 +96,6 @@ class Conditions:
     env: str = "align:mixture2d"
     """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`); with `data` the
     environment that the actions are for."""
-    data: str = ""
-    """Recorded steps, whose observations are the conditions: a folder, a file, or the id of a Minari dataset."""
     reward: tuple[str, ...] = ()
     """Rewards by name, as module:function (with --trust), onnx:FILE or, with `data`, critic:DIR; empty is that of
     `env`."""
@@ -107,6 +105,8 @@ class Conditions:
     """Conditions of an iteration."""
     group: int = 16
     """Samples for each condition."""
+    data: str = ""
+    """Recorded steps, whose observations are the conditions: a folder, a file, or the id of a Minari dataset."""
     horizon: int = 1
     """Actions of a sample, as in the pretrained policy."""
     execute: int = 1
