@@ -3,14 +3,14 @@
     python benchmarks/alignment.py pretrain                    # runs/align/PROBLEM, by `bc`
     python benchmarks/alignment.py train                       # docs/data/alignment.csv: a row for each evaluation
     python benchmarks/alignment.py table                       # at equal rewards, and at equal seconds
-    python benchmarks/alignment.py picture                     # docs/img/alignment.png
-    python benchmarks/alignment.py gallery                     # docs/img/digits.png
-    python benchmarks/alignment.py cost                        # docs/data/alignment_cost.csv
+
+Pictures are drawn by alignment_pictures.py; memory, time and speed are measured by alignment_cost.py.
 
 `mixture2d` has the reward `pair` and the exact answer p_ref exp(r / .5) / Z on a grid, with p_ref the density of the
 pretrained flow itself. `digits` has the log-probability of the class; the judge is another classifier, and nearness to
 the data. Five seeds of a method are one program; seconds are processor time of all five, divided by five, without
-compilation. Networks have two blocks of 128 (mixture2d) and 256 (digits).
+compilation. Networks have two blocks of 128 (mixture2d) and 256 (digits). `mean-flow-nft` begins with a flow of average
+velocities of its own, with 4 steps, and its KL is to the tilt of that flow.
 """
 
 import time
@@ -27,14 +27,15 @@ from common import DATA, Row, machine, read, write
 
 from contraflow.agents import presets
 from contraflow.agents.align.base import Pairs
-from contraflow.core.plotting import drawing, look
 from contraflow.core.types import EnvSpec
 from contraflow.data.datasets.dataset import build
 from contraflow.data.datasets.write import write as write_data
 from contraflow.envs import make
 from contraflow.envs.align.mixture import mixture
 from contraflow.experiments.bridge import with_networks
+from contraflow.flow.fewstep import Matching, MeanFlow
 from contraflow.flow.grid import density, grid, relative_entropy, tilted, total_variation
+from contraflow.flow.model import Ddim
 from contraflow.flow.plan import FlowSDE, Plan
 from contraflow.flow.solver import Midpoint
 from contraflow.policy.artifact import load_policy, save_policy
@@ -68,10 +69,9 @@ SEEDS, EVALUATIONS = 5, 6
 
 
 def methods() -> dict[str, Any]:
-    """The presets that need conditions and a plain flow. Those with the exact answer as their aim get its temperature;
-    `flow-grpo-tilt` is Flow-GRPO with settings that have this aim too."""
+    """The presets that need conditions. Those with the exact answer as their aim get its temperature; `flow-grpo-tilt`
+    is Flow-GRPO with settings that have this aim too."""
     found = {name: preset.agent for name, preset in presets().items() if preset.needs == "conditions"}
-    del found["mean-flow-nft"]
     for name in ("adjoint-matching", "rfm-align"):
         found[name] = replace(found[name], temperature=TEMPERATURE)
     plan, raw = Plan(20, FlowSDE(2**0.5)), GroupAdvantage(std="none")
@@ -96,21 +96,29 @@ def world_of(name: str) -> World:
     return World(env.spec, env, Pairs(jnp.asarray(cond), jnp.asarray(x)))
 
 
+KINDS: dict[str, Any] = {"": Matching(), "-average": MeanFlow()}  # of flows to begin with, by the end of their folder
+
+
 def pretrain(options: Options) -> None:
-    """Clones the data of each problem."""
+    """Clones the data of each problem, with a plain flow and one of average velocities."""
     for name in options.problems:
-        case, folder = CASES[name], options.runs / name
+        case = CASES[name]
         cond, x = world_of(name).env.problem.data()
         n = len(x)
         arrays = {"obs": cond, "action": x, "next_obs": cond, "reward": np.zeros(n), "terminated": np.ones(n, bool)}
         file = options.runs / f"{name}.npz"
         write_data(build(arrays | {"end": np.ones(n, bool)}, name=name, env=f"align:{name}", low=-1.0, high=1.0), file)
-        run = preset_run("bc")
-        agent = with_networks(run.agent, {"width": case.width, "depth": 2})
-        agent = replace(agent, optim=replace(agent.optim, lr=1e-3, decay_steps=case.pretraining))
-        source = replace(run.source, data=str(file), env=f"align:{name}/{case.reward}")
-        many = {"steps": case.pretraining, "eval_every": case.pretraining, "eval_episodes": 1000, "trackers": ()}
-        train(replace(run, agent=agent, source=source, **many), folder, quiet=True)
+        for kind, objective in KINDS.items():
+            if (folder := options.runs / f"{name}{kind}").exists():
+                continue
+            run = preset_run("bc")
+            agent = with_networks(run.agent, {"width": case.width, "depth": 2})
+            steps = replace(agent.flow, solver=Ddim(4 if objective.averaged else 10))
+            optim = replace(agent.optim, lr=1e-3, decay_steps=case.pretraining)
+            agent = replace(agent, flow=steps, optim=optim, objective=objective)
+            source = replace(run.source, data=str(file), env=f"align:{name}/{case.reward}")
+            many = {"steps": case.pretraining, "eval_every": case.pretraining, "eval_episodes": 1000, "trackers": ()}
+            train(replace(run, agent=agent, source=source, **many), folder, quiet=True)
 
 
 class Judge:
@@ -170,21 +178,24 @@ def run(options: Options) -> None:
     """Trains five seeds of each method side by side, and measures them as they go."""
     for name in options.problems:
         case, world = CASES[name], world_of(name)
-        policy, spec, _ = load_policy(options.runs / name / "policy")
-        judge = Judge(name, inner(policy, "flow"), inner(policy, "stats"))
         done = {row["method"] for row in read(options.out) if row["problem"] == name}
-        if judge.planar and FRONTIER not in done:
-            write(options.out, judge.frontier(), COLUMNS, mode="a")
-        for method, agent in methods().items():
-            if method in done or (options.methods and method not in options.methods):
+        wanted = {m: agent for m, agent in methods().items() if m not in done and m in (options.methods or methods())}
+        for kind, objective in KINDS.items():
+            mine = {m: agent for m, agent in wanted.items() if agent.flow.averaged == objective.averaged}
+            if not mine:
                 continue
-            agent = agent.starting_from(policy)
-            rows, first = one(name, case, world, method, agent, policy, spec, judge, options.scale)
-            write(options.out, rows, COLUMNS, mode="a")
-            save_policy(options.runs / f"{name}-{method}", agent.policy(first), spec, f"align:{name}")
-            last = [row for row in rows if row["rewards"] == rows[-1]["rewards"]]
-            means = {k: round(float(np.mean([row[k] for row in last])), 3) for k in rows[-1] if k in MEASURES}
-            print(f"{name:10} {method:18} {means}", flush=True)
+            policy, spec, _ = load_policy(options.runs / f"{name}{kind}" / "policy")
+            judge = Judge(name, inner(policy, "flow"), inner(policy, "stats"))
+            if judge.planar and not kind and FRONTIER not in done:
+                write(options.out, judge.frontier(), COLUMNS, mode="a")
+            for method, agent in mine.items():
+                agent = agent.starting_from(policy)
+                rows, first = one(name, case, world, method, agent, policy, spec, judge, options.scale)
+                write(options.out, rows, COLUMNS, mode="a")
+                save_policy(options.runs / f"{name}-{method}", agent.policy(first), spec, f"align:{name}")
+                last = [row for row in rows if row["rewards"] == rows[-1]["rewards"]]
+                means = {k: round(float(np.mean([row[k] for row in last])), 3) for k in rows[-1] if k in MEASURES}
+                print(f"{name:10} {method:18} {means}", flush=True)
 
 
 MEASURES = ("reward", "approved", "kl", "tv", "moved", "modes", "spread", "seconds")
@@ -262,92 +273,7 @@ def table(options: Options) -> None:
 def main() -> None:
     options = tyro.cli(Options)
     print(machine())
-    {"pretrain": pretrain, "train": run, "table": table, "picture": picture, "gallery": gallery, "cost": cost}[
-        options.command
-    ](options)
-
-
-def picture(options: Options) -> None:
-    """Mean curves of training: reward over divergence from the reference, and approval over what is left of variety."""
-    rows = read(options.out)
-    names = [m for m in dict.fromkeys(row["method"] for row in rows) if m != FRONTIER]
-    with drawing(DATA.parent / "img" / "alignment.png", 9.0, 4.2) as figure:
-        axes = figure.subplots(1, 2)
-        for ax, (name, across, up) in zip(axes, PANELS, strict=True):
-            mine = [row for row in rows if row["problem"] == name]
-            if exact := [row for row in mine if row["method"] == FRONTIER]:
-                ax.plot([r[across] for r in exact], [r[up] for r in exact], color="0.6", lw=4, zorder=0, label=FRONTIER)
-            for i, method in enumerate(names):
-                of = [row for row in mine if row["method"] == method]
-                counts = sorted({row["rewards"] for row in of})
-                point = lambda c, n, of=of: np.mean([row[c] for row in of if row["rewards"] == n])
-                xs, ys = ([point(c, n) for n in counts] for c in (across, up))
-                ax.plot(xs, ys, ms=3, lw=1, label=method, **look(i))
-            ax.set(title=name, xlabel=LABELS[across], ylabel=LABELS[up])
-        axes[0].set(xlim=(-0.2, 7.0), ylim=(0.15, 1.02))
-        axes[1].invert_xaxis()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-
-
-def longer(agent: Any, steps: int) -> Any:
-    """The agent with this many steps of its sampler."""
-    if hasattr(agent, "plan"):
-        return replace(agent, plan=replace(agent.plan, steps=steps))
-    name = {"AdjointMatching": "steps", "RFMAlign": "draws"}.get(type(agent).__name__)
-    if name:
-        return replace(agent, **{name: steps})
-    return replace(agent, flow=replace(agent.flow, solver=replace(agent.flow.solver, steps=steps)))
-
-
-def cost(options: Options) -> None:
-    """Temporary memory and time of an iteration on digits as steps K and groups grow; one seed, two threads."""
-    world, rows = world_of("digits"), []
-    policy, spec, _ = load_policy(options.runs / "digits" / "policy")
-    for method in ("flow-grpo", "flow-grpo-one", "nft", "adjoint-matching", "rfm-align"):
-        for steps, group in ((5, 32), (10, 32), (20, 32), (40, 32), (10, 8), (10, 16), (10, 64)):
-            agent: Any = longer(methods()[method].starting_from(policy), steps)
-            stage = Align(10, group)
-            state = jax.jit(lambda key, agent=agent: agent.adopt(agent.init(key, spec), policy))(jr.key(0))
-            carry = Carry(Learner(state, None, jnp.zeros(1), jnp.zeros((), int), jnp.zeros((), int)), None, None)
-            step = (
-                jax.jit(lambda c, k, a=agent, s=stage: s.iterate(a, world, c, k)[0]).lower(carry, jr.key(1)).compile()
-            )
-            seconds = []
-            for _ in range(4):
-                began = time.perf_counter()
-                jax.block_until_ready(step(carry, jr.key(1)))
-                seconds.append(time.perf_counter() - began)
-            memory: Any = step.memory_analysis()
-            rows.append(
-                {"method": method, "steps": steps, "group": group, "MB": memory.temp_size_in_bytes / 1e6,
-                 "ms": 1000 * min(seconds)}
-            )  # fmt: skip
-            print(rows[-1], flush=True)
-    write(DATA / "alignment_cost.csv", rows)
-
-
-SHOWN = ("", "rfm-align", "nft", "awm", "flow-grpo", "mix-grpo", "rwr")
-
-
-def gallery(options: Options) -> None:
-    """Digits before alignment and after six methods, two of each class from the same noise."""
-    cond = jnp.repeat(jnp.eye(10), 2, 0)
-    keys = jr.split(jr.key(3), 20)
-    with drawing(DATA.parent / "img" / "digits.png", 9.0, 0.62 * len(SHOWN)) as figure:
-        axes = figure.subplots(len(SHOWN), 1)
-        for ax, method in zip(axes, SHOWN, strict=True):
-            folder = options.runs / (f"digits-{method}" if method else "digits/policy")
-            x = jax.vmap(load_policy(folder)[0])(cond, keys)
-            ax.imshow(np.asarray(x).reshape(20, 8, 8).transpose(1, 0, 2).reshape(8, 160), cmap="gray", vmin=-1, vmax=1)
-            ax.set(xticks=(), yticks=())
-            ax.set_ylabel(method or "before", rotation=0, ha="right", va="center", fontsize=9)
-
-
-PANELS = (("mixture2d", "moved", "reward"), ("digits", "spread", "approved"))
-LABELS = {
-    "moved": "KL from the reference, nats", "reward": "reward", "spread": "spread within a class, of that of the data",
-    "approved": "share approved by the judge",
-}  # fmt: skip
+    {"pretrain": pretrain, "train": run, "table": table}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,30 @@ def test_onnx_models_are_rewards(tmp_path):
         np.testing.assert_array_equal(read(x, cond), picked)
 
 
+class WithoutOcr(align.Glyphs):
+    """Glyphs with the reward that needs no package, and no judge."""
+
+    @property
+    def rewards(self):
+        return {"ink": align.glyphs.ink}
+
+    def approved(self, x, cond):
+        return True
+
+
+@pytest.mark.parametrize("inputs", [["n", 784], ["n", 1, 28, 28]])
+def test_onnx_models_of_glyphs_get_images(inputs: list, tmp_path):
+    """A model that returns its first pixel: that of the decoded sample, which differs from all coordinates."""
+    pytest.importorskip("onnxruntime")
+    file, kind = model(tmp_path / "model.onnx", "Flatten", {"x": inputs}, axis=1), WithoutOcr()
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 96)).astype(np.float32)
+    (found,) = align.rewards(kind, (f"onnx:{file}",))
+    assert isinstance(found, Beside)
+    first = onnx(*found._args)(x, np.zeros((3, 20), np.float32))  # in this process
+    np.testing.assert_allclose(first, align.glyphs.decode(x)[:, 0], atol=1e-5)
+    assert np.abs(np.asarray(first)[:, None] - x).min() > 1e-3
+
+
 # digits
 
 

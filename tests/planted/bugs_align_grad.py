@@ -1,5 +1,7 @@
 """Bugs in methods that use gradients of rewards, posterior means of a pretrained flow, or steer it while it samples."""
 
+from dataclasses import replace
+
 from tests.planted import bug, wrong
 
 from contraflow.agents.align import adjoint_matching, rfm_align
@@ -39,6 +41,13 @@ def candidates_are_ends_of_the_ode(patch):
     @wrong(patch, rfm_align, "Ancestral")
     def ancestral(right, eta):
         return right(0.1)
+
+
+@bug(f"{RFM}::test_the_policy_may_be_an_average_of_weights")
+def the_average_of_weights_does_not_act(patch):
+    @wrong(patch, rfm_align.RFMAlign, "policy")
+    def policy(right, self, state):
+        return right(self, replace(state, old=None))
 
 
 @bug(f"{RFM}::test_weights_make_few_particles_exact_and_equal_ones_do_not")

@@ -4,7 +4,7 @@ import numpy as np
 from tests.planted import bug, wrong
 
 from contraflow.core import beside
-from contraflow.envs.align import digits, generation, reward
+from contraflow.envs.align import digits, generation, glyphs, reward
 
 ENVS, RUNS = "envs/test_envs_align.py", "train/test_align_runs.py"
 
@@ -34,9 +34,14 @@ def a_failed_call_returns_zeros(patch):
 @bug(f"{ENVS}::test_onnx_models_are_rewards")
 def an_onnx_model_returns_its_first_class(patch):
     @wrong(patch, reward, "onnx")
-    def onnx(right, file, shape):
-        call = right(file, shape)
+    def onnx(right, file, shape, images=None):
+        call = right(file, shape, images)
         return lambda x, cond: call(x, np.eye(cond.shape[1], dtype=np.float32)[np.zeros(len(x), int)])
+
+
+@bug(f"{ENVS}::test_onnx_models_of_glyphs_get_images")
+def an_onnx_model_of_glyphs_gets_what_the_flow_ends_in(patch):
+    patch.delattr(glyphs.Glyphs, "images")
 
 
 @bug(f"{ENVS}::test_the_judge_of_digits_approves_of_data_and_of_little_else")

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import jax.random as jr
 import numpy as np
@@ -13,6 +13,7 @@ import tyro
 
 from contraflow.agents import presets
 from contraflow.cli import data, train
+from contraflow.cli.evaluate import summary
 from contraflow.cli.flags import read_flags
 from contraflow.core.settings import suggest
 from contraflow.core.trust import Trust
@@ -20,15 +21,19 @@ from contraflow.core.types import UserError
 from contraflow.data.datasets.readers import load as load_dataset
 from contraflow.envs import align, make
 from contraflow.policy.artifact import load_policy, policy_folder
+from contraflow.policy.base import ablations
+from contraflow.policy.best_of import ONE
 from contraflow.runtime.policy import load
 from contraflow.training import gallery
-from contraflow.training.evaluate import margin
-from contraflow.training.run import Run, check_new
+from contraflow.training.evaluate import evaluate_one, margin
+from contraflow.training.run import Run, check_new, read_config
 from contraflow.training.sources import Conditions
+from contraflow.training.sources.critic import PREFIX as CRITIC
 
 HELP = """\
 usage: contraflow align pretrain PROBLEM --out DIR
        contraflow align METHOD --model DIR [--problem NAME] [--reward NAME ...] [--weights W ...] [--out DIR] ...
+       contraflow align METHOD --model DIR --reward critic:DIR [--data SET] [--env ID] ...
 
 The first trains a flow on the data of a problem, the second aligns a flow with rewards. METHOD is one of these, a run
 folder or its config.json, or your own as module:Class (with --trust MODULE):
@@ -38,6 +43,9 @@ folder or its config.json, or your own as module:Class (with --trust MODULE):
 --model is the folder of a run or a policy, and --problem is its own unless given: {problems}.
 --reward names rewards of the problem, functions module:function of your own (with --trust MODULE), or models as
 onnx:FILE; several are summed with --weights.
+
+The third aligns a policy with the advantages of a critic, that of the policy in DIR. Data and environment are those of
+the model's run unless given.
 All other flags are those of `contraflow train`; `contraflow align METHOD --help` lists them."""
 
 INSTEAD = {"--model": "--pretrained", "--problem": "--env"}
@@ -96,17 +104,37 @@ def translated(method: str, flags: list[str]) -> list[str]:
         raise UserError(
             "a model is missing: give --model DIR; `contraflow align pretrain PROBLEM --out DIR` trains one"
         )
+    model = Path(*found.values())
+    if any(word.startswith(CRITIC) for word in words):
+        return [INSTEAD.get(word, word) for word in words] + _of_run(model, words)
     if not {"--problem", "--env"} & set(words):
-        folder = policy_folder(Path(*found.values()))
+        folder = policy_folder(model)
         env = load_policy(folder)[2]
         if not env.startswith(align.PREFIX):
             names = ", ".join(align.PROBLEMS)
-            raise UserError(f"{folder} was not trained on a problem of alignment: give --problem NAME ({names})")
+            raise UserError(
+                f"{folder} was not trained on a problem of alignment: give --problem NAME ({names}), or --reward "
+                "critic:DIR to align its actions"
+            )
         words += ["--problem", env]
     for i, word in enumerate(words[:-1]):
         if word == "--problem":
             words[i + 1] = align.PREFIX + words[i + 1].removeprefix(align.PREFIX)
     return [INSTEAD.get(word, word) for word in words]
+
+
+def _of_run(model: Path, words: list[str]) -> list[str]:
+    """Flags for the data and the environment of a policy, where they are not given: those of its run."""
+    more = []
+    if "--env" not in words:
+        more += ["--env", load_policy(policy_folder(model))[2]]
+    if "--data" not in words:
+        known = (model / "config.json").is_file() and model != policy_folder(model)
+        data = getattr(read_config(model).source, "data", "") if known else ""
+        if not data:
+            raise UserError(f"{model} names no data: give --data, whose observations the actions are for")
+        more += ["--data", data]
+    return more
 
 
 def _split(flag: str) -> list[str]:
@@ -145,10 +173,12 @@ def report(folder: Path, run: Run, require: float | None, trust: Trust) -> int:
     """Prints rewards and judgements of a run's policies and draws their samples; returns 1 below `require`."""
     source: Any = run.source
     aligned = isinstance(source, Conditions)
-    env: Any = source.generation(run.seed, trust) if aligned else make(run.env, trust=trust)
     policies = {"best": load(folder / "best", trust=trust).network, "last": load(folder, trust=trust).network}
     if aligned and run.pretrained and policy_folder(Path(run.pretrained)).is_dir():
         policies = {"before": load_policy(policy_folder(Path(run.pretrained)), trust)[0]} | policies
+    if aligned and source.data:
+        return _actions(run, policies, require, trust)
+    env: Any = source.generation(run.seed, trust) if aligned else make(run.env, trust=trust)
     k_cond, k_draw, k_show = jr.split(jr.key(12_345), 3)
     names = source.reward if aligned and len(env.rewards) > 1 else ()
     with closing(env):
@@ -173,4 +203,27 @@ def report(folder: Path, run: Run, require: float | None, trust: Trust) -> int:
     if require is None or means["best"] >= require:
         return 0
     print(f"{means['best']:.4g} is below the bar of {require:g}: try another --seed or more --steps")
+    return 1
+
+
+def _actions(run: Run, policies: dict[str, Any], require: float | None, trust: Trust) -> int:
+    """Prints rewards and returns of policies; returns 1 if the best one's mean return is below `require`.
+
+    A model that chooses among the actions of its flow is shown with and without this choice: the flow is what changes.
+    """
+    k_cond, k_draw, k_play = jr.split(jr.key(12_345), 3)
+    if ONE in (parts := ablations(policies.get("before"))):
+        policies = {"before": parts[ONE], "chosen": policies["before"]} | {k: policies[k] for k in ("best", "last")}
+    with closing(run.source.open(run, trust)) as opened:
+        env, played, returns = opened.world.env, cast(Any, opened.evaluation), {}
+        cond = env.conditions(k_cond, SAMPLES)
+        print(f"{'':8}{'reward':<20}return in {run.env}")
+        for name, policy in policies.items():
+            total = env.each_of(gallery.samples(policy, cond, k_draw), cond) @ np.asarray(env.weights)
+            returns[name] = evaluate_one(policy, played, k_play, run.eval_episodes)
+            mean = f"{total.mean():.4g} +- {margin(total):.2g}"
+            print(f"{name:8}{mean:<20}{summary(returns[name])}")
+    if require is None or returns["best"].returns.mean() >= require:
+        return 0
+    print(f"{returns['best'].returns.mean():.4g} is below the bar of {require:g}: try another --seed or more --steps")
     return 1

@@ -18,6 +18,7 @@ from contraflow.core.types import UserError
 from contraflow.envs.align import PREFIX
 from contraflow.training import run as runs
 from contraflow.training.run_writer import best_evaluation
+from contraflow.training.sources import Conditions
 
 HELP = """\
 usage: contraflow train PRESET [--env ID] [--steps N] [--seed S] [--out DIR] [--agent.critic.gamma 0.98] ...
@@ -138,7 +139,7 @@ def _report(folder: Path, require: float | None, trust: Trust) -> int:
         print(f"last policy  {folder / 'policy'}")
         return 0
     run = runs.read_config(folder, trust)
-    if run.env.startswith(PREFIX):
+    if run.env.startswith(PREFIX) or isinstance(run.source, Conditions):
         from contraflow.cli import align  # it calls this module
 
         return align.report(folder, run, require, trust)

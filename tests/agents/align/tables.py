@@ -13,8 +13,10 @@ from tests.flow.tilts import affine
 from contraflow.agents.align.base import AlignState, Scored
 from contraflow.core.types import EnvSpec
 from contraflow.envs.align.mixture import mixture
+from contraflow.flow import grid
 from contraflow.flow.model import Ddim, Flow, FlowSpec
 from contraflow.flow.path import Linear
+from contraflow.flow.solver import Midpoint
 from contraflow.flow.support import Real
 from contraflow.nets.velocity import ResidualMLP
 
@@ -73,7 +75,8 @@ def start(agent: Any, flow: Flow) -> tuple[Any, AlignState]:
     agent = replace(agent, flow=flow.spec)
     state = agent.init(jr.key(0), EnvSpec(1, flow.dim, 1, 1, True))
     copy = lambda: jax.tree.map(jnp.copy, flow)
-    return agent, replace(state, flow=copy(), reference=copy(), opt=agent.optim.init(flow))
+    old = None if state.old is None else copy()
+    return agent, replace(state, flow=copy(), reference=copy(), old=old, opt=agent.optim.init(flow))
 
 
 def trained(
@@ -91,3 +94,13 @@ def trained(
 
     keys = jr.split(jr.key(1), iterations)
     return jax.jit(lambda state: jax.lax.scan(iterate, state, keys))(state)
+
+
+def tilt_distance(flow: Flow, reward: Any, temperature: float) -> tuple[float, grid.Mass, grid.Mass]:
+    """(total variation of a flow to the mixture tilted by a reward, their masses). The tilt is in closed form. 48 steps
+    of the density are within .005 of it for the exact field; 24 steps are .02 away."""
+    on = grid.grid(1.1, 66)
+    field = lambda x, t: flow.velocity(x, t, jnp.zeros(1))
+    found = jax.jit(lambda: grid.density(field, on, Midpoint(48, power=1.5)))()
+    right = jax.nn.softmax(jax.vmap(lambda x: mixture()(x) + reward(x, x) / temperature)(on.points))
+    return float(grid.total_variation(found, right)), found, right

@@ -16,7 +16,6 @@ from contraflow.agents.align.base import Scored
 from contraflow.core.optim import Optim
 from contraflow.core.types import EnvSpec, UserError
 from contraflow.envs.align.mixture import centre
-from contraflow.flow import grid
 from contraflow.flow.adjoint import lean_adjoint, rollout
 from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.flow.plan import FlowSDE, Plan
@@ -133,19 +132,16 @@ def test_the_largest_losses_may_be_left_out():
 
 @pytest.mark.learn
 def test_on_a_mixture_it_learns_the_tilt():
-    """Eight Gaussians and r = -4 |x - c|^2, lambda = 2: total variation to the exact tilt below .15 after 128 000 paths
-    of 60 steps (.11 seen; the reference has .38). Modes are far apart, and the adjoint has heavy tails between
-    them."""
+    """Eight Gaussians and r = -4 |x - c|^2, lambda = 2: total variation to the exact tilt below .13 after 512 000 paths
+    of 60 steps (.10 seen, .14 with a quarter of them; the reference has .38). Modes are far apart, and the adjoint has
+    heavy tails between them."""
     agent = AdjointMatching(
         temperature=2.0, steps=60, times=15, minibatches=1, optim=Optim(5e-3, decay_steps=500, max_grad_norm=5.0)
     )
     flow, reward = tables.corrected(), lambda x, cond: centre(x, x)
-    state, _ = trained(agent, flow, reward, 500, 256)
-    on = grid.grid(1.1, 66)
-    mass = jax.jit(lambda f: grid.density(lambda x, t: f.velocity(x, t, jnp.zeros(1)), on))
-    right = grid.tilted(mass(flow), jax.vmap(lambda x: reward(x, x))(on.points), 2.0)
-    away = [float(grid.total_variation(mass(f), right)) for f in (state.flow, flow)]
-    assert away[0] < 0.15 < 0.3 < away[1], away
+    state, _ = trained(agent, flow, reward, 500, 1024)
+    away = [tables.tilt_distance(f, reward, 2.0)[0] for f in (state.flow, flow)]
+    assert away[0] < 0.13 < 0.3 < away[1], away
 
 
 def temporary(steps, direct=False, rows=256):

@@ -1,11 +1,13 @@
 """RFM with a pretrained prior: its estimates against closed forms of a tilted mixture, and what it learns."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from tests.agents.align.tables import M, S, corrected, start, table, trained
+from tests.agents.align.tables import M, S, corrected, start, table, tilt_distance, trained
 from tests.flow.tilts import Tilt
 
 from contraflow.agents.align.base import Draws, Scored
@@ -107,19 +109,33 @@ def test_between_gaussians_it_learns_the_tilt(reward, right):
     assert abs((mean - right[0]) / (right[0] - M)) < 0.07 and abs(std / right[1] - 1) < 0.04
 
 
+def test_the_policy_may_be_an_average_of_weights():
+    """After one iteration of two gradient steps: the first average keeps 1/10 of the start, the second 2/11 of it."""
+    agent = RFMAlign(temperature=LAM, particles=4, updates=1, ema=0.9)
+    rewarded = lambda updates, iterations: trained(replace(agent, updates=updates), table(20), line, iterations, 16)[0]
+    one, both = rewarded(1, 1), rewarded(2, 1)
+    start, w1, w2 = (flow.net.b for flow in (one.reference, one.flow, both.flow))
+    np.testing.assert_allclose(one.old.net.b, 0.1 * start + 0.9 * w1, rtol=1e-5)
+    policy = agent.policy(both)
+    assert policy.flow is both.old and RFMAlign().policy(replace(both, old=None)).flow is both.flow
+    assert float(jnp.abs(w2 - both.old.net.b).max()) > 1e-6
+    again = rewarded(1, 2)  # the count of gradient steps goes on from one iteration to the next
+    np.testing.assert_allclose(again.old.net.b, (2 * one.old.net.b + 9 * again.flow.net.b) / 11, rtol=1e-5)
+
+
 @pytest.mark.learn
 def test_on_a_mixture_it_learns_the_tilt():
-    """Eight Gaussians of which two are rewarded, lambda = .5: total variation to the exact tilt below .08 after 400 000
-    candidates (.05 seen; the reference has .39), and the shares of the two modes within .02 of theirs (.32 each)."""
-    agent = RFMAlign(temperature=LAM, updates=20, memory=65536, optim=Optim(5e-3, decay_steps=8000, max_grad_norm=1.0))
+    """Eight Gaussians of which two are rewarded, lambda = .5: total variation to the exact tilt below .04 after 1.6
+    million candidates (.030 seen; the reference has .39, and regression on exact targets ends at .023), and the shares
+    of the two modes within .02 of theirs (.32 each)."""
+    optim = Optim(5e-3, decay_steps=8000, max_grad_norm=1.0)
+    agent = RFMAlign(temperature=LAM, updates=20, memory=262_144, ema=0.999, optim=optim)
     flow, reward = corrected(128), lambda x, cond: pair(x, x)
-    state, _ = trained(agent, flow, reward, 400, 1024)
-    on = grid.grid(1.1, 66)
-    mass = jax.jit(lambda f: grid.density(lambda x, t: f.velocity(x, t, jnp.zeros(1)), on))
-    right = grid.tilted(mass(flow), jax.vmap(lambda x: reward(x, x))(on.points), LAM)
-    found = mass(state.flow)
-    assert float(grid.total_variation(found, right)) < 0.08 < 0.3 < float(grid.total_variation(mass(flow), right))
-    near = jnp.argmin(jax.vmap(lambda x: jnp.sum((x[None] - mixture().means) ** 2, -1))(on.points), -1)
+    state, _ = trained(agent, flow, reward, 400, 4096)
+    away, found, right = tilt_distance(state.old, reward, LAM)
+    assert away < 0.04 < 0.3 < tilt_distance(flow, reward, LAM)[0], away
+    points = grid.grid(1.1, 66).points
+    near = jnp.argmin(jax.vmap(lambda x: jnp.sum((x[None] - mixture().means) ** 2, -1))(points), -1)
     for i in (0, 3):
         shares = [float(jnp.sum(jnp.where(near == i, p, 0.0))) for p in (found, right)]
         assert abs(shares[0] - shares[1]) < 0.02

@@ -135,6 +135,9 @@ class RFMAlign:
     """Points of a gradient step."""
     updates: int = 8
     """Gradient steps of an iteration."""
+    ema: float = 0.0
+    """Decay of an average of the weights over gradient steps, which then is the policy; 0 takes the weights
+    themselves. Their noise is what is left of the error where candidates are many."""
     optim: Optim = Optim(3e-4, max_grad_norm=1.0)
 
     needs = "conditions"
@@ -145,6 +148,8 @@ class RFMAlign:
             raise ValueError(f"rfm-align compares particles: give at least 2 for each x_t, got {self.particles}")
         if not 0 <= self.own <= 1:
             raise ValueError(f"own must lie in [0, 1], got {self.own}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is what an average keeps of itself, in [0, 1), got {self.ema}")
 
     @property
     def leaves(self) -> int:
@@ -156,11 +161,12 @@ class RFMAlign:
         n, d = self.memory, spec.action_dim
         c = jnp.zeros((n, spec.obs_dim))
         points = Points(c, jnp.zeros((n, d)), jnp.zeros(n), jnp.zeros((n, d)), jnp.zeros(n))
-        return first_state(self.flow, self.optim, key, spec, extra=Memory(points, jnp.zeros((), jnp.int32)))
+        memory = Memory(points, jnp.zeros((), jnp.int32))
+        return first_state(self.flow, self.optim, key, spec, old=self.ema > 0, extra=memory)
 
     def policy(self, state: AlignState) -> Policy:
-        """Returns the end of the flow from random noise."""
-        return policy_of(state)
+        """Returns the end of the flow, or of its average, from random noise."""
+        return policy_of(state if state.old is None else replace(state, flow=state.old))
 
     def starting_from(self, policy: Policy) -> "RFMAlign":
         """Returns the settings with the flow of a pretrained policy."""
@@ -205,15 +211,23 @@ class RFMAlign:
             found = errors(points.cond, points.mean, points.x, points.t)
             return jnp.mean(self.weights(memory, points) * found)
 
-        def body(carry, key):
-            flow, opt = carry
+        # The average catches up quickly at first.
+        done = state.step * self.updates + jnp.arange(self.updates)
+        kept = jnp.minimum(self.ema, (1.0 + done) / (10.0 + done))
+
+        def body(carry, inputs):
+            flow, opt, old = carry
+            key, kept = inputs
             value, grad = jax.value_and_grad(loss)(flow, memory.draw(key, self.batch))
             updates, opt = self.optim.tx.update(grad, opt, flow)
-            return (eqx.apply_updates(flow, updates), opt), {"loss": value, "grad_norm": optax.tree.norm(grad)}
+            flow = eqx.apply_updates(flow, updates)
+            old = None if old is None else jax.tree.map(lambda a, b: kept * a + (1 - kept) * b, old, flow)
+            return (flow, opt, old), {"loss": value, "grad_norm": optax.tree.norm(grad)}
 
-        (flow, opt), metrics = jax.lax.scan(body, (state.flow, state.opt), jr.split(key, self.updates))
+        first, inputs = (state.flow, state.opt, state.old), (jr.split(key, self.updates), kept)
+        (flow, opt, old), metrics = jax.lax.scan(body, first, inputs)
         metrics = jax.tree.map(jnp.mean, metrics) | {"ess": jnp.mean(ess)}
-        return replace(state, flow=flow, opt=opt, step=state.step + 1, extra=memory), metrics
+        return replace(state, flow=flow, opt=opt, old=old, step=state.step + 1, extra=memory), metrics
 
     def weights(self, memory: Memory, points: Points) -> Float[Array, " N"]:
         """Returns the weights of points, with mean 1 over the memory."""

@@ -41,8 +41,8 @@ def _find(problem: Problem, name: str, trust: Trust) -> Reward | Beside:
         file = Path(name.removeprefix(ONNX))
         if not file.is_file():
             raise UserError(f"--reward {name}: there is no file {file}")
-        shape = getattr(problem, "shape", ())
-        return Beside(f"--reward {name}", onnx, str(file.resolve()), shape, why=IN_ONNX)
+        shape, images = getattr(problem, "shape", ()), getattr(problem, "images", None)
+        return Beside(f"--reward {name}", onnx, str(file.resolve()), shape, images, why=IN_ONNX)
     if ":" in name:
         return own(name, problem.sizes, trust)
     raise UserError(f"there is no reward {name!r} here; {suggest(name, known)}; your own is module:function")
@@ -80,20 +80,24 @@ def own(name: str, sizes: tuple[int, int], trust: Trust) -> Reward | Beside:
 
 
 IN_ONNX = "it takes samples [n, d] or images, and perhaps conditions [n, c], and returns [n] or [n, c]"
+Images = Callable[[np.ndarray], np.ndarray]
 
 
-def onnx(file: str, shape: tuple[int, ...]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def onnx(
+    file: str, shape: tuple[int, ...], images: Images | None = None
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Returns the reward of a model, called in a process of its own.
 
     Its first input are samples: [n, d], or images [n, h, w], [n, 1, h, w] or [n, h, w, 1] where it has such a rank. A
-    second input are conditions. Its output is [n] or [n, 1], or [n, c], numbers of which the condition picks one:
-    log-probabilities of classes under a one-hot condition.
+    problem whose samples are no images has `images`, which makes images [n, h, w] of them: the model then gets these,
+    [n, h w] in place of [n, d]. A second input are conditions. Its output is [n] or [n, 1], or [n, c], numbers of which
+    the condition picks one: log-probabilities of classes under a one-hot condition.
     """
     session = session_of(file)
     inputs = session.get_inputs()
 
     def call(x: np.ndarray, cond: np.ndarray) -> np.ndarray:
-        rank = len(inputs[0].shape)
+        rank, x = len(inputs[0].shape), x if images is None else images(x).reshape(len(x), -1)
         if rank > 2:
             last = rank == 4 and inputs[0].shape[3] == 1
             x = x.reshape(len(x), *((1,) if rank == 4 and not last else ()), *shape, *((1,) if last else ()))

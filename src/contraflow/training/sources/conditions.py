@@ -1,4 +1,7 @@
-"""Reward alignment: samples for conditions, their rewards, an update; no environment but for evaluations."""
+"""Reward alignment: samples for conditions, their rewards, an update; no environment but for evaluations.
+
+With `data` the samples are actions, the conditions observations, and evaluations play the environment.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +15,21 @@ import numpy as np
 
 from contraflow.agents.align.base import Pairs, Scored
 from contraflow.core.trust import Trust
-from contraflow.core.types import Metrics, PRNGKey, UserError
-from contraflow.envs import align, make
+from contraflow.core.types import EnvSpec, Metrics, PRNGKey, UserError
+from contraflow.data.datasets.readers import load
+from contraflow.envs import align, copies, make
+from contraflow.envs.align.control import Control
 from contraflow.training.loop import Carry, Learner, World
-from contraflow.training.sources.base import Opened, check_counts, closed_on_error, first_learner, iterations
+from contraflow.training.sources import critic
+from contraflow.training.sources.base import (
+    Opened,
+    check_chunk,
+    check_counts,
+    closed_on_error,
+    environment,
+    first_learner,
+    iterations,
+)
 
 
 @dataclass(frozen=True)
@@ -80,28 +94,60 @@ class Conditions:
     """Samples of the flow itself, scored by rewards. Step counts are rewards: `prompts` x `group` in an iteration."""
 
     env: str = "align:mixture2d"
-    """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`)."""
+    """The problem, with its default reward (`align:digits`) or another (`align:digits/ink`); with `data` the
+    environment that the actions are for."""
     reward: tuple[str, ...] = ()
-    """Rewards by name, as module:function (with --trust) or onnx:FILE; empty is that of `env`."""
+    """Rewards by name, as module:function (with --trust), onnx:FILE or, with `data`, critic:DIR; empty is that of
+    `env`."""
     weights: tuple[float, ...] = ()
     """Weights of the rewards; empty is 1 for each."""
     prompts: int = 8
     """Conditions of an iteration."""
     group: int = 16
     """Samples for each condition."""
+    data: str = ""
+    """Recorded steps, whose observations are the conditions: a folder, a file, or the id of a Minari dataset."""
+    horizon: int = 1
+    """Actions of a sample, as in the pretrained policy."""
+    execute: int = 1
+    """How many of them are carried out before the next decision."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "prompts", "group")
+        check_chunk(self)
         if self.weights and len(self.weights) != max(1, len(self.reward)):
             raise ValueError(f"--weights needs a number for each reward, got {len(self.weights)} for {self.reward}")
         if self.group % (leaves := getattr(agent, "leaves", 1)):
             raise ValueError(f"--group must be a multiple of {leaves}, the samples that share a start: {self.group}")
+        if not self.data and any(name.startswith(critic.PREFIX) for name in self.reward):
+            raise ValueError("critic:DIR rewards actions under recorded observations: give --data and --env")
 
     def resolved(self, steps: int) -> "Conditions":
         """With paths that hold in any working folder."""
-        whole = lambda name: align.ONNX + str(Path(name.removeprefix(align.ONNX)).resolve())
-        return replace(self, reward=tuple(whole(name) if name.startswith(align.ONNX) else name for name in self.reward))
+
+        def whole(name: str) -> str:
+            prefix = next((prefix for prefix in (align.ONNX, critic.PREFIX) if name.startswith(prefix)), None)
+            return name if prefix is None else prefix + str(Path(name.removeprefix(prefix)).resolve())
+
+        return replace(self, reward=tuple(map(whole, self.reward)))
+
+    def control(self, obs: Any, spec: EnvSpec, trust: Trust) -> Any:
+        """Actions as in `spec` under recorded observations, with their rewards."""
+        if not (isinstance(obs, np.ndarray) and obs.shape[1:] == (spec.obs_dim,)):
+            raise UserError(
+                f"{self.data} does not hold the {spec.obs_dim} observations of {self.env}: give its own data"
+            )
+        if not self.reward:
+            raise UserError("actions need a reward: give --reward critic:DIR, or module:function of your own")
+        problem = Control(jnp.asarray(obs), spec.action_dim)
+
+        def reward(name: str) -> Any:
+            if name.startswith(critic.PREFIX):
+                return critic.load(name, problem.obs, spec.action_dim, trust)
+            return align.rewards(problem, (name,), trust)[0]
+
+        return align.Generation(problem, tuple(map(reward, self.reward)), self.weights or (1.0,) * len(self.reward))
 
     def generation(self, seed: int, trust: Trust) -> Any:
         """The problem with its rewards."""
@@ -112,7 +158,15 @@ class Conditions:
         return replace(env, rewards=found, weights=self.weights or (1.0,) * len(found))
 
     def open(self, run: Any, trust: Trust) -> Opened:
-        """The problem with its rewards, to train on and to evaluate."""
+        """The problem with its rewards, to train on, and what evaluates: the same, or the environment of actions."""
+        if self.data:
+            if self.env.startswith(align.PREFIX):
+                raise UserError(f"--data holds observations to act on, and {self.env} has none: give --env")
+            data = load(self.data, clip=True)  # its actions are not used
+            evaluation = environment(self, copies(self.env, run.eval_episodes, trust), run.seed + 10_000, trust)
+            with closed_on_error(evaluation):
+                spec = replace(evaluation.spec, num_envs=1)
+                return Opened(World(spec, self.control(data.obs, spec, trust)), evaluation, data)
         env = self.generation(run.seed, trust)
         with closed_on_error(env):
             if env.outside:  # what fails at all fails here, and not after the first samples
