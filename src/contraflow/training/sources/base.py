@@ -97,11 +97,11 @@ def gamma_of(agent: Any) -> float:
     return 1.0 if gamma is None else gamma
 
 
-def check_counts(settings: Any, *names: str) -> None:
-    """Refuse settings that must be at least 1; messages name the flag."""
+def check_counts(settings: Any, *names: str, least: int = 1) -> None:
+    """Refuse settings below `least`; messages name the flag."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(settings, name)}")
 
 
 def check_chunk(source: Any) -> None:

@@ -12,6 +12,7 @@ import jax.random as jr
 from contraflow.core.ogbench import PREFIX, single_task
 from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey
+from contraflow.data.augment import Shifted, augmented
 from contraflow.data.datasets import dataset as datasets
 from contraflow.data.datasets.readers import load, needs_task
 from contraflow.data.rows import Rows
@@ -42,7 +43,7 @@ class Regress:
     """One gradient step on `batch_size` rows of the data, which counts as one step."""
 
     batch_size: int
-    sampler: Chunk
+    sampler: Chunk | Shifted
 
     name = "learning"
     learns = True
@@ -91,10 +92,13 @@ class Dataset:
     elsewhere; or module:function, from a dict of rows to rewards (with --trust)."""
     reward_shift: float = 0.0
     """Added to every reward; returns are reported without it."""
+    random_shift: int = 0
+    """Most pixels by which every image of a batch is moved at random along each axis; DrQ has 4, 0 is none."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "batch_size")
+        check_counts(self, "random_shift", least=0)
         check_chunk(self)
         check_reward(self.reward)
 
@@ -130,9 +134,9 @@ class Dataset:
         return jax.tree.map(lambda x: x[at], world.data.obs)
 
 
-def sampler(source: Any, agent: Any) -> Chunk:
+def sampler(source: Any, agent: Any) -> Chunk | Shifted:
     """Rows of `source.horizon` actions, discounted as the agent does."""
-    return Chunk(source.horizon, gamma_of(agent))
+    return augmented(Chunk(source.horizon, gamma_of(agent)), source.random_shift)
 
 
 def read(source: Any, trust: Trust) -> datasets.Dataset:
