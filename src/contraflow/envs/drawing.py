@@ -12,7 +12,7 @@ Point = tuple[Scalar, Scalar]
 Plane = Float[Array, "s s"]
 
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#BBBBBB", "#222222"  # Okabe and Ito's colour-blind safe palette
-LINE = 0.03  # half the width of a line, as a share of half the side of a picture
+LINE = 0.02  # half the width of a line, as a share of half the side of a picture
 
 
 class Disc(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
@@ -32,7 +32,7 @@ class TaskState(eqx.Module):
     key: PRNGKey
 
 
-def reset(task: Any, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
+def reset(task: Any, key: PRNGKey) -> tuple[TaskState, Shaped[Array, "N ..."]]:
     """Starts N episodes; all randomness comes from the key."""
     k_now, k_later = jr.split(key)
     body = jax.vmap(task.start)(jr.split(k_now, task.num_envs))
