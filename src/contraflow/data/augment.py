@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Int, Shaped
 
-from contraflow.core.types import Batch, Obs, PRNGKey, UserError
+from contraflow.core.types import Batch, Obs, PRNGKey
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,6 @@ class Shifted:
 
     Each row and each camera has a shift of its own, and `next_obs` others than `obs`, as in DrQ-v2 (2107.09645). The
     channels of an image, and with them the frames of a stack, move together. Vectors stay as they are, and bytes bytes.
-    Raises UserError for observations without images.
     """
 
     sampler: Any
@@ -32,8 +31,6 @@ class Shifted:
     def moved(self, obs: Obs, key: PRNGKey) -> Obs:
         """Returns the observations [n, ...] with shifted images."""
         leaves, tree = jax.tree.flatten(obs)
-        if all(x.ndim != 4 for x in leaves):
-            raise UserError("--random-shift moves images, and these observations are vectors: set it to 0")
 
         def one(x, key):
             by = jr.randint(key, (2, x.shape[0]), -self.most, self.most + 1)

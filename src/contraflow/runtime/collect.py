@@ -70,7 +70,7 @@ def record(
         if camera:
             worlds.append(make(camera, copies, seed, trust=trust))
             seen = {key: getattr(worlds[1].spec, key) for key in ("obs_dim", "obs_keys", "obs_parts")}
-            check_fit(replace(worlds[0].spec, **seen), worlds[1].spec, id, camera)
+            check_fit(replace(policy.spec, **seen), worlds[1].spec, "the policy", camera, id)
         columns = _roll(policy, worlds, episodes, behaviour, seed, max_steps)
         low, high = (bound.astype(np.float32) for bound in action_range(worlds[0].spec))
     finally:

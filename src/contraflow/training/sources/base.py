@@ -109,6 +109,12 @@ def check_chunk(source: Any) -> None:
         raise ValueError(f"chunks need 1 <= --execute <= --horizon, got {source.execute} and {source.horizon}")
 
 
+def check_images(source: Any, spec: EnvSpec) -> None:
+    """Raises UserError for random shifts of observations without images."""
+    if source.random_shift and not any(part.image for part in spec.obs_parts):
+        raise UserError("--random-shift moves images, and these observations are vectors: set it to 0")
+
+
 def iterations(taken: int, until: int, each: int) -> int:
     """How many iterations of `each` steps reach step `until`; at least one."""
     return max(1, -(-(until - taken) // each))

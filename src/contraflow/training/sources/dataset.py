@@ -26,6 +26,7 @@ from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    check_images,
     closed_on_error,
     discount,
     environment,
@@ -114,7 +115,9 @@ class Dataset:
         with closed_on_error(evaluation):
             if evaluation is not None:
                 data = data.check(evaluation.spec, self.env, clip=self.clip)
-            world = World(data.spec(self.horizon, self.execute), None, rows_of(data, run.agent))
+            spec = data.spec(self.horizon, self.execute)
+            check_images(self, spec)
+            world = World(spec, None, rows_of(data, run.agent))
         return Opened(world, evaluation, data)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:

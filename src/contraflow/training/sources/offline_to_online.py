@@ -15,7 +15,15 @@ from contraflow.data.samplers import Mixed, Sampler
 from contraflow.envs.reward import DENSE
 from contraflow.training.loop import Carry, Learner, Stage, World
 from contraflow.training.sources import dataset
-from contraflow.training.sources.base import Opened, closed_on_error, environments, first_learner, gamma_of, need
+from contraflow.training.sources.base import (
+    Opened,
+    check_images,
+    closed_on_error,
+    environments,
+    first_learner,
+    gamma_of,
+    need,
+)
 from contraflow.training.sources.dataset import Dataset
 from contraflow.training.sources.replay import Interact, Replay
 
@@ -96,6 +104,7 @@ class OfflineToOnline:
         need(self.env, "--env, where the data name none", "the environment to go on in")
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         with closed_on_error(env, evaluation):
+            check_images(self, env.spec)
             data = data.check(env.spec, self.env, clip=self.clip)
             if self.mix is None and (len(data) > self.buffer_size or self.horizon > 1):
                 raise UserError(

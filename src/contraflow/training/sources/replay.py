@@ -17,6 +17,8 @@ from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    check_images,
+    closed_on_error,
     discount,
     environments,
     first_learner,
@@ -135,6 +137,8 @@ class Replay:
     def open(self, run: Any, trust: Trust) -> Opened:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
+        with closed_on_error(env, evaluation):
+            check_images(self, env.spec)
         return Opened(World(env.spec, env), evaluation)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
