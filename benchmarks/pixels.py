@@ -2,16 +2,20 @@
 
     python benchmarks/pixels.py train       # runs/pixels: an expert of states, what it does as seen by both, two stages
     python benchmarks/pixels.py evaluate    # docs/data/pixels.csv
-    python benchmarks/pixels.py cost        # docs/data/pixels_cost.csv
+    python benchmarks/pixels.py cost --names states     # docs/data/pixels_cost.csv, a row more; then --names pixels
 
 The expert is `sac` on the state. `EPISODES` of its episodes are recorded twice, from the same seed: what it sees, and
 what the camera sees. All networks have two layers of 64; the image encoder is `SEES`.
 """
 
+import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 import tyro
 from common import DATA, Row, machine, write
@@ -20,7 +24,13 @@ from contraflow.agents.offline.bc import BC
 from contraflow.agents.online.sac import SAC
 from contraflow.agents.onpolicy.reinflow import ReinFlow
 from contraflow.core.optim import Optim
+from contraflow.core.types import Rollout
+from contraflow.data.augment import augmented
+from contraflow.data.datasets.readers import load as load_data
 from contraflow.data.datasets.write import write as write_data
+from contraflow.data.replay import Buffer
+from contraflow.data.rows import Rows
+from contraflow.data.samplers import Chunk
 from contraflow.envs import make
 from contraflow.flow.model import Ddim, FlowSpec
 from contraflow.nets.encoder import Pixels
@@ -112,7 +122,61 @@ def evaluate(options: Options) -> None:
     write(DATA / "pixels.csv", rows)
 
 
+def seconds(call: Any, *args: Any, least: float = 3.0) -> float:
+    """CPU time of a call, from as many as take `least` seconds: the cores are shared."""
+    jax.block_until_ready(call(*args))
+    began, n = time.process_time(), 0
+    while time.process_time() < began + least:
+        jax.block_until_ready(call(*args))
+        n += 1
+    return (time.process_time() - began) / n
+
+
+def cost(options: Options) -> None:
+    """A row for one name, in a process of its own, because memory is that of the whole process."""
+    (name,) = options.names
+    seen, shift = CLONES[name]
+    env = make(ENVS[seen], 16)
+    state, obs = jax.jit(env.reset)(jr.key(0))
+    rest = jnp.zeros((16, 1))
+    play = jax.jit(lambda state: jax.lax.scan(lambda s, _: (env.step(s, rest)[0], None), state, None, 100)[0])
+    steps = 1600 / seconds(play, state)
+    rows = Rows.of(load_data(options.runs / f"{seen}.npz"), successor=False)
+    clone, draw = CLONE.init(jr.key(0), env.spec), augmented(Chunk(1, 1.0), shift)
+    update = jax.jit(lambda rows, clone, key: CLONE.update(clone, draw(rows, key, 64), jr.fold_in(key, 1)))
+    cloning = seconds(update, rows, clone, jr.key(1))
+
+    @jax.jit
+    def iteration(learner, state, obs, key):
+        policy = TUNE.policy(learner)
+
+        def step(carry, key):
+            state, obs = carry
+            action, extras = jax.vmap(policy.sample)(obs, jr.split(key, 16))
+            state, after = env.step(state, action)
+            return (state, after.obs), (obs, extras, after)
+
+        _, (seen, extras, after) = jax.lax.scan(step, (state, obs), jr.split(key, 64))
+        ends = after.terminated, after.truncated, after.valid
+        return TUNE.update(learner, Rollout(seen, extras, after.reward, after.next_obs, *ends), jr.fold_in(key, 1))
+
+    tuning = seconds(iteration, TUNE.init(jr.key(2), env.spec), state, obs, jr.key(3)) / 1024
+    replay = jax.eval_shape(lambda: Buffer.empty(1, env.spec)).rows
+    leaves = jax.tree.leaves((replay.obs, replay.next_obs))
+    row = {
+        "observation": name,
+        "steps_per_s": steps,
+        "clone_update_ms": 1e3 * cloning,
+        "reinflow_ms_per_step": 1e3 * tuning,
+        "replay_bytes_per_row": sum(x.size * x.dtype.itemsize for x in leaves),
+        "in_float32": sum(4 * x.size for x in leaves),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    print(row)
+    write(DATA / "pixels_cost.csv", [row], mode="a")
+
+
 if __name__ == "__main__":
     options = tyro.cli(Options)
     print(machine())
-    {"train": run, "evaluate": evaluate}[options.command](options)
+    {"train": run, "evaluate": evaluate, "cost": cost}[options.command](options)

@@ -266,7 +266,8 @@ def discs(axes: Any, shapes: list[Disc]) -> None:
     from matplotlib.patches import Circle
 
     for disc in shapes:
-        axes.add_patch(Circle(disc.centre, disc.radius, color=disc.colour, linewidth=0))
+        x, y = map(float, disc.centre)
+        axes.add_patch(Circle((x, y), disc.radius, color=disc.colour, linewidth=0))
 
 
 def backdrop(task: Any) -> list[Disc]:

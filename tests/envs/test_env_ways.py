@@ -134,7 +134,7 @@ def test_an_obstacle_closes_its_side(blocked):
 # pictures
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "pendulum/pixels"])
 def test_pictures_follow_the_task(name):
     env = make(f"jax:{name}", 2, 0, render=True)
     assert isinstance(env, Drawn) and not env.spec.jittable
