@@ -30,7 +30,7 @@ from common import DATA, Row, machine, write
 from contraflow.core.optim import Optim
 from contraflow.core.plotting import drawing
 from contraflow.envs.bandit import Bandit, TwoPeak
-from contraflow.envs.episodes import BLUE, ORANGE, Disc, draw
+from contraflow.envs.drawing import BLUE, ORANGE, Disc
 from contraflow.envs.ways import GOAL, GOALS, MultiGoal, TwoWayArm
 from contraflow.policy.best_of import First
 from contraflow.presets import preset_run
@@ -217,13 +217,13 @@ def picture(options: Options) -> None:
                     act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
                     draws = np.asarray(act(jr.split(jr.key(2), 400)))
                     for side in (1, -1):
-                        draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
+                        discs(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
                     ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3, alpha=0.6)
                     ax.set(xlim=(-1, 1), ylim=(-1, 1))
                 else:
                     task = replace(TASKS[name], num_envs=24)
                     _, _, bodies = play(policy, task, False, 2)
-                    draw(ax, backdrop(task))
+                    discs(ax, backdrop(task))
                     for k in range(24):
                         ax.plot(*trace(task, bodies[:, k]).T, color=BLUE, linewidth=1.2, alpha=0.45)
                     low, reach = (-0.25, 0.7) if name == "two-way-arm" else (-1.3, 1.3)
@@ -247,7 +247,7 @@ def first(options: Options) -> None:
             act = jax.vmap(lambda key, policy=policy: policy(jnp.zeros(1), key, False))
             draws = np.asarray(act(jr.split(jr.key(2), 400)))
             for side in (1, -1):
-                draw(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
+                discs(ax, [Disc((side * PEAKS.centre, side * PEAKS.centre), PEAKS.width, ORANGE)])
             ax.plot(*draws[:, :2].T, ".", color=BLUE, markersize=3.5, alpha=0.6)
             ax.set(xlim=(-1, 1), ylim=(-1, 1), xticks=[-1, 0, 1], yticks=[-1, 0, 1], aspect="equal")
             ax.set_xlabel("first of six action dimensions")
@@ -255,9 +255,17 @@ def first(options: Options) -> None:
         axes[0].set_ylabel("second")
 
 
-def backdrop(task: Any) -> list[Any]:
+def discs(axes: Any, shapes: list[Disc]) -> None:
+    from matplotlib.patches import Circle
+
+    for disc in shapes:
+        x, y = map(float, disc.centre)
+        axes.add_patch(Circle((x, y), disc.radius, color=disc.colour, linewidth=0))
+
+
+def backdrop(task: Any) -> list[Disc]:
     """Goals and obstacles."""
-    body = np.full(2, 9.0) if isinstance(task, MultiGoal) else np.zeros(task.joints)
+    body = jnp.full(2, 9.0) if isinstance(task, MultiGoal) else jnp.zeros(task.joints)
     return [
         shape
         for shape in task.sketch(body)

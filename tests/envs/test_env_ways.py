@@ -1,7 +1,5 @@
 """The tasks with several best ways: they are of equal value, lead where they should, and can be closed one by one."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,7 +8,8 @@ import pytest
 
 from contraflow.core.types import UserError
 from contraflow.envs import TASKS, make
-from contraflow.envs.episodes import BLACK, BLUE, ORANGE, Drawn, TaskState
+from contraflow.envs.drawing import BLACK, BLUE, ORANGE
+from contraflow.envs.episodes import Drawn, TaskState
 from contraflow.envs.ways import DIRECTIONS, GOALS, START, MultiGoal, TwoWayArm
 
 rng = np.random.default_rng
@@ -135,7 +134,7 @@ def test_an_obstacle_closes_its_side(blocked):
 # pictures
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "pendulum/pixels"])
 def test_pictures_follow_the_task(name):
     env = make(f"jax:{name}", 2, 0, render=True)
     assert isinstance(env, Drawn) and not env.spec.jittable
@@ -159,6 +158,6 @@ def colours(frame):
 
 @pytest.mark.parametrize("task", [MultiGoal(blocked=0), TwoWayArm(blocked=(0.4, 0.3))])
 def test_goals_and_obstacles_are_shown(task):
-    env = Drawn(replace(task, num_envs=1), 1.4)
+    env = Drawn(task, task, 1.4)
     env.reset(jr.key(0))
     assert colours(env.frame()) >= {BLUE, ORANGE, BLACK}

@@ -131,6 +131,23 @@ def test_a_vector_in_a_dict_is_the_plain_vector():
     np.testing.assert_array_equal(mlps[0](x, a), mlps[1](obs, a))
 
 
+def test_ppo_learns_the_same_from_a_vector_in_a_dict():
+    """Values of observations with parts are computed step by step, those of vectors all at once."""
+    rng, (t, n) = np.random.default_rng(0), (3, 4)
+    x, after = (jnp.asarray(rng.standard_normal((t, n, 3)), jnp.float32) for _ in range(2))
+    reward, no = jnp.asarray(rng.standard_normal((t, n)), jnp.float32), jnp.zeros((t, n), bool)
+    agent, actors = with_pixels(TABLE["ppo"]), []
+    for parts, wrap in (((), lambda x: x), ((Part("only", (3,)),), lambda x: {"only": x})):
+        state = agent.init(jr.key(0), EnvSpec(3, 2, n, 10, True, obs_parts=parts))
+        act = jax.vmap(jax.vmap(agent.policy(state).sample))
+        extras = jax.jit(act)(wrap(x), jr.split(jr.key(1), (t, n)))[1]
+        rollout = Rollout(wrap(x), extras, reward, wrap(after), no, no, ~no)
+        state = jax.jit(agent.update)(state, rollout, jr.key(2))[0]
+        actors.append(jax.tree.leaves((state.actor, state.critic)))
+    for one, other in zip(*actors, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 # once per observation
 
 

@@ -174,15 +174,21 @@ def test_what_float32_does_not_determine_is_allowed(weight: float, written: bool
 
 
 PARTS = (Part("image", (12, 12, 2), "uint8"), Part("state", (3,)))
+ALONE = (Part("", (12, 12, 9), "uint8"),)
 
 
 @pytest.mark.parametrize("to", QUICK)
-def test_images_and_vectors(to, tmp_path: Path):
-    spec = replace(SPEC, obs_dim=3 + 288, obs_parts=PARTS)
+@pytest.mark.parametrize(
+    ("parts", "inputs"),
+    [(PARTS, {"obs.image": (12, 12, 2), "obs.state": (3,)}), (ALONE, {"obs": (12, 12, 9)})],
+    ids=["parts", "alone"],
+)
+def test_images_and_vectors(to, parts, inputs, tmp_path: Path):
+    spec = replace(SPEC, obs_dim=sum(part.size for part in parts), obs_parts=parts)
     flow = FlowSpec(network=NET, solver=Ddim(2), pixels=Pixels((4, 4), (2, 1), features=5))
-    network = FlowPolicy(flow.init(jr.key(0), 4, PARTS))
+    network = FlowPolicy(flow.init(jr.key(0), 4, parts))
     found = export(saved(tmp_path, network, spec), tmp_path, to)
-    assert found.inputs == {"obs.image": (12, 12, 2), "obs.state": (3,), "noise": (4,)} and found.parity <= LIMIT
+    assert found.inputs == inputs | {"noise": (4,)} and found.parity <= LIMIT
 
 
 @pytest.mark.slow

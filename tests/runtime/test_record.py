@@ -5,6 +5,7 @@ from pathlib import Path
 
 import equinox as eqx
 import gymnasium
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -16,7 +17,9 @@ from contraflow import SIR, EnvSpec, Policy, UserError
 from contraflow.core.bounds import check_fit
 from contraflow.data.datasets.readers import load
 from contraflow.data.datasets.write import write
-from contraflow.envs import make
+from contraflow.envs import TASKS, make
+from contraflow.envs.control import Pendulum
+from contraflow.envs.episodes import Camera
 from contraflow.envs.gymnasium import Gymnasium
 from contraflow.policy.artifact import save_policy
 from contraflow.rl.critics import Critics
@@ -134,6 +137,32 @@ def test_chunks_begin_anew_with_their_episode(execute: int, wanted: list[int], l
     np.testing.assert_array_equal(data.action[8:11, 0], short)
     exploring = record(ramp(3, execute), 4, behaviour=Behaviour(explore=True)).action
     np.testing.assert_allclose(exploring[:3, 0], -short, atol=1e-6)
+
+
+class Halves(eqx.Module):
+    """Half of the last number of an observation."""
+
+    def __call__(self, obs, key, greedy=True):
+        return jnp.tanh(0.5 * obs[-1:])
+
+
+def test_a_camera_records_what_another_policy_does():
+    """The actions follow from the states, and the images are those of the same bodies: the observation of the pendulum
+    tells its angle. A task in which something else happens is refused, and one with other actions."""
+    policy = Policy(Halves(), make("jax:pendulum", 1, 0).spec, "jax:pendulum")
+    plain, seen = (record(policy, 3, camera=camera) for camera in (None, "jax:pendulum/pixels"))
+    for key in ("action", "reward", "terminated", "end"):
+        np.testing.assert_array_equal(getattr(plain, key), getattr(seen, key))
+    assert seen.env == seen.name == "jax:pendulum/pixels" and seen.obs.dtype == np.uint8
+    camera = Camera(Pendulum(), TASKS["pendulum"][1])
+    draw = jax.jit(lambda o: camera.observe(jnp.stack([jnp.arctan2(o[1], o[0]), o[2]])))
+    for row in (0, 7, 199, 200, 333):
+        np.testing.assert_allclose(seen.obs[row, ..., 6:].astype(int), draw(plain.obs[row]), atol=1)
+        np.testing.assert_allclose(seen.next_obs[row, ..., 6:].astype(int), draw(plain.next_obs[row]), atol=1)
+    with pytest.raises(UserError, match="saw another episode, from step 0 on"):
+        record(policy, 3, camera="jax:cartpole-swingup/pixels")
+    with pytest.raises(UserError, match="2 actions"):
+        record(policy, 3, camera="jax:multi-goal/pixels")
 
 
 def test_an_environment_that_does_not_fit(logged: list[Logged]):

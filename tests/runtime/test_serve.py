@@ -211,6 +211,22 @@ def test_an_observation_of_parts_goes_by_name():
         refused(port, {"top": image / 255, "arm": arm}, r"observation/top must have shape \[4, 4, 3\] of uint8")
 
 
+def test_an_image_alone_may_have_any_name():
+    """A stack of bytes is served as the policy sees it."""
+    spec = EnvSpec(4 * 4 * 9, 2, 1, None, False, obs_parts=(Part("", (4, 4, 9), "uint8"),))
+    stack = np.arange(144, dtype=np.uint8).reshape(4, 4, 9)
+    policy = Policy(
+        Asks(jnp.ones(()), lambda obs: np.array([obs.mean(), obs[..., 8].mean()], np.float32) / 255),
+        spec,
+        "probe:action",
+    )
+    with running(policy, batch=1) as port, client(port) as robot:
+        assert robot.get_server_metadata()["observation"]["observation/image"] == {"shape": [4, 4, 9], "dtype": "uint8"}
+        for name in ("observation/image", "image", "camera"):
+            wanted = [[stack.mean() / 255, stack[..., 8].mean() / 255]]
+            np.testing.assert_allclose(robot.infer({name: stack})["actions"], wanted, rtol=1e-5)
+
+
 def refused(port: int, fields: object, message: str) -> str:
     """The client raises, with one line that says what is wrong, and the connection is closed by code 1011."""
     with client(port) as policy:

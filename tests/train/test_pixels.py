@@ -38,11 +38,11 @@ from contraflow.runtime.policy import Policy, load
 from contraflow.training import checkpoint
 from contraflow.training.evaluate import evaluate
 from contraflow.training.run import Run, resume, train
-from contraflow.training.sources import Dataset, Replay, Rollouts
+from contraflow.training.sources import Dataset, OfflineToOnline, Replay, Rollouts
 
 ID = "tests.train.pixel_helpers:Spot"
 SHORT: dict[str, Any] = {"eval_every": 40, "log_every": 40, "eval_episodes": 4, "trackers": ()}
-REPLAY = Replay(ID, num_envs=4, collect=20, batch_size=8, buffer_size=64)
+REPLAY = Replay(ID, num_envs=4, collect=20, batch_size=8, buffer_size=64, random_shift=2)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def run_of(name: str, data: Path) -> Run:
     agent = with_pixels(TABLE[name])
     if name == "ppo":
         return Run(agent, Rollouts(ID, num_envs=4, unroll=5), steps=80, **SHORT)
-    source = Dataset(str(data), ID, batch_size=8) if name in ("bc", "fql") else REPLAY
+    source = Dataset(str(data), ID, batch_size=8, random_shift=2) if name in ("bc", "fql") else REPLAY
     return Run(agent, source, steps=80, **SHORT)
 
 
@@ -162,6 +162,26 @@ def test_refusals_are_one_line(tmp_path):
     assert Wrong(1).spec == Spot(1).spec
     flags = ["--env", ID, "--trust", "all", "--steps", "40", "--out", tmp_path / "run"]
     assert_refused(["train", "ppo", *flags], "cannot be normalised", "normalise_obs")
+
+
+def test_shifts_are_part_of_the_update(recorded, tmp_path):
+    """Two runs that differ in them alone learn something else, offline and from replay; vectors cannot be shifted."""
+    for name, source in (("bc", Dataset(str(recorded), ID, batch_size=8)), ("sac", replace(REPLAY, random_shift=0))):
+        flows = []
+        for most in (0, 2):
+            run = Run(with_pixels(TABLE[name]), replace(source, random_shift=most), steps=40, **SHORT)
+            folder = tmp_path / f"{name}{most}"
+            train(run, folder, trust="all", quiet=True)
+            flows.append(jax.tree.leaves(load(folder, trust="all").network))
+        assert not all(map(np.array_equal, *flows))
+    mixed = OfflineToOnline(str(recorded), ID, random_shift=3)
+    assert mixed.offline.random_shift == mixed.online.random_shift == 3
+    assert_refused(
+        ["train", "sac", "--env", "probe:obs", "--random-shift", "4", "--steps", "40", "--out", tmp_path / "run"],
+        "vectors: set it to 0",
+    )
+    with pytest.raises(ValueError, match="random-shift must be at least 0"):
+        replace(run, source=replace(REPLAY, random_shift=-1))
 
 
 def test_chunks_of_actions_see_the_parts():

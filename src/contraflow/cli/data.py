@@ -36,6 +36,9 @@ class Record:
     episodes: int = 200
     env: str | None = None
     """Another environment of the same sizes."""
+    camera: str | None = None
+    """An environment that plays the same episodes, whose observations are recorded in place of those that the policy
+    acts on: `jax:pendulum/pixels` for a policy of `jax:pendulum`."""
     explore: Annotated[bool, Switch] = False
     """Act as in training, not as in evaluation."""
     noise: float = 0.0
@@ -100,7 +103,8 @@ def record_command(args: list[str]) -> int:
     check_target(options.out)  # before the work
     policy = load(options.folder, options.seed, options.trust)
     behaviour = Behaviour(options.explore, options.noise, options.random)
-    data = record(policy, options.episodes, options.env, behaviour=behaviour, seed=options.seed, trust=options.trust)
+    more = {"camera": options.camera, "seed": options.seed, "trust": options.trust}
+    data = record(policy, options.episodes, options.env, behaviour=behaviour, **more)
     by = f"{policy!r}, explore {options.explore}, noise {options.noise:g}, random {options.random:g}"
     place = write(data, options.out, options.format, by)
     _print(data)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from contraflow.core.types import Batch, PRNGKey
+from contraflow.data.augment import Shifted
 from contraflow.data.rows import Rows
 
 
@@ -84,8 +85,8 @@ class Mixed:
     """A share `ratio` of each batch, rounded, by `offline` from the first of two sets of rows, the rest by `online`
     from the second (one half in RLPD, 2302.02948). Each part of the batch has the same mixture."""
 
-    offline: Uniform | NStep | Chunk
-    online: Uniform | NStep | Chunk
+    offline: Uniform | NStep | Chunk | Shifted
+    online: Uniform | NStep | Chunk | Shifted
     ratio: float = 0.5
 
     def __post_init__(self):
@@ -103,7 +104,7 @@ class Mixed:
         return jax.tree.map(lambda *x: jnp.concatenate(x)[even], *parts)
 
 
-Sampler = Uniform | NStep | Chunk | Mixed
+Sampler = Uniform | NStep | Chunk | Mixed | Shifted
 
 
 def _check(gamma: float, **count: int) -> None:

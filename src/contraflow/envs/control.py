@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Float
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step
 from contraflow.envs import episodes
-from contraflow.envs.episodes import BLACK, BLUE, GREY, Disc, Path, Shape, TaskState
+from contraflow.envs.drawing import BLACK, BLUE, GREY, Disc, Path, Shape
+from contraflow.envs.episodes import TaskState
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ class Pendulum:
     def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
         return episodes.step(self, state, action)
 
-    def sketch(self, body: np.ndarray) -> list[Shape]:
+    def sketch(self, body: Float[Array, " s"]) -> list[Shape]:
         """Returns the shapes of motor and rod, in metres."""
-        angle = float(body[0])
-        tip = (math.sin(angle), math.cos(angle))
+        tip = (jnp.sin(body[0]), jnp.cos(body[0]))
         return [Disc((0.0, 0.0), 0.06, GREY), Path(((0.0, 0.0), tip), BLUE)]
 
 
@@ -104,10 +103,10 @@ class CartpoleSwingup:
     def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
         return episodes.step(self, state, action)
 
-    def sketch(self, body: np.ndarray) -> list[Shape]:
+    def sketch(self, body: Float[Array, " s"]) -> list[Shape]:
         """Returns the shapes of rail, cart and pole, in metres."""
-        x, angle = float(body[0]), float(body[1])
-        tip = (x + 2 * CENTRE * math.sin(angle), 2 * CENTRE * math.cos(angle))
+        x, angle, _, _ = body
+        tip = (x + 2 * CENTRE * jnp.sin(angle), 2 * CENTRE * jnp.cos(angle))
         cart = ((x - 0.15, 0.0), (x + 0.15, 0.0))
         return [Path(((-RAIL, 0.0), (RAIL, 0.0)), GREY), Path(cart, BLACK), Path(((x, 0.0), tip), BLUE)]
 

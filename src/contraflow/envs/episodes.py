@@ -4,19 +4,24 @@ A task has `num_envs`, `spec`, `start(key) -> body`, `observe(body)`, `move(body
 `sketch(body)`. It has `ended(body)` if an episode may end before its time limit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
+from contraflow.core.observation import Part
 from contraflow.core.types import EnvSpec, PRNGKey, Step, UserError
 from contraflow.envs import base
+from contraflow.envs.drawing import image
+from contraflow.envs.stack import Stacked
+
+PIXELS = "/pixels"
 
 
 class TaskState(eqx.Module):
@@ -27,7 +32,7 @@ class TaskState(eqx.Module):
     key: PRNGKey
 
 
-def reset(task: Any, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
+def reset(task: Any, key: PRNGKey) -> tuple[TaskState, Shaped[Array, "N ..."]]:
     """Starts N episodes; all randomness comes from the key."""
     k_now, k_later = jr.split(key)
     body = jax.vmap(task.start)(jr.split(k_now, task.num_envs))
@@ -51,90 +56,96 @@ def step(task: Any, state: TaskState, action: Float[Array, "N a"]) -> tuple[Task
 
 # pictures
 
-BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#BBBBBB", "#222222"  # Okabe and Ito's colour-blind safe palette
-SIZE, DPI = 3.2, 100  # inches, and dots per inch: 320 x 320
+FRAMES, SIDE = 3, 64  # of what `NAME/pixels` observes: images in a stack, and pixels along a side
 
 
-class Disc(NamedTuple):
-    """A filled disc in a picture, in the units of the task."""
+@dataclass(frozen=True)
+class Camera:
+    """A task that is seen: its observation is a picture [side, side, 3] of bytes, with half side `reach` in metres."""
 
-    centre: tuple[float, float]
-    radius: float
-    colour: str
+    task: Any
+    reach: float
+    side: int = SIDE
 
-
-class Path(NamedTuple):
-    """A line through points in a picture, in the units of the task."""
-
-    points: Sequence[tuple[float, float]]
-    colour: str
-
-
-Shape = Disc | Path
-
-
-class Drawn:
-    """A task that can be filmed: `frame()` is a picture of copy 0 in its latest state."""
-
-    def __init__(self, task: Any, reach: float):
-        self.task, self.reach, self._body = task, reach, None
-        self._reset, self._step = jax.jit(task.reset), jax.jit(task.step)
+    @property
+    def num_envs(self) -> int:
+        return self.task.num_envs
 
     @property
     def spec(self) -> EnvSpec:
-        return replace(self.task.spec, jittable=False)
+        part = Part("", (self.side, self.side, 3), "uint8")
+        return replace(self.task.spec, obs_dim=part.size, obs_parts=(part,))
 
-    def reset(self, key: PRNGKey) -> tuple[TaskState, np.ndarray]:
-        """Resets the task."""
-        state, obs = self._reset(key)
-        self._body = np.asarray(state.body[0])
-        return state, np.asarray(obs)
+    def start(self, key: PRNGKey) -> Float[Array, " s"]:
+        return self.task.start(key)
 
-    def step(self, state: TaskState, action: Any) -> tuple[TaskState, Step]:
-        """Steps the task."""
+    def observe(self, body: Float[Array, " s"]) -> UInt8[Array, "h w 3"]:
+        return image(self.task.sketch(body), self.reach, self.side)
+
+    def move(self, body: Float[Array, " s"], action: Float[Array, " a"]) -> tuple[Float[Array, " s"], Float[Array, ""]]:
+        return self.task.move(body, action)
+
+    def ended(self, body: Float[Array, " s"]) -> Bool[Array, ""]:
+        return self.task.ended(body) if hasattr(self.task, "ended") else jnp.zeros((), bool)
+
+    def reset(self, key: PRNGKey) -> tuple[TaskState, UInt8[Array, "N h w 3"]]:
+        return reset(self, key)
+
+    def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
+        return step(self, state, action)
+
+
+class Drawn:
+    """An environment that can be filmed: `frame()` is a picture of copy 0 of its `task` in the latest state."""
+
+    def __init__(self, env: Any, task: Any, reach: float):
+        self.env, self._body = env, None
+        self._reset, self._step = jax.jit(env.reset), jax.jit(env.step)
+        self._picture = jax.jit(lambda body: image(task.sketch(body), reach, 320))
+
+    @property
+    def spec(self) -> EnvSpec:
+        return replace(self.env.spec, jittable=False)
+
+    def reset(self, key: PRNGKey) -> tuple[Any, Any]:
+        """Resets the environment."""
+        state, obs = jax.device_get(self._reset(key))
+        self._look(state)
+        return state, obs
+
+    def step(self, state: Any, action: Any) -> tuple[Any, Step]:
+        """Steps the environment."""
         state, step = jax.device_get(self._step(state, jnp.asarray(action)))
-        self._body = np.asarray(state.body[0])
+        self._look(state)
         return state, step
 
     def frame(self) -> np.ndarray:
         """Returns uint8 [320, 320, 3]. Raises UserError before the first reset."""
         if self._body is None:
             raise UserError("there is nothing to draw before the first reset")
-        return picture(self.task.sketch(self._body), self.reach)
+        return np.asarray(self._picture(self._body))
 
-
-def picture(shapes: Sequence[Shape], reach: float) -> np.ndarray:
-    """Draws the shapes in a square with half side `reach`; returns uint8 [320, 320, 3]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((SIZE, SIZE), DPI)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
-    axes.axis("off")
-    draw(axes, shapes)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def draw(axes: Any, shapes: Sequence[Shape]) -> None:
-    """Draws discs and lines on matplotlib axes."""
-    from matplotlib.patches import Circle
-
-    for shape in shapes:
-        if isinstance(shape, Disc):
-            axes.add_patch(Circle(shape.centre, shape.radius, color=shape.colour, linewidth=0))
-        else:
-            axes.plot(*np.asarray(shape.points).T, color=shape.colour, linewidth=4, solid_capstyle="round")
+    def _look(self, state: Any) -> None:
+        inner = state if isinstance(state, TaskState) else state[0]  # below a stack of frames
+        self._body = inner.body[0]
 
 
 def kind(prefix: str, table: Mapping[str, tuple[Callable[[int], Any], float]]) -> base.Kind:
-    """Returns the kind for the tasks of a table, each with half the side of its pictures."""
-    plain = base.from_table(prefix, {name: task for name, (task, _) in table.items()})
+    """Returns the kind for the tasks of a table, each with half the side of its pictures; `NAME/pixels` observes the
+    last `FRAMES` of these."""
+
+    def seen(name: str) -> Callable[[int], Any]:
+        task, reach = table[name]
+        return lambda num_envs: Stacked(Camera(task(num_envs), reach), FRAMES)
+
+    tasks = {name: task for name, (task, _) in table.items()}
+    plain = base.from_table(prefix, tasks | {f"{name}{PIXELS}": seen(name) for name in table})
 
     def make(name: str, num_envs: int, seed: int, render: bool) -> Any:
-        task = plain.make(name, num_envs, seed, False)
-        return Drawn(task, table[name][1]) if render else task
+        env = plain.make(name, num_envs, seed, False)
+        if not render:
+            return env
+        task, reach = table[name.removesuffix(PIXELS)]
+        return Drawn(env, task(num_envs), reach)
 
     return plain._replace(make=make, renders=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from contraflow.core.types import EnvSpec, PRNGKey, Step
 from contraflow.envs import episodes
-from contraflow.envs.episodes import BLACK, BLUE, GREY, ORANGE, Disc, Path, Shape, TaskState
+from contraflow.envs.drawing import BLACK, BLUE, GREY, ORANGE, Disc, Path, Shape
+from contraflow.envs.episodes import TaskState
 
 START = (0.0, -1.0)
 DISTANCE = 1.5  # of every goal from the start
@@ -73,10 +73,10 @@ class MultiGoal:
     def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
         return episodes.step(self, state, action)
 
-    def sketch(self, body: np.ndarray) -> list[Shape]:
+    def sketch(self, body: Float[Array, " s"]) -> list[Shape]:
         """Returns the shapes of goals, obstacles and the point."""
         goals = [Disc(goal, GOAL, ORANGE) for goal in GOALS]
-        return [*goals, *self.obstacles, Disc((float(body[0]), float(body[1])), 0.05, BLUE)]
+        return [*goals, *self.obstacles, Disc((body[0], body[1]), 0.05, BLUE)]
 
 
 def _squares_to_goals(body: Float[Array, " s"]) -> Float[Array, " g"]:
@@ -139,9 +139,8 @@ class TwoWayArm:
     def step(self, state: TaskState, action: Float[Array, "N a"]) -> tuple[TaskState, Step]:
         return episodes.step(self, state, action)
 
-    def sketch(self, body: np.ndarray) -> list[Shape]:
+    def sketch(self, body: Float[Array, " s"]) -> list[Shape]:
         """Returns the shapes of target, obstacle and arm."""
-        ends = np.asarray(self.places(jnp.asarray(body)))
-        arm = [(0.0, 0.0), *((float(x), float(y)) for x, y in ends)]
+        arm = [(0.0, 0.0), *((x, y) for x, y in self.places(body))]
         block = [Disc(self.blocked, HINDRANCE, BLACK)] if self.blocked else []
         return [Disc(TARGET, 0.05, ORANGE), *block, Path(arm, BLUE), *(Disc(place, 0.02, BLACK) for place in arm)]

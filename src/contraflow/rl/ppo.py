@@ -141,7 +141,10 @@ def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gam
     obs, next_obs = (
         jax.vmap(jax.vmap(partial(normalise_obs, state.stats)))(x) for x in (rollout.obs, rollout.next_obs)
     )
-    value, next_value = (jax.vmap(jax.vmap(state.critic))(x)[..., 0] for x in (obs, next_obs))
+    critic = jax.vmap(state.critic)
+    # The convolutions of a whole rollout at once would fill the memory.
+    critic = jax.vmap(critic) if state.critic.encoder is None else partial(jax.lax.map, critic)
+    value, next_value = (critic(x)[..., 0] for x in (obs, next_obs))
     advantage = gae(reward, value, next_value, rollout.terminated, rollout.truncated, gamma, lam)
     rows = Samples(obs, rollout.extras, advantage, advantage + value, rollout.valid.astype(reward.dtype))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)

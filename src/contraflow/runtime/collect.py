@@ -9,9 +9,9 @@ import numpy as np
 
 from contraflow.core.bounds import action_range, check_fit
 from contraflow.core.trust import Trust
-from contraflow.core.types import UserError
+from contraflow.core.types import Step, UserError
 from contraflow.data.datasets.dataset import Dataset, build
-from contraflow.envs import make
+from contraflow.envs import close, make
 from contraflow.envs.base import Env
 from contraflow.runtime.policy import Policy
 from contraflow.runtime.receding import Receding
@@ -45,6 +45,7 @@ def record(
     episodes: int,
     env: str | None = None,
     *,
+    camera: str | None = None,
     behaviour: Behaviour = Behaviour(),
     seed: int = 0,
     trust: Trust = "",
@@ -53,42 +54,69 @@ def record(
     """Records whole episodes in the policy's environment or in `env`, with the actions that the environment received.
 
     Each copy of the environment contributes the same number of episodes, so short episodes are not favoured. Chunks of
-    actions are recorded action by action. Raises UserError when sizes or ranges differ or no episode ends within
-    `max_steps`.
+    actions are recorded action by action.
+
+    `camera` is an environment that plays the same episodes and observes them otherwise: the policy acts on what the
+    first one observes, and what the second one does is recorded. Both are reset with the same key and get the same
+    actions, and their rewards and ends are compared at every step.
+
+    Raises UserError when sizes, ranges or the episodes of the two differ, or no episode ends within `max_steps`.
     """
-    id = env or policy.env
-    world = make(id, min(episodes, COPIES), seed, trust=trust)
+    id, copies = env or policy.env, min(episodes, COPIES)
+    worlds: list[Env] = []
     try:
-        check_fit(policy.spec, world.spec, "the policy", id, policy.env)
-        columns = _roll(policy, world, episodes, behaviour, seed, max_steps)
-        low, high = (bound.astype(np.float32) for bound in action_range(world.spec))
+        worlds.append(make(id, copies, seed, trust=trust))
+        check_fit(policy.spec, worlds[0].spec, "the policy", id, policy.env)
+        if camera:
+            worlds.append(make(camera, copies, seed, trust=trust))
+            seen = {key: getattr(worlds[1].spec, key) for key in ("obs_dim", "obs_keys", "obs_parts")}
+            check_fit(replace(policy.spec, **seen), worlds[1].spec, "the policy", camera, id)
+        columns = _roll(policy, worlds, episodes, behaviour, seed, max_steps)
+        low, high = (bound.astype(np.float32) for bound in action_range(worlds[0].spec))
     finally:
-        getattr(world, "close", lambda: None)()
-    return replace(build(columns, name=id, env=id, low=-1.0, high=1.0), low=low, high=high)
+        for world in worlds:
+            close(world)
+    seen = camera or id
+    return replace(build(columns, name=seen, env=seen, low=-1.0, high=1.0), low=low, high=high)
 
 
-def _roll(policy: Policy, world: Env, episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:
-    """Returns flat columns of the episodes that started first: the k-th of every copy before the k+1-st of any."""
-    copies = world.spec.num_envs
+def _roll(policy: Policy, worlds: list[Env], episodes: int, behaviour: Behaviour, seed: int, max_steps: int) -> Rows:
+    """Returns flat columns of the episodes that started first: the k-th of every copy before the k+1-st of any.
+
+    The policy sees the first environment; observations are those of the last.
+    """
+    copies = worlds[0].spec.num_envs
     quota, done = -(-episodes // copies), np.zeros(copies, int)
-    step = jax.jit(world.step) if world.spec.jittable else world.step
+    step = [jax.jit(world.step) if world.spec.jittable else world.step for world in worlds]
     act = _Actor(policy, behaviour, copies, seed)
-    state, obs = world.reset(jr.split(jr.key(seed))[0])
+    states, obs = zip(*[world.reset(jr.split(jr.key(seed))[0]) for world in worlds], strict=True)
     steps: list[Rows] = []
     while done.min() < quota:
         if len(steps) == max_steps * quota:
             raise UserError(f"no episode ended within {max_steps} steps: give the environment a time limit")
-        action = act(obs)
-        state, out = step(state, action)
-        row = {"obs": obs, "action": action, "reward": out.reward, "next_obs": out.next_obs}
+        action = act(obs[0])
+        states, outs = zip(*[step(state, action) for step, state in zip(step, states, strict=True)], strict=True)
+        out = outs[-1]
+        if not _same(outs[0], out):
+            raise UserError(
+                f"the camera saw another episode, from step {len(steps)} on: --camera takes an environment that does "
+                "the same from the same seed and actions, and only observes otherwise"
+            )
+        row = {"obs": obs[-1], "action": action, "reward": out.reward, "next_obs": out.next_obs}
         row |= {"terminated": out.terminated, "truncated": out.truncated, "valid": out.valid}
         steps.append(jax.tree.map(np.array, row))  # copies, because an adapter may reuse its arrays
         ended = steps[-1]["valid"] & (steps[-1]["terminated"] | steps[-1]["truncated"])
         done += ended
         act.reset(ended | ~steps[-1]["valid"])
-        obs = out.obs
+        obs = tuple(out.obs for out in outs)
     table = jax.tree.map(lambda *x: np.stack(x), *steps)
     return _first(table, episodes, quota)
+
+
+def _same(one: Step, other: Step) -> bool:
+    """Whether two steps have the same ends and, to rounding, the same rewards."""
+    ends = all(np.array_equal(getattr(one, key), getattr(other, key)) for key in ("terminated", "truncated", "valid"))
+    return ends and np.allclose(one.reward, other.reward, rtol=1e-3, atol=1e-3)
 
 
 def _first(table: Rows, episodes: int, quota: int) -> Rows:

@@ -99,16 +99,22 @@ def gamma_of(agent: Any) -> float:
     return 1.0 if gamma is None else gamma
 
 
-def check_counts(settings: Any, *names: str) -> None:
-    """Refuse settings that must be at least 1; messages name the flag."""
+def check_counts(settings: Any, *names: str, least: int = 1) -> None:
+    """Refuse settings below `least`; messages name the flag."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(settings, name)}")
+        if getattr(settings, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(settings, name)}")
 
 
 def check_chunk(source: Any) -> None:
     if not 1 <= source.execute <= source.horizon:
         raise ValueError(f"chunks need 1 <= --execute <= --horizon, got {source.execute} and {source.horizon}")
+
+
+def check_images(source: Any, spec: EnvSpec) -> None:
+    """Raises UserError for random shifts of observations without images."""
+    if source.random_shift and not any(part.image for part in spec.obs_parts):
+        raise UserError("--random-shift moves images, and these observations are vectors: set it to 0")
 
 
 def iterations(taken: int, until: int, each: int) -> int:

@@ -12,6 +12,7 @@ import jax.random as jr
 from contraflow.core.ogbench import PREFIX, single_task
 from contraflow.core.trust import Trust
 from contraflow.core.types import Metrics, PRNGKey
+from contraflow.data.augment import Shifted, augmented
 from contraflow.data.datasets import dataset as datasets
 from contraflow.data.datasets.readers import load, needs_task
 from contraflow.data.rows import Rows
@@ -25,6 +26,7 @@ from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    check_images,
     closed_on_error,
     discount,
     environment,
@@ -42,7 +44,7 @@ class Regress:
     """One gradient step on `batch_size` rows of the data, which counts as one step."""
 
     batch_size: int
-    sampler: Chunk
+    sampler: Chunk | Shifted
 
     name = "learning"
     learns = True
@@ -91,10 +93,13 @@ class Dataset:
     elsewhere; or module:function, from a dict of rows to rewards (with --trust)."""
     reward_shift: float = 0.0
     """Added to every reward; returns are reported without it."""
+    random_shift: int = 0
+    """Most pixels by which every image of a batch is moved at random along each axis; DrQ has 4, 0 is none."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
         check_counts(self, "batch_size")
+        check_counts(self, "random_shift", least=0)
         check_chunk(self)
         check_reward(self.reward)
 
@@ -110,7 +115,9 @@ class Dataset:
         with closed_on_error(evaluation):
             if evaluation is not None:
                 data = data.check(evaluation.spec, self.env, clip=self.clip)
-            world = World(data.spec(self.horizon, self.execute), None, rows_of(data, run.agent))
+            spec = data.spec(self.horizon, self.execute)
+            check_images(self, spec)
+            world = World(spec, None, rows_of(data, run.agent))
         return Opened(world, evaluation, data)
 
     def learner(self, agent: Any, opened: Opened, key: PRNGKey) -> Learner:
@@ -130,9 +137,9 @@ class Dataset:
         return jax.tree.map(lambda x: x[at], world.data.obs)
 
 
-def sampler(source: Any, agent: Any) -> Chunk:
+def sampler(source: Any, agent: Any) -> Chunk | Shifted:
     """Rows of `source.horizon` actions, discounted as the agent does."""
-    return Chunk(source.horizon, gamma_of(agent))
+    return augmented(Chunk(source.horizon, gamma_of(agent)), source.random_shift)
 
 
 def read(source: Any, trust: Trust) -> datasets.Dataset:

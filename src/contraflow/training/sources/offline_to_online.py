@@ -15,7 +15,15 @@ from contraflow.data.samplers import Mixed, Sampler
 from contraflow.envs.reward import DENSE
 from contraflow.training.loop import Carry, Learner, Stage, World
 from contraflow.training.sources import dataset
-from contraflow.training.sources.base import Opened, closed_on_error, environments, first_learner, gamma_of, need
+from contraflow.training.sources.base import (
+    Opened,
+    check_images,
+    closed_on_error,
+    environments,
+    first_learner,
+    gamma_of,
+    need,
+)
 from contraflow.training.sources.dataset import Dataset
 from contraflow.training.sources.replay import Interact, Replay
 
@@ -58,6 +66,8 @@ class OfflineToOnline:
     elsewhere; or module:function, from a dict of rows to rewards (with --trust), of the data and of the environment."""
     reward_shift: float = 0.0
     """Added to every reward, in the data and in the environment; returns are reported without it."""
+    random_shift: int = 0
+    """Most pixels by which every image of a batch is moved at random along each axis; DrQ has 4, 0 is none."""
 
     @property
     def execute(self) -> int:
@@ -67,13 +77,13 @@ class OfflineToOnline:
     def offline(self) -> Dataset:
         """The first part."""
         sizes, reading = (self.batch_size, self.horizon, self.horizon), (self.task, self.low, self.high, self.clip)
-        return Dataset(self.data, self.env, *sizes, *reading, self.reward, self.reward_shift)
+        return Dataset(self.data, self.env, *sizes, *reading, self.reward, self.reward_shift, self.random_shift)
 
     @property
     def online(self) -> Replay:
         """The second; it begins with the policy, not with random actions."""
         sizes = self.num_envs, 1, self.updates, self.batch_size, self.n_step, self.buffer_size
-        return Replay(self.env, *sizes, self.horizon, self.horizon)
+        return Replay(self.env, *sizes, self.horizon, self.horizon, self.random_shift)
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
@@ -94,6 +104,7 @@ class OfflineToOnline:
         need(self.env, "--env, where the data name none", "the environment to go on in")
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         with closed_on_error(env, evaluation):
+            check_images(self, env.spec)
             data = data.check(env.spec, self.env, clip=self.clip)
             if self.mix is None and (len(data) > self.buffer_size or self.horizon > 1):
                 raise UserError(

@@ -10,6 +10,7 @@ import jax.random as jr
 
 from contraflow.core.trust import Trust
 from contraflow.core.types import EnvSpec, Metrics, PRNGKey, Step
+from contraflow.data.augment import Shifted, augmented
 from contraflow.data.samplers import Mixed, NStep, Sampler, Uniform
 from contraflow.training import frozen
 from contraflow.training.loop import Carry, Learner, World, shown, step
@@ -17,6 +18,7 @@ from contraflow.training.sources.base import (
     Opened,
     check_chunk,
     check_counts,
+    check_images,
     closed_on_error,
     discount,
     environments,
@@ -121,6 +123,8 @@ class Replay:
     """That noise lies in [-noise_bound, noise_bound]."""
     noise_repeat: bool = False
     """One noise for all actions of a chunk of `base`."""
+    random_shift: int = 0
+    """Most pixels by which every image of a batch is moved at random along each axis; DrQ has 4, 0 is none."""
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
@@ -128,8 +132,7 @@ class Replay:
         check_chunk(self)
         if self.noise_bound <= 0:
             raise ValueError(f"--noise-bound must be positive, got {self.noise_bound}")
-        if self.updates < 0:
-            raise ValueError(f"--updates must not be negative, got {self.updates}")
+        check_counts(self, "updates", "random_shift", least=0)
         if self.collect is not None and not 0 < self.collect < steps:
             raise ValueError(f"--collect must lie between 0 and --steps {steps}, got {self.collect}")
         if self.buffer_size < self.num_envs:
@@ -146,6 +149,7 @@ class Replay:
         """Its environments, with nothing run in them yet."""
         env, evaluation = environments(self, run, trust, gamma_of(run.agent))
         with closed_on_error(env, evaluation):
+            check_images(self, env.spec)
             base = frozen.load(self, trust)
             if base is None:
                 return Opened(World(env.spec, env), evaluation)
@@ -174,10 +178,10 @@ class Replay:
         stage = Interact(random, 0 if warm_up else self.updates, self.batch_size, self.sampler(agent))
         return stage, iterations(taken, until, self.each)
 
-    def sampler(self, agent: Any) -> Uniform | NStep:
+    def sampler(self, agent: Any) -> Uniform | NStep | Shifted:
         """Rows are decisions; one of several steps is discounted by those that were taken (`Rows.steps`)."""
         gamma = gamma_of(agent)
-        return Uniform(gamma) if self.n_step == 1 else NStep(self.n_step, gamma)
+        return augmented(Uniform(gamma) if self.n_step == 1 else NStep(self.n_step, gamma), self.random_shift)
 
     def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
         """Observations [B, ...] of late, to look at the agent with; `carry` is of one seed."""
