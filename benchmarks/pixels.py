@@ -148,7 +148,7 @@ def cost(options: Options) -> None:
 
     @jax.jit
     def iteration(learner, state, obs, key):
-        policy = TUNE.policy(learner)
+        policy: Any = TUNE.policy(learner)
 
         def step(carry, key):
             state, obs = carry

@@ -83,7 +83,7 @@ class OfflineToOnline:
     def online(self) -> Replay:
         """The second; it begins with the policy, not with random actions."""
         sizes = self.num_envs, 1, self.updates, self.batch_size, self.n_step, self.buffer_size
-        return Replay(self.env, *sizes, self.horizon, self.horizon, self.random_shift)
+        return Replay(self.env, *sizes, self.horizon, self.horizon, random_shift=self.random_shift)
 
     def check(self, agent: Any, steps: int) -> None:
         """Raise ValueError for settings that do not go together."""
