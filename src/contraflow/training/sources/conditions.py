@@ -120,8 +120,6 @@ class Conditions:
             raise ValueError(f"--weights needs a number for each reward, got {len(self.weights)} for {self.reward}")
         if self.group % (leaves := getattr(agent, "leaves", 1)):
             raise ValueError(f"--group must be a multiple of {leaves}, the samples that share a start: {self.group}")
-        if not self.data and any(name.startswith(critic.PREFIX) for name in self.reward):
-            raise ValueError("critic:DIR rewards actions under recorded observations: give --data and --env")
 
     def resolved(self, steps: int) -> "Conditions":
         """With paths that hold in any working folder."""
@@ -151,6 +149,8 @@ class Conditions:
 
     def generation(self, seed: int, trust: Trust) -> Any:
         """The problem with its rewards."""
+        if any(name.startswith(critic.PREFIX) for name in self.reward):
+            raise UserError("critic:DIR rewards actions under recorded observations: give --data and --env")
         env: Any = make(self.env, 1, seed, trust=trust)
         if not isinstance(env, align.Generation):
             raise UserError(f"{self.env} is not a problem of alignment: give --env align:NAME (`contraflow list envs`)")
@@ -166,11 +166,12 @@ class Conditions:
             evaluation = environment(self, copies(self.env, run.eval_episodes, trust), run.seed + 10_000, trust)
             with closed_on_error(evaluation):
                 spec = replace(evaluation.spec, num_envs=1)
-                return Opened(World(spec, self.control(data.obs, spec, trust)), evaluation, data)
+                env = self.control(data.obs, spec, trust)
+                _try(env)
+                return Opened(World(spec, env), evaluation, data)
         env = self.generation(run.seed, trust)
+        _try(env)
         with closed_on_error(env):
-            if env.outside:  # what fails at all fails here, and not after the first samples
-                env.each_of(np.zeros((2, env.spec.action_dim), np.float32), env.conditions(jr.key(0), 2))
             data = env.problem.data()
         pairs = None if data is None else Pairs(jnp.asarray(data[0]), jnp.asarray(data[1]))
         return Opened(World(env.spec, env, pairs), replace(env, num_envs=run.eval_episodes))
@@ -195,3 +196,10 @@ class Conditions:
     def typical_obs(self, carry: Carry, world: World, key: PRNGKey) -> Any:
         """Conditions, to look at the policy with."""
         return world.env.conditions(key, 64)
+
+
+def _try(env: align.Generation) -> None:
+    """Asks rewards outside of JAX once: what fails at all fails here, and not after the first samples."""
+    if env.outside:
+        with closed_on_error(env):
+            env.each_of(np.zeros((2, env.spec.action_dim), np.float32), env.conditions(jr.key(0), 2))
