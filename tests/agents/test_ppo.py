@@ -24,7 +24,7 @@ from contraflow.policy.normalise import RunningMoments
 from contraflow.rl.advantage import gae
 from contraflow.rl.advantage import normalise as normalise_advantage
 from contraflow.rl.normalise import ReturnScale, normalise
-from contraflow.rl.ppo import PPOSettings, Samples, _samples, clipped, passes
+from contraflow.rl.ppo import PPOSettings, Samples, _explained, _samples, clipped, passes
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 PASSES = PPOSettings(minibatches=2, epochs=2, critic=MLPSpec(16, 1))
@@ -133,6 +133,17 @@ def test_what_an_update_learns_from():
             wanted[t, n] = later
     np.testing.assert_allclose(got.target, (wanted + value).ravel(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(got.advantage, ((wanted - wanted.mean()) / wanted.std()).ravel(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_share_that_the_critic_explains():
+    """1 for V + 3, of which it knows all but the level; 1 - .25 / 1.25 for V and independent noise of half its size."""
+    state = start(AGENTS["ppo"], jr.key(0))
+    obs, weight = jr.normal(jr.key(1), (4000, 3)), jnp.ones(4000).at[:10].set(0)
+    value = jax.vmap(state.critic)(obs)[:, 0]
+    noise = 0.5 * value.std() * jr.normal(jr.key(2), (4000,))
+    share = lambda target: float(_explained(state, Samples(obs, None, target, target.at[:10].set(1e3), weight)))
+    np.testing.assert_allclose(share(value + 3), 1.0, atol=1e-4)
+    np.testing.assert_allclose(share(value + noise), 0.8, atol=0.02)  # 4000 rows: about .006
 
 
 @pytest.mark.parametrize("name", NAMES)

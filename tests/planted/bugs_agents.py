@@ -62,6 +62,13 @@ def fpo_weighs_by_the_mirrored_time(patch: pytest.MonkeyPatch) -> None:
         return right(self, obs, end, t, noise) * ((1 - t) / t) ** 2
 
 
+@bug(PPO + "test_the_share_that_the_critic_explains")
+def the_explained_variance_counts_dummy_rows(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ppo, "weighted_mean")
+    def weighted_mean(right, x, weight):
+        return right(x, jnp.ones_like(weight))
+
+
 @bug(PPO + "test_aspo_pulls_back_what_became_too_unlikely")
 def aspo_pulls_back_what_became_too_likely(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, fpo, "aspo")
