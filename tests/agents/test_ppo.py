@@ -1,6 +1,6 @@
 """PPO, ReinFlow, DPPO, FPO: exact ratios, closed forms of their chains, reductions to each other."""
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from contraflow.agents.onpolicy.dppo import DIFFUSION, DPPO
-from contraflow.agents.onpolicy.fpo import FPO, MatchedFlow
+from contraflow.agents.onpolicy.fpo import FPO, Draw, MatchedFlow, aspo
 from contraflow.agents.onpolicy.ppo import PPO
 from contraflow.agents.onpolicy.reinflow import ReinFlow
 from contraflow.core.optim import Optim, check_positive
@@ -24,7 +24,7 @@ from contraflow.policy.normalise import RunningMoments
 from contraflow.rl.advantage import gae
 from contraflow.rl.advantage import normalise as normalise_advantage
 from contraflow.rl.normalise import ReturnScale, normalise
-from contraflow.rl.ppo import PPOSettings, Samples, _samples, clipped, passes
+from contraflow.rl.ppo import PPOSettings, Samples, _explained, _samples, clipped, passes
 
 SPEC = EnvSpec(3, 2, 4, 10, True)
 PASSES = PPOSettings(minibatches=2, epochs=2, critic=MLPSpec(16, 1))
@@ -35,10 +35,12 @@ AGENTS = {
     "reinflow-sum": ReinFlow(FLOW, ratio="sum", steps=2, anchor=0.1, ppo=PASSES),
     "dppo": DPPO(replace(DIFFUSION, solver=Ddim(6), network=FLOW.network), learned=3, ppo=PASSES),
     "fpo": FPO(FLOW, ppo=PASSES),
+    "fpo++": FPO(FLOW, 4, "velocity", "sum", per_pair=True, trust="aspo", cap=5.0, ppo=PASSES),
 }
 
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "reinflow-sum" else ()) for name in AGENTS]
+SLOW = ("reinflow-sum", "fpo++")
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in AGENTS]
 
 
 def start(agent, key):
@@ -131,6 +133,17 @@ def test_what_an_update_learns_from():
             wanted[t, n] = later
     np.testing.assert_allclose(got.target, (wanted + value).ravel(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(got.advantage, ((wanted - wanted.mean()) / wanted.std()).ravel(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_share_that_the_critic_explains():
+    """1 for V + 3, of which it knows all but the level; 1 - .25 / 1.25 for V and independent noise of half its size."""
+    state = start(AGENTS["ppo"], jr.key(0))
+    obs, weight = jr.normal(jr.key(1), (4000, 3)), jnp.ones(4000).at[:10].set(0)
+    value = jax.vmap(state.critic)(obs)[:, 0]
+    noise = 0.5 * value.std() * jr.normal(jr.key(2), (4000,))
+    share = lambda target: float(_explained(state, Samples(obs, None, target, target.at[:10].set(1e3), weight)))
+    np.testing.assert_allclose(share(value + 3), 1.0, atol=1e-4)
+    np.testing.assert_allclose(share(value + noise), 0.8, atol=0.02)  # 4000 rows: about .006
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -444,6 +457,90 @@ def test_fpo_survives_an_outlier():
     (loss, metrics), grad = surrogate(state.actor, fallen, jr.key(2))
     assert metrics["clip_share"] > 0.9
     assert np.isfinite(loss) and all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+
+
+@partial(jax.jit, static_argnums=0)
+def pulled(agent, actor, batch):
+    """The loss and the gradient of an agent's surrogate, as one vector."""
+    loss, grad = jax.value_and_grad(lambda a: agent._surrogate(a, batch, jr.key(0))[0])(actor)
+    return jnp.concatenate([loss[None], *(jnp.ravel(x) for x in jax.tree.leaves(grad))])
+
+
+def moved(agent):
+    """(an actor that has moved since it acted, what it did): ratios of about 1 +- .2."""
+    state = start(agent, jr.key(0))
+    batch = samples(state, acted(agent, state, jr.key(1)))
+    return jax.tree.map(lambda w: w + 0.02 * jr.normal(jr.key(5), w.shape), state.actor), batch
+
+
+PLUS = AGENTS["fpo++"]
+
+
+def test_fpo_plus_plus_with_one_pair_and_gains_is_fpo():
+    """One pair has one ratio, and ASPO is PPO's clip where no advantage is negative."""
+    plus = replace(PLUS, pairs=1, cap=None)
+    actor, batch = moved(plus)
+    batch = replace(batch, advantage=jnp.abs(batch.advantage))
+    ratio = jnp.exp(batch.extras.loss - jax.vmap(actor.losses)(batch.obs, *astuple(batch.extras)[:3]))
+    assert 0.1 < jnp.mean(jnp.abs(ratio - 1) > plus.clip) < 0.9, "some are clipped, some are not"
+    wanted = pulled(FPO(FLOW, 1, "velocity", "sum", ppo=PASSES), actor, batch)
+    np.testing.assert_allclose(pulled(plus, actor, batch), wanted, rtol=1e-4, atol=1e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_the_first_gradient_of_fpo_plus_plus_is_that_of_fpo():
+    """Where all ratios are 1, neither pairs of their own nor ASPO change the gradient (2602.02481, below eq. 10)."""
+    state = start(PLUS, jr.key(0))
+    batch = samples(state, acted(PLUS, state, jr.key(1)))
+    assert (batch.advantage < 0).any()
+    plain = pulled(replace(PLUS, per_pair=False, trust="clip"), state.actor, batch)[1:]
+    np.testing.assert_allclose(
+        pulled(PLUS, state.actor, batch)[1:], plain, rtol=1e-3, atol=1e-5 * float(jnp.abs(plain).max())
+    )
+
+
+def test_aspo_pulls_back_what_became_too_unlikely():
+    """d/d rho is |A| (1 + (rho - 1) / clip) for A < 0: zero at 1 - clip, where PPO's clip leaves no gradient below."""
+    log_ratio, clip = jnp.log(jnp.array([0.4, 0.7, 0.8, 0.9, 1.0, 1.5])), 0.2
+    ratio = np.exp(np.asarray(log_ratio))
+    slope = lambda surrogate, a: np.asarray(jax.grad(lambda x: surrogate(x, jnp.full(6, a), clip).sum())(log_ratio))
+    np.testing.assert_allclose(slope(aspo, -3.0), 3 * ratio * (1 + (ratio - 1) / clip), rtol=1e-5, atol=1e-6)
+    assert (slope(aspo, -3.0)[:2] < 0).all() and (slope(clipped, -3.0)[:2] == 0).all()
+    np.testing.assert_array_equal(slope(aspo, 2.0), slope(clipped, 2.0))
+    np.testing.assert_allclose(aspo(log_ratio, jnp.full(6, -3.0), 1e6), 3 * ratio, rtol=1e-5)  # no trust region
+
+
+def test_each_pair_has_a_trust_region_of_its_own():
+    """Two pairs of one action, of which one went too far: the other has all of the gradient, half as much."""
+    plus = replace(PLUS, pairs=2, trust="clip", cap=None)
+    state = start(plus, jr.key(0))
+    batch = samples(state, acted(plus, state, jr.key(1)))
+    batch = replace(batch, advantage=jnp.ones_like(batch.advantage))
+    draw = batch.extras
+    far = eqx.tree_at(lambda b: b.extras.loss, batch, draw.loss.at[:, 0].add(0.5))
+    alone = replace(batch, extras=Draw(draw.end, draw.t[:, 1:], draw.noise[:, 1:], draw.loss[:, 1:]))
+    got, half = pulled(plus, state.actor, far)[1:], 0.5 * pulled(replace(plus, pairs=1), state.actor, alone)[1:]
+    np.testing.assert_allclose(got, half, rtol=1e-3, atol=1e-5 * float(jnp.abs(half).max()))
+    assert jnp.abs(half).max() > 1e-3
+    assert jnp.abs(pulled(replace(plus, per_pair=False), state.actor, far)[1:]).max() == 0, "the mean went too far"
+
+
+def test_a_pair_beyond_the_cap_is_left_alone():
+    """|v - (a - e)|^2 of two coordinates is held to 2 cap, without a gradient."""
+    actor = start(replace(PLUS, cap=5.0), jr.key(0)).actor
+    t, noise = jnp.array([0.5, 0.5]), jnp.array([[9.0, 9.0], [0.1, 0.2]])
+    losses = lambda a: a.losses(jnp.ones(3), jnp.zeros(2), t, noise)
+    grads = jax.jit(jax.jacrev(losses))(actor)
+    size = sum(jnp.abs(x.reshape(2, -1)).sum(1) for x in jax.tree.leaves(grads))
+    np.testing.assert_allclose(losses(actor)[0], 10.0, rtol=1e-6)
+    assert size[0] == 0 and size[1] > 0 and losses(actor)[1] < 1
+
+
+def test_zero_start_is_the_flow_from_zero_in_evaluation_alone():
+    state = start(replace(PLUS, zero_start=True), jr.key(0))
+    policy, obs = state.actor, jnp.ones(3)
+    wanted = policy.flow.action(policy.flow.sample(jnp.zeros(2), obs))
+    np.testing.assert_allclose(policy(obs, jr.key(1)), wanted, rtol=1e-5, atol=1e-6)
+    assert jnp.abs(policy(obs, jr.key(1), greedy=False) - policy(obs, jr.key(2), greedy=False)).max() > 1e-2
 
 
 def test_more_minibatches_than_rows_are_refused():

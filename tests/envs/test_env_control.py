@@ -188,6 +188,18 @@ def test_cartpole_reward_is_that_of_dm_control(suite):
         np.testing.assert_allclose(got, suite.task.get_reward(suite.physics), atol=1e-6)
 
 
+def test_the_sparse_reward_is_that_of_dm_control(suite):
+    """Around both bounds, which are at cos(.1) = .995 and .25 m."""
+    from dm_control.suite.cartpole import Balance
+
+    task, paid = Balance(swing_up=True, sparse=True), []
+    for body in rng(6).uniform(-1, 1, (60, 4)) * [0.5, 0.2, 3, 12]:
+        set_cartpole(suite, body)
+        paid.append(float(control.cartpole_sparse_reward(jnp.asarray(body, jnp.float32))))
+        assert paid[-1] == task.get_reward(suite.physics)
+    assert 5 < sum(paid) < 55
+
+
 def test_cartpole_starts_as_dm_control_does(suite):
     """Spreads of 300 starts of each: .01 around rest in the middle, the pole hanging."""
     _, ours = CartpoleSwingup(300).reset(jr.key(0))

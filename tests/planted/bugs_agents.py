@@ -18,9 +18,9 @@ from contraflow.agents.online.pmd import PMD
 from contraflow.agents.online.rfm import RFM
 from contraflow.agents.online.sac import SAC
 from contraflow.agents.online.td3 import TD3
-from contraflow.agents.onpolicy import dppo, reinflow
+from contraflow.agents.onpolicy import dppo, fpo, reinflow
 from contraflow.agents.onpolicy.dppo import DPPO
-from contraflow.agents.onpolicy.fpo import MatchedFlow
+from contraflow.agents.onpolicy.fpo import FPO, MatchedFlow
 from contraflow.data import samplers
 from contraflow.flow.model import Flow
 from contraflow.nets.critic import QEnsemble
@@ -60,6 +60,42 @@ def fpo_weighs_by_the_mirrored_time(patch: pytest.MonkeyPatch) -> None:
     @wrong(patch, MatchedFlow, "losses")
     def losses(right, self, obs, end, t, noise):
         return right(self, obs, end, t, noise) * ((1 - t) / t) ** 2
+
+
+@bug(PPO + "test_the_share_that_the_critic_explains")
+def the_explained_variance_counts_dummy_rows(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, ppo, "weighted_mean")
+    def weighted_mean(right, x, weight):
+        return right(x, jnp.ones_like(weight))
+
+
+@bug(PPO + "test_aspo_pulls_back_what_became_too_unlikely")
+def aspo_pulls_back_what_became_too_likely(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fpo, "aspo")
+    def aspo(right, log_ratio, advantage, clip):
+        return right(log_ratio, -advantage, clip)
+
+
+@bug(PPO + "test_fpo_plus_plus_with_one_pair_and_gains_is_fpo", PPO + "test_aspo_pulls_back_what_became_too_unlikely")
+def aspo_penalises_gains_too(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, fpo, "aspo")
+    def aspo(right, log_ratio, advantage, clip):
+        ratio = jnp.exp(log_ratio)
+        return -advantage * ratio + jnp.abs(advantage) * (ratio - 1) ** 2 / (2 * clip)
+
+
+@bug(PPO + "test_each_pair_has_a_trust_region_of_its_own")
+def pairs_share_the_ratio_of_their_mean(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, FPO, "_surrogate")
+    def surrogate(right, self, *args):
+        return right(replace(self, per_pair=False), *args)
+
+
+@bug(PPO + "test_a_pair_beyond_the_cap_is_left_alone")
+def the_cap_is_not_applied(patch: pytest.MonkeyPatch) -> None:
+    @wrong(patch, MatchedFlow, "losses")
+    def losses(right, self, *args):
+        return right(replace(self, cap=None), *args)
 
 
 @bug(PPO + "test_reinflow_with_one_step_is_gaussian_ppo")

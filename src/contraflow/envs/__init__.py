@@ -4,6 +4,7 @@
 The simulators are optional packages; each is imported when an environment of its kind is made, not before.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from contraflow.core.trust import Trust, admit
@@ -14,6 +15,7 @@ from contraflow.envs.ways import MultiGoal, TwoWayArm
 
 TASKS = {
     "pendulum": (Pendulum, 1.2), "cartpole-swingup": (CartpoleSwingup, 2.0),
+    "cartpole-swingup-sparse": (partial(CartpoleSwingup, sparse=True), 2.0),
     "multi-goal": (MultiGoal, 1.4), "two-way-arm": (TwoWayArm, 1.1),
 }  # fmt: skip
 """Tasks in JAX, and half the side, in metres, of what a picture of each shows."""

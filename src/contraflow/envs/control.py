@@ -68,10 +68,12 @@ class CartpoleSwingup:
       match dm_control, so that policies transfer.
     - Action 1 is a force of 10 N. One step is .01 s, one step of RK4; this and the soft ends of the rail match
       dm_control.
-    - Reward in [0, 1] of the state after the step and the action; 1000 steps, truncated.
+    - Reward in [0, 1] of the state after the step and the action; 1000 steps, truncated. With `sparse` it is that of
+      dm_control's swingup_sparse, 1 where the pole is within 5.7 degrees of upright and the cart within .25 m, else 0.
     """
 
     num_envs: int = 1
+    sparse: bool = False
 
     @property
     def spec(self) -> EnvSpec:
@@ -95,7 +97,7 @@ class CartpoleSwingup:
         k4 = cartpole_rates(body + h * k3, force)
         x, angle, dx, dangle = body + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         body = jnp.stack([x, _wrap(angle), dx, dangle])
-        return body, cartpole_reward(body, action)
+        return body, cartpole_sparse_reward(body) if self.sparse else cartpole_reward(body, action)
 
     def reset(self, key: PRNGKey) -> tuple[TaskState, Float[Array, "N o"]]:
         return episodes.reset(self, key)
@@ -175,6 +177,12 @@ def cartpole_reward(body: Float[Array, " s"], action: Float[Array, " a"]) -> Flo
     slow = (1 + 0.1 ** ((dangle / 5) ** 2)) / 2
     gentle = (4 + jnp.maximum(1 - action[0] ** 2, 0.0)) / 5
     return upright * centred * slow * gentle
+
+
+def cartpole_sparse_reward(body: Float[Array, " s"]) -> Float[Array, ""]:
+    """Returns 1 where |x| <= .25 and cos(angle) >= .995, else 0."""
+    upright, centred = jnp.cos(body[1]) >= 0.995, jnp.abs(body[0]) <= 0.25
+    return (upright & centred).astype(float)
 
 
 def _wrap(angle: Float[Array, ""]) -> Float[Array, ""]:

@@ -133,7 +133,7 @@ def improve(
         warm, held = state.step >= settings.warmup, (state.actor, state.actor_opt)
         actor, actor_opt = jax.tree.map(lambda new, old: jnp.where(warm, new, old), (actor, actor_opt), held)
     new = PPOState(actor, critic, actor_opt, critic_opt, stats, scale, state.step + 1, state.reference)
-    return new, metrics | {"value": data.target.mean()}
+    return new, metrics | {"value": data.target.mean(), "explained_variance": _explained(state, data)}
 
 
 def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gamma: float, lam: float) -> Samples:
@@ -149,6 +149,13 @@ def _samples(state: PPOState, rollout: Rollout, reward: Float[Array, "T N"], gam
     rows = Samples(obs, rollout.extras, advantage, advantage + value, rollout.valid.astype(reward.dtype))
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
     return eqx.tree_at(lambda s: s.advantage, flat, normalise(flat.advantage, flat.weight))
+
+
+def _explained(state: PPOState, data: Samples) -> Float[Array, ""]:
+    """Returns 1 - Var(A) / Var(A + V), the share of the targets' variance that the critic knew beforehand."""
+    value = jax.vmap(state.critic)(data.obs)[:, 0]
+    of = lambda x: weighted_mean((x - weighted_mean(x, data.weight)) ** 2, data.weight)
+    return 1.0 - of(data.target - value) / jnp.maximum(of(data.target), 1e-8)
 
 
 def passes(

@@ -1,4 +1,4 @@
-"""Flow matching policy gradients, FPO (arXiv 2507.21053): PPO for a flow policy without likelihoods.
+"""Flow matching policy gradients, FPO (arXiv 2507.21053) and FPO++ (2602.02481): PPO for a flow without likelihoods.
 
 Minus the flow-matching loss of the action, a lower bound, replaces log pi(a | s):
 
@@ -6,6 +6,9 @@ Minus the flow-matching loss of the action, a lower bound, replaces log pi(a | s
 
 The pairs (t_j, eps_j) are drawn and kept when the action is taken. Noise enters only at x_0. log rho is clipped to +-3,
 because one outlier among weighted losses would dominate the gradient or overflow.
+
+FPO++ has a ratio rho_j = exp(l_old,j - l_new,j) for each pair, each in its own trust region. Outside of it, actions
+of negative advantage are pulled back (ASPO), not left without a gradient. FPO++ caps losses and evaluates from x_0 = 0.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ import jax.random as jr
 from jaxtyping import Array, Float
 
 from contraflow.agents.base import Preset, adopted, flow_of
-from contraflow.core.optim import check_positive
+from contraflow.core.optim import Optim, check_positive
 from contraflow.core.types import EnvSpec, Metrics, Obs, PRNGKey, Rollout
 from contraflow.flow.matching import matching_error
 from contraflow.flow.model import EDGE, Flow, FlowSpec
@@ -41,6 +44,7 @@ from contraflow.rl.ppo import (
 CUT = 3.0
 Weight = Literal["noise", "velocity", "elbo"]
 Ratio = Literal["mean", "sum"]
+Trust = Literal["clip", "aspo"]
 
 
 class Draw(eqx.Module):
@@ -59,16 +63,19 @@ class MatchedFlow(eqx.Module):
     pairs: int = eqx.field(static=True)
     weight: Weight = eqx.field(static=True)
     ratio: Ratio = eqx.field(static=True)
+    cap: float | None = eqx.field(static=True, default=None)
+    zero_start: bool = eqx.field(static=True, default=False)
 
     def losses(
         self, obs: Obs, end: Float[Array, " a"], t: Float[Array, " M"], noise: Float[Array, "M a"]
     ) -> Float[Array, " M"]:
         """Returns the losses l_j [M] of the pairs (t_j, noise_j)."""
-        reduce = jnp.mean if self.ratio == "mean" else jnp.sum
+        size = 1 if self.ratio == "mean" else end.shape[0]
 
         def one(t, x0):
             weight = {"noise": t**2, "velocity": 1.0, "elbo": t / (1.0 - t)}[self.weight]
-            return weight * reduce(matching_error(self.flow, obs, x0, end, t) ** 2)
+            error = jnp.mean(matching_error(self.flow, obs, x0, end, t) ** 2)
+            return weight * size * (error if self.cap is None else jnp.minimum(error, self.cap))
 
         return jax.vmap(one)(t, noise)
 
@@ -81,6 +88,8 @@ class MatchedFlow(eqx.Module):
         return self.flow.action(end), Draw(end, t, noise, self.losses(obs, end, t, noise))
 
     def __call__(self, obs: Obs, key: PRNGKey, greedy: bool = True) -> Float[Array, " a"]:
+        if greedy and self.zero_start:
+            return FlowPolicy(self.flow).from_noise(obs, jnp.zeros(self.flow.dim), key)
         return FlowPolicy(self.flow)(obs, key)
 
     @property
@@ -90,7 +99,7 @@ class MatchedFlow(eqx.Module):
 
 @dataclass(frozen=True)
 class FPO:
-    """PPO with matching losses in place of log-densities (2507.21053).
+    """PPO with matching losses in place of log-densities (2507.21053, 2602.02481).
 
     Cost: the flow's evaluations + `pairs` per action, and `pairs` with gradients per row of a minibatch. Raises
     ValueError for values that are not positive and for a flow that is not a velocity on the linear path.
@@ -103,11 +112,19 @@ class FPO:
     """w(t): t^2, the error of the predicted noise (as released); 1; or t / (1 - t), a bound on the log-density."""
     ratio: Ratio = "mean"
     """Averages squared errors over coordinates (`mean`, as released) or sums them (`sum`, a true bound)."""
+    per_pair: bool = False
+    """One ratio for each pair (2602.02481, eq. 10), not one of the mean loss."""
+    trust: Trust = "clip"
+    """PPO's clip, or `aspo`, which penalises (rho - 1)^2 where the advantage is negative (2602.02481, eq. 12)."""
+    cap: float | None = None
+    """Largest squared error per coordinate; a pair beyond it has no gradient."""
+    zero_start: bool = False
+    """Evaluates and deploys from x_0 = 0 (zero-sampling); a deterministic policy."""
     clip: float = 0.05
     ppo: PPOSettings = PPOSettings(gamma=0.995)
 
     def __post_init__(self):
-        check_positive(self, "pairs", "clip")
+        check_positive(self, "pairs", "clip", *(["cap"] if self.cap is not None else []))
         spec = self.flow
         if spec.averaged or spec.predict != "velocity" or not isinstance(spec.path, Linear):
             raise ValueError("FPO needs a flow that predicts the velocity of the linear path: use FlowSpec()")
@@ -120,10 +137,11 @@ class FPO:
         """Returns fresh networks; `adopt` inserts a pretrained flow."""
         k_flow, k_critic = jr.split(key)
         flow = self.flow.init(k_flow, spec.action_dim, spec.observation, spec.horizon)
-        return first_state(self.ppo, MatchedFlow(flow, self.pairs, self.weight, self.ratio), spec, k_critic)
+        actor = MatchedFlow(flow, self.pairs, self.weight, self.ratio, self.cap, self.zero_start)
+        return first_state(self.ppo, actor, spec, k_critic)
 
     def policy(self, state: PPOState) -> Policy:
-        """Returns the end of the ODE from a random x_0, in training and in evaluation."""
+        """Returns the end of the ODE from a random x_0, or from 0 in evaluation with `zero_start`."""
         return normalised(state.stats, state.actor)
 
     def update(self, state: PPOState, rollout: Rollout, key: PRNGKey) -> tuple[PPOState, Metrics]:
@@ -144,10 +162,48 @@ class FPO:
     def _surrogate(self, actor: MatchedFlow, batch: Samples, key: PRNGKey) -> tuple[Float[Array, ""], Metrics]:
         draw = batch.extras
         new = jax.vmap(actor.losses)(batch.obs, draw.end, draw.t, draw.noise)
-        log_ratio = jnp.clip(draw.loss.mean(1) - new.mean(1), -CUT, CUT)
-        loss = weighted_mean(clipped(log_ratio, batch.advantage, self.clip), batch.weight)
+        fall = draw.loss - new if self.per_pair else draw.loss.mean(1, keepdims=True) - new.mean(1, keepdims=True)
+        log_ratio = jnp.clip(fall, -CUT, CUT)
+        advantage = jnp.broadcast_to(batch.advantage[:, None], log_ratio.shape)
+        losses = (aspo if self.trust == "aspo" else clipped)(log_ratio, advantage, self.clip)
+        loss = weighted_mean(losses.mean(1), batch.weight)
         metrics = {"actor_loss": loss, "matching_loss": new.mean()}
         return loss, metrics | ratio_metrics(log_ratio, self.clip, batch.weight)
 
 
-PRESETS = (Preset("fpo", FPO(), "Flow matching policy gradients", "2507.21053", "PPO on matching losses", "rollout"),)
+def aspo(log_ratio: Float[Array, "*s"], advantage: Float[Array, "*s"], clip: float) -> Float[Array, "*s"]:
+    """Returns the asymmetric surrogate to minimise (2602.02481, eq. 12), rho = exp(log_ratio).
+
+    It is PPO's for A >= 0. For A < 0 it is SPO's, |A| [rho + (rho - 1)^2 / (2 clip)], least at rho = 1 - clip: an
+    action that became less likely than that is pulled back.
+    """
+    ratio = jnp.exp(log_ratio)
+    spo = jnp.abs(advantage) * (ratio + (ratio - 1.0) ** 2 / (2.0 * clip))
+    return jnp.where(advantage < 0, spo, clipped(log_ratio, advantage, clip))
+
+
+PRESETS = (
+    Preset("fpo", FPO(), "Flow matching policy gradients", "2507.21053", "PPO on matching losses", "rollout"),
+    Preset(
+        "fpo++",
+        FPO(
+            pairs=16,
+            weight="velocity",
+            ratio="sum",
+            per_pair=True,
+            trust="aspo",
+            cap=5.0,
+            zero_start=True,
+            ppo=PPOSettings(
+                epochs=16,
+                minibatches=4,
+                actor_optim=Optim(1e-4, max_grad_norm=10.0),
+                critic_optim=Optim(1e-4, max_grad_norm=10.0),
+            ),
+        ),
+        "FPO++",
+        "2602.02481",
+        "FPO with a trust region for each pair",
+        "rollout",
+    ),
+)
