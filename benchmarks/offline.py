@@ -156,15 +156,16 @@ def table(options: Options) -> None:
             if found := [100 * row["success"] for row in last]:
                 low, high, cpu = min(found), max(found), np.mean([row["cpu s"] for row in last])
                 spread = f"{np.mean(found):5.1f} %  ({low:.0f} to {high:.0f}, {len(found)} seeds)"
-                print(f"{name:7} {method:7} {last[0]['updates']:6d} updates  {spread}  {cpu:.0f} s")
+                print(f"{name:7} {method:7} {last[0]['updates']:6.0f} updates  {spread}  {cpu:.0f} s")
 
 
 def picture(options: Options) -> None:
     """Success over updates, a panel for each task: the mean over seeds, and a thin line for each."""
     rows = [row for row in read(options.out) if row["shift"] == options.shift]
     with drawing(DATA.parent / "img" / "offline.png", 9.0, 3.2) as figure:
-        axes = figure.subplots(1, len(TASKS), sharey=True)
-        for ax, name in zip(axes, TASKS, strict=True):
+        shown = [name for name in TASKS if any(row["task"] == name for row in rows)]
+        axes = figure.subplots(1, len(shown), sharey=True)
+        for ax, name in zip(axes, shown, strict=True):
             for i, method in enumerate(UPDATES):
                 mine = [row for row in rows if (row["task"], row["method"]) == (name, method)]
                 if not mine:
@@ -178,7 +179,9 @@ def picture(options: Options) -> None:
                     ax.plot(list(curve), list(curve.values()), linewidth=0.6, alpha=0.5, **(line | {"marker": ""}))
                 mean = np.mean([list(curve.values()) for curve in curves], axis=0)
                 ax.plot(list(curves[0]), mean, label=method, ms=3, clip_on=False, **line)
-            ax.set(title=f"{TASKS[name].data}, task 1", xlabel="thousand updates", xlim=(0, 42))
+            ax.set(
+                title=f"{TASKS[name].data}, chunks of {TASKS[name].horizon}", xlabel="thousand updates", xlim=(0, 42)
+            )
             ax.set_ylim(0, 100)
             ax.legend()
         axes[0].set_ylabel("success, %")
