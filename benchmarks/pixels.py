@@ -138,8 +138,15 @@ def cost(options: Options) -> None:
     seen, shift = CLONES[name]
     env = make(ENVS[seen], 16)
     state, obs = jax.jit(env.reset)(jr.key(0))
-    rest = jnp.zeros((16, 1))
-    play = jax.jit(lambda state: jax.lax.scan(lambda s, _: (env.step(s, rest)[0], None), state, None, 100)[0])
+
+    @jax.jit
+    def play(state):
+        def step(state, _):
+            state, after = env.step(state, jnp.zeros((16, 1)))
+            return state, (after.reward, after.obs[:, 0], after.next_obs[:, 0])
+
+        return jax.lax.scan(step, state, None, 100)
+
     steps = 1600 / seconds(play, state)
     rows = Rows.of(load_data(options.runs / f"{seen}.npz"), successor=False)
     clone, draw = CLONE.init(jr.key(0), env.spec), augmented(Chunk(1, 1.0), shift)
