@@ -96,11 +96,14 @@ def trained(
     return jax.jit(lambda state: jax.lax.scan(iterate, state, keys))(state)
 
 
-def tilt_distance(flow: Flow, reward: Any, temperature: float) -> tuple[float, grid.Mass, grid.Mass]:
-    """(total variation of a flow to the mixture tilted by a reward, their masses). The tilt is in closed form. 48 steps
-    of the density are within .005 of it for the exact field; 24 steps are .02 away."""
+def tilt_distance(flow: Flow, reward: Any, temperature: float) -> tuple[float, float, grid.Mass, grid.Mass]:
+    """(total variation of a flow to the mixture tilted by a reward, that of the mixture itself, masses of the flow and
+    of the tilt). Mixture and tilt are in closed form. 48 steps of the density are within .005 of them for the exact
+    field; 24 steps are .02 away."""
     on = grid.grid(1.1, 66)
     field = lambda x, t: flow.velocity(x, t, jnp.zeros(1))
     found = jax.jit(lambda: grid.density(field, on, Midpoint(48, power=1.5)))()
-    right = jax.nn.softmax(jax.vmap(lambda x: mixture()(x) + reward(x, x) / temperature)(on.points))
-    return float(grid.total_variation(found, right)), found, right
+    before = jax.nn.softmax(jax.vmap(mixture())(on.points))
+    right = grid.tilted(before, jax.vmap(lambda x: reward(x, x))(on.points), temperature)
+    away = [float(grid.total_variation(mass, right)) for mass in (found, before)]
+    return away[0], away[1], found, right

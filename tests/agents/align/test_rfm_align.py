@@ -132,8 +132,8 @@ def test_on_a_mixture_it_learns_the_tilt():
     agent = RFMAlign(temperature=LAM, updates=20, memory=262_144, ema=0.999, optim=optim)
     flow, reward = corrected(128), lambda x, cond: pair(x, x)
     state, _ = trained(agent, flow, reward, 400, 4096)
-    away, found, right = tilt_distance(state.old, reward, LAM)
-    assert away < 0.04 < 0.3 < tilt_distance(flow, reward, LAM)[0], away
+    away, before, found, right = tilt_distance(state.old, reward, LAM)
+    assert away < 0.04 < 0.3 < before, (away, before)
     points = grid.grid(1.1, 66).points
     near = jnp.argmin(jax.vmap(lambda x: jnp.sum((x[None] - mixture().means) ** 2, -1))(points), -1)
     for i in (0, 3):
