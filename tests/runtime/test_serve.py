@@ -587,7 +587,9 @@ def test_mistakes_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "key").write_text("\n")
     assert_refused(["serve", str(tmp_path), "--key-file", str(tmp_path / "key")], "is empty")
     assert_refused(["serve", str(tmp_path), "--port", "70000"], "port lie in 0 to 65535")
-    for name in [name for name in sys.modules if name.startswith("contraflow.runtime.serve")]:
+    for name in [
+        name for name in sys.modules if name.startswith(("contraflow.runtime.serve", "contraflow.core.codec"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "msgpack", None)
     assert_refused(["serve", str(tmp_path)], 'serving needs msgpack: pip install "contraflow[serve]"')

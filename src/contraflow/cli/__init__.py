@@ -78,10 +78,10 @@ def main(args: list[str] | None = None) -> int:
     except BrokenPipeError:  # `contraflow list envs | head`
         sys.stderr.close()
         return 0
-    except Exception:
-        if not IN_CALLBACK:
+    except Exception as error:
+        if not (causes := [cause for cause in IN_CALLBACK if str(cause) in str(error)]):
             raise
-        return _refuse(IN_CALLBACK.pop())
+        return _refuse(causes[0])
 
 
 def _refuse(error: UserError) -> int:

@@ -6,6 +6,6 @@ class UserError(Exception):
 
 
 IN_CALLBACK: list[UserError] = []
-"""What a callback of a compiled program raised; JAX reports an error of its own in its place."""
+"""What callbacks of compiled programs raised; JAX reports an error of its own, which quotes it."""
 
 __all__ = ["IN_CALLBACK", "UserError"]
