@@ -44,7 +44,8 @@ LESS = {
     "--out runs/cloned": "--steps 100 --out runs/cloned",
     "--out runs/tuned": "--steps 2000 --eval-every 2000 --eval-episodes 1 --out runs/tuned",
     "--rows 200000": "--rows 1500",
-    "--out runs/scene": "--steps 4 --eval-every 4 --eval-episodes 1 --log-every 4 --out runs/scene",
+    "--env ogbench:scene-play-singletask-task1-v0": "--task scene-play-singletask-task1-v0",  # no episodes to evaluate
+    "--out runs/scene": "--steps 4 --log-every 4 --out runs/scene",
     "--above 300": "--above -1 --episodes 4 --delta 0.4",
     "--out runs/digits": "--steps 200 --out runs/digits",
     "--out runs/aligned": "--steps 512 --eval-every 512 --out runs/aligned",
