@@ -1,11 +1,11 @@
-"""The pendulum from 64 x 64 images and from its state: cloning, and ReinFlow from the clone.
+"""Two tasks from 64 x 64 images and from their state: cloning, and ReinFlow from the clone.
 
     python benchmarks/pixels.py train       # runs/pixels: an expert of states, what it does as seen by both, two stages
     python benchmarks/pixels.py evaluate    # docs/data/pixels.csv
-    python benchmarks/pixels.py cost --names states     # docs/data/pixels_cost.csv, a row more; then --names pixels
+    python benchmarks/pixels.py cost --tasks pendulum --names pixels    # a row of docs/data/pixels_cost.csv
 
-The expert is `sac` on the state. `EPISODES` of its episodes are recorded twice, from the same seed: what it sees, and
-what the camera sees. All networks have two layers of 64; the image encoder is `SEES`.
+The expert is `sac` on the state. Its episodes are recorded twice, from the same seed: what it sees, and what the camera
+sees. All networks have two layers of 64; the image encoder is `SEES`.
 """
 
 import resource
@@ -44,9 +44,10 @@ from contraflow.training.evaluate import evaluate as returns_of
 from contraflow.training.run import Run, train
 from contraflow.training.sources import Dataset, Replay, Rollouts
 
-ENVS = {"states": "jax:pendulum", "pixels": "jax:pendulum/pixels"}
+TASKS = {"pendulum": (15_000, 16, 6_000, 16_384), "multi-goal": (6_000, 64, 2_000, 8_192)}
+"""Steps of the expert's training, demonstrations, updates of the clone on 64 rows, steps of ReinFlow."""
 SEES = Pixels((16, 32), (4, 2), kernel=4)
-CLONES = {"states": ("states", 0), "pixels": ("pixels", 4), "pixels-unshifted": ("pixels", 0)}
+CLONES = {"states": ("states", 0), "pixels": ("pixels", 0), "pixels-shifted": ("pixels", 4)}
 """Name -> what the policy sees, and the most pixels of a random shift."""
 FLOW = FlowSpec(solver=Ddim(4), network=ResidualMLP(64, 2, 32), pixels=SEES)
 CLONE = BC(FLOW, optim=Optim(1e-3, max_grad_norm=10.0), ema=0.99)
@@ -65,13 +66,12 @@ class Options:
     command: tyro.conf.Positional[str]
     names: tuple[str, ...] = tuple(CLONES)
     seeds: tuple[int, ...] = (0, 1, 2)
-    episodes: int = 16
-    """Demonstrations, of 200 steps each."""
-    clone: int = 2_000
-    """Updates on 64 rows."""
-    tune: int = 16_384
-    """Steps of the environment; 0 is none."""
+    tasks: tuple[str, ...] = tuple(TASKS)
     runs: Path = Path("runs/pixels")
+
+
+def env_of(task: str, seen: str) -> str:
+    return f"jax:{task}/pixels" if seen == "pixels" else f"jax:{task}"
 
 
 def learn(run: Run, folder: Path, seed: int) -> None:
@@ -82,43 +82,47 @@ def learn(run: Run, folder: Path, seed: int) -> None:
         print(folder, f"{time.process_time() - began:.0f} s of CPU", flush=True)
 
 
-def demonstrations(options: Options) -> None:
+def demonstrations(task: str, folder: Path) -> None:
     """What the expert does, in two files."""
+    steps, episodes, _, _ = TASKS[task]
     actor, critics = MLPSpec(64, 2), Critics(width=64)
-    learn(Run(SAC(actor=actor, critic=critics), Replay(ENVS["states"]), 15_000), options.runs / "expert", 0)
-    expert = load(options.runs / "expert")
-    for name, env in ENVS.items():
-        file = options.runs / f"{name}.npz"
+    learn(Run(SAC(actor=actor, critic=critics), Replay(env_of(task, "states")), steps), folder / "expert", 0)
+    for name in ("states", "pixels"):
+        file = folder / f"{name}.npz"
         if not file.exists():
-            data = record(expert, options.episodes, camera=None if name == "states" else env)
-            print(write_data(data, file), f"returns {data.returns.mean():.0f}", flush=True)
+            camera = env_of(task, name) if name == "pixels" else None
+            data = record(load(folder / "expert"), episodes, camera=camera)
+            print(write_data(data, file), f"{len(data)} rows, returns {data.returns.mean():.1f}", flush=True)
 
 
 def run(options: Options) -> None:
     """Every policy that has no folder yet."""
-    demonstrations(options)
-    for seed in options.seeds:
-        for name in options.names:
-            (seen, shift), clone = CLONES[name], options.runs / f"{name}-bc" / f"seed{seed}"
-            data = Dataset(str(options.runs / f"{seen}.npz"), batch_size=64, random_shift=shift)
-            learn(Run(CLONE, data, options.clone), clone, seed)
-            if options.tune and name != "pixels-unshifted":
-                start = Run(TUNE, Rollouts(ENVS[seen], 16, 64), options.tune, str(clone))
-                learn(start, options.runs / f"{name}-reinflow" / f"seed{seed}", seed)
+    for task in options.tasks:
+        folder, (_, _, updates, steps) = options.runs / task, TASKS[task]
+        demonstrations(task, folder)
+        for seed in options.seeds:
+            for name in options.names:
+                (seen, shift), clone = CLONES[name], folder / f"{name}-bc" / f"seed{seed}"
+                data = Dataset(str(folder / f"{seen}.npz"), batch_size=64, random_shift=shift)
+                learn(Run(CLONE, data, updates), clone, seed)
+                start = Run(TUNE, Rollouts(env_of(task, seen), 16, 64), steps, str(clone))
+                learn(start, folder / f"{name}-reinflow" / f"seed{seed}", seed)
 
 
 def evaluate(options: Options) -> None:
     """A row for each policy, on the same 200 episodes."""
     rows: list[Row] = []
-    for method in ("bc", "reinflow"):
-        for name in options.names:
-            for seed in options.seeds:
-                folder = options.runs / f"{name}-{method}" / f"seed{seed}"
-                if folder.exists():
-                    env = make(ENVS[CLONES[name][0]], 50)
-                    found = returns_of(load(folder).network, env, jr.key(99), 200)
-                    rows.append({"observation": name, "method": method, "seed": seed, "return": float(found.mean())})
-                    print(rows[-1], flush=True)
+    for task in options.tasks:
+        for method in ("bc", "reinflow"):
+            for name in options.names:
+                for seed in options.seeds:
+                    folder = options.runs / task / f"{name}-{method}" / f"seed{seed}"
+                    if folder.exists():
+                        env = make(env_of(task, CLONES[name][0]), 50)
+                        found = returns_of(load(folder).network, env, jr.key(99), 200)
+                        what = {"task": task, "observation": name, "method": method, "seed": seed}
+                        rows.append(what | {"return": float(found.mean())})
+                        print(rows[-1], flush=True)
     write(DATA / "pixels.csv", rows)
 
 
@@ -134,9 +138,9 @@ def seconds(call: Any, *args: Any, least: float = 3.0) -> float:
 
 def cost(options: Options) -> None:
     """A row for one name, in a process of its own, because memory is that of the whole process."""
-    (name,) = options.names
+    (name,), (task,) = options.names, options.tasks
     seen, shift = CLONES[name]
-    env = make(ENVS[seen], 16)
+    env = make(env_of(task, seen), 16)
     state, obs = jax.jit(env.reset)(jr.key(0))
 
     @jax.jit
@@ -148,7 +152,7 @@ def cost(options: Options) -> None:
         return jax.lax.scan(step, state, None, 100)
 
     steps = 1600 / seconds(play, state)
-    rows = Rows.of(load_data(options.runs / f"{seen}.npz"), successor=False)
+    rows = Rows.of(load_data(options.runs / task / f"{seen}.npz"), successor=False)
     clone, draw = CLONE.init(jr.key(0), env.spec), augmented(Chunk(1, 1.0), shift)
     update = jax.jit(lambda rows, clone, key: CLONE.update(clone, draw(rows, key, 64), jr.fold_in(key, 1)))
     cloning = seconds(update, rows, clone, jr.key(1))
@@ -171,6 +175,7 @@ def cost(options: Options) -> None:
     replay = jax.eval_shape(lambda: Buffer.empty(1, env.spec)).rows
     leaves = jax.tree.leaves((replay.obs, replay.next_obs))
     row = {
+        "task": task,
         "observation": name,
         "steps_per_s": steps,
         "clone_update_ms": 1e3 * cloning,

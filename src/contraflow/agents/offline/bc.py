@@ -107,17 +107,17 @@ class BC:
     def update(self, state: BCState, batch: Batch, key: PRNGKey) -> tuple[BCState, Metrics]:
         """Makes one gradient step on chunks [B, h a]. Of the batch it reads only `obs`, `action` and `mask`."""
         cond = jax.vmap(partial(normalise, state.stats))(batch.obs)
-        k_noise, k_rows, k_spread = jr.split(key, 3)
+        k_noise, k_rows, k_spread, k_drop, k_delay = jr.split(key, 5)
         n = batch.action.shape[0]
         if self.drop_condition:
-            cond = jnp.where(jr.bernoulli(jr.fold_in(key, 3), self.drop_condition, (n, 1)), 0.0, cond)
+            cond = jnp.where(jr.bernoulli(k_drop, self.drop_condition, (n, 1)), 0.0, cond)
         matched = round(self.objective.share * n)
         x1 = self.flow.support.latent(batch.action)
         x0 = state.flow.noise(k_noise, n)
         first, weight = self.coupling(x0[:matched], x1[:matched], jax.tree.map(lambda x: x[:matched], cond))
         mask, given = batch.mask, None
         if self.delay_max:
-            delay = jr.randint(jr.fold_in(key, 1), (n, 1), 0, self.delay_max + 1)
+            delay = jr.randint(k_delay, (n, 1), 0, self.delay_max + 1)
             given = jnp.arange(state.horizon)[None] < delay
             mask = mask * ~jnp.repeat(given, x1.shape[1] // state.horizon, axis=1)
         rows = cond, jnp.concatenate([first, x0[matched:]]), x1, jr.split(k_rows, n), given
